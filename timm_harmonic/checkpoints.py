@@ -1,0 +1,267 @@
+"""Loading weights: the authors' parameter layout, other numbers of input channels, and files that are not weights."""
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import build_model_with_cfg, clean_state_dict, list_pretrained, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from .conv import HarmonicBlock2d, HarmonicConv2d
+
+__all__ = ['CheckpointError', 'build_model', 'convert_state_dict', 'read_checkpoint']
+
+StateDict = dict[str, Any]
+
+# Where training scripts keep the parameters in what they save: timm (averaged ones first), then the authors' main.py.
+_WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+
+
+class CheckpointError(RuntimeError):
+    """A file or a state dict that is not what the model needs; the message says in what."""
+
+
+def read_checkpoint(path: str | os.PathLike) -> StateDict:
+    """Reads a checkpoint as data: tensors and plain Python values, never code.
+
+    Args:
+        path: A .safetensors file, or one that torch.save wrote.
+
+    Returns:
+        What the file holds, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is a web page, damaged, not a checkpoint, or would run code.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'no checkpoint at {path!r}.')
+    with open(path, 'rb') as file:
+        if file.read(64).lstrip().startswith(b'<'):
+            raise CheckpointError(f'{path!r} is a web page, not a checkpoint: download the file itself again.')
+    try:
+        if path.endswith('.safetensors'):
+            return load_file(path)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f'{path!r} was not loaded: it holds more than tensors and plain values, and unpickling it could run '
+            f'code. Save its state dict alone. ({_first_line(error)})'
+        ) from error
+    except (EOFError, RuntimeError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f'{path!r} is truncated or damaged: download or save it again. ({_first_line(error)})'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f'{path!r} holds a {type(checkpoint).__name__}, not a state dict.')
+    return checkpoint
+
+
+def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[str, str], norm: str) -> StateDict:
+    """Brings a state dict into a model's layout; one that is in it already is returned as it is.
+
+    Accepted: bare or wrapped ('state_dict' and the like), with and without `module.`, the authors' names
+    (harm1, harm2, classifier.N), shapes and frozen `.dct` tensors. The statistics of a normalised root layer are
+    adapted to the model's input channels. timm adapts the root's weight and drops another classifier afterwards.
+
+    Args:
+        checkpoint: What was saved.
+        model: Network to load into, with its `pretrained_cfg`.
+        names: Regular expressions over parameter names and what they become.
+        norm: Name of the batch-norm that follows the root layer, for a root without a bias.
+
+    Returns:
+        State dict in the model's layout.
+
+    Raises:
+        CheckpointError: If a key or shape fits nothing, a parameter is missing, or the frozen basis is another one.
+    """
+    target = model.state_dict()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (HarmonicConv2d, HarmonicBlock2d))}
+    root = model.pretrained_cfg['first_conv']
+    state = {}
+    for key, value in _unwrap(checkpoint).items():
+        for pattern, replacement in names.items():
+            key = re.sub(pattern, replacement, key)
+        name, _, attribute = key.rpartition('.')
+        if attribute == 'dct' and name in layers:
+            _check_basis(key, value, layers[name])
+            continue
+        if attribute == 'weight' and name in layers:
+            value = _coefficients_4d(value, layers[name].basis.shape[0])
+        elif key in target and value.numel() == target[key].numel() and attribute == 'weight' and value.ndim == 2:
+            value = value.reshape(target[key].shape)  # a linear layer that is a convolution here
+        state[key] = value
+    if root in layers:
+        _adapt_root(state, root, layers[root], norm, model.pretrained_cfg['input_size'][0])
+    _check_fit(state, target, model.pretrained_cfg['classifier'], root)
+    return state
+
+
+def build_model(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """timm's build_model_with_cfg, with checkpoints read by `read_checkpoint` and downloads checked by their hash.
+
+    Args:
+        model_cls: Class of the network.
+        variant: Name of the architecture.
+        pretrained: Whether to load weights.
+        pretrained_cfg: As in timm: a config, or the tag of one.
+        pretrained_cfg_overlay: As in timm: values that replace the config's.
+        cache_dir: Where downloads are kept; torch.hub's folder if None.
+        **kwargs: For build_model_with_cfg.
+
+    Returns:
+        The network, or its feature extractor.
+
+    Raises:
+        RuntimeError: If weights are asked for where none exist, or a download's SHA-256 is wrong.
+        CheckpointError: If the weights cannot be read, or do not fit.
+        FileNotFoundError: If the weights' file does not exist.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    loaded = False
+    if pretrained and cfg.source not in ('hf-hub', 'local-dir') and not cfg.state_dict:
+        if not cfg.has_weights:
+            raise RuntimeError(
+                f'No pretrained weights exist for {variant}. Use pretrained=False, load a file by '
+                f'pretrained_cfg_overlay=dict(file=PATH), or choose one of: {", ".join(list_pretrained("harm*"))}.'
+            )
+        if cfg.file or not cfg.hf_hub_id:
+            overlay['state_dict'] = read_checkpoint(cfg.file or _download(cfg.url, cache_dir))
+            loaded = True
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    if loaded:
+        model.pretrained_cfg.pop('state_dict')
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _download(url: str, cache_dir: str | os.PathLike | None) -> str:
+    """Path of a file in the cache, fetched if it is not there; kept only if its name's hash is that of its content."""
+    name = os.path.basename(urlparse(url).path)
+    folder = os.fspath(cache_dir) if cache_dir else os.path.join(torch.hub.get_dir(), 'checkpoints')
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        found = re.search(r'-([0-9a-f]{8,})\.', name)
+        torch.hub.download_url_to_file(url, path, hash_prefix=found and found.group(1))
+    return path
+
+
+def _unwrap(checkpoint: StateDict) -> StateDict:
+    for key in _WRAPPERS:
+        if isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+            break
+    return clean_state_dict(checkpoint)
+
+
+def _coefficients_4d(value: Tensor, count: int) -> Tensor:
+    """(O, I * P, 1, 1) or (O, I, P, 1, 1), the authors' shapes, as (O, I, P, 1); anything else as it is."""
+    if value.ndim == 5 and tuple(value.shape[2:]) == (count, 1, 1):
+        return value[..., 0]
+    if value.ndim == 4 and tuple(value.shape[2:]) == (1, 1) and value.shape[1] % count == 0:
+        return value.reshape(value.shape[0], -1, count, 1)
+    return value
+
+
+def _check_basis(key: str, dct: Tensor, layer: nn.Module) -> None:
+    """The authors keep (1, P, k, k), or (C * P, 1, k, k) where responses are normalised."""
+    count, side = layer.basis.shape[:2]
+    stored = dct.reshape(-1, count, side, side) if dct.numel() % layer.basis.numel() == 0 else None
+    if stored is None or not torch.allclose(stored, layer.basis.to(dct).expand_as(stored), rtol=0, atol=1e-6):
+        raise CheckpointError(
+            f"{key} {tuple(dct.shape)} is another basis than the model's {tuple(layer.basis.shape)} "
+            f'(level={layer.level}, dc={layer.dc}, normalization={layer.normalization!r}).'
+        )
+
+
+def _adapt_root(state: StateDict, root: str, layer: nn.Module, norm: str, declared: int) -> None:
+    """Adapts the response statistics of a normalised root, as timm adapts the weight of a convolution.
+
+    More channels repeat the source's. One channel answers as a gray image fed to all source channels: timm sums the
+    weights, so they are brought to the common scale first, and the means' share goes into the next shift.
+    """
+    weight, mean, var = (state.get(f'{root}.{key}') for key in ('weight', 'bn.running_mean', 'bn.running_var'))
+    count, channels = layer.basis.shape[0], layer.in_channels
+    if weight is None or mean is None or var is None or weight.ndim != 4 or mean.numel() % count:
+        return  # reported with everything else that does not fit
+    source = mean.numel() // count
+    if source == channels:
+        return
+    if source != declared:
+        raise CheckpointError(
+            f'{root}.weight {tuple(weight.shape)} has {source} input channels, but the config says {declared}: '
+            f'declare it by pretrained_cfg_overlay=dict(input_size=({source}, H, W)).'
+        )
+    means, variances = mean.reshape(source, count), var.reshape(source, count)
+    if channels > 1:
+        index = torch.arange(channels) % source
+        means, variances = means[index], variances[index]
+    else:
+        scale = (variances.double() + layer.bn.eps).sqrt()  # (C, P)
+        common = variances.double().mean(0, keepdim=True)
+        weight64 = weight.double()[..., 0] / scale  # (O, C, P)
+        shift = (weight64 * (means - means.mean(0)).double()).sum((1, 2))
+        state[f'{root}.weight'] = (weight64 * (common + layer.bn.eps).sqrt()).unsqueeze(-1).to(weight)
+        means, variances = means.mean(0), common.to(var)
+        key, sign = (f'{root}.bias', -1) if f'{root}.bias' in state else (f'{norm}.running_mean', 1)
+        state[key] = (state[key].double() + sign * shift).to(state[key])
+    state[f'{root}.bn.running_mean'] = means.reshape(-1).clone()
+    state[f'{root}.bn.running_var'] = variances.reshape(-1).clone()
+
+
+def _check_fit(state: StateDict, target: StateDict, classifier: str, root: str) -> None:
+    """Every key and shape must fit, but for those that timm adapts: the classifier, and the root's input channels."""
+    head = (f'{classifier}.weight', f'{classifier}.bias')
+
+    def misfit(key: str) -> bool:
+        ours, theirs = list(target[key].shape), list(state[key].shape)
+        if key == f'{root}.weight' and len(ours) == len(theirs) == 4:
+            ours[1] = theirs[1] = 0
+        return ours != theirs
+
+    problems = {
+        'missing': [k for k in target if k not in state and k not in head and not k.endswith('num_batches_tracked')],
+        'unexpected': [k for k in state if k not in target and k not in head],
+        'wrong shape': [
+            f'{k} {tuple(state[k].shape)} for {tuple(target[k].shape)}'
+            for k in state
+            if k in target and k not in head and misfit(k)
+        ],
+    }
+    if any(problems.values()):
+        found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
+        raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.')
+
+
+def _shorten(items: Iterable[str], limit: int = 5) -> str:
+    items = list(items)
+    return ', '.join(items[:limit]) + (f' and {len(items) - limit} more' if len(items) > limit else '')

@@ -1,0 +1,312 @@
+"""The two harmonic layers: convolutions whose filters are learned combinations of fixed DCT functions."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dct import analyze, dct_basis, synthesize
+
+__all__ = ['HarmonicBlock2d', 'HarmonicConv2d', 'conv_args']
+
+IntPair = int | tuple[int, int]
+
+# What nn.Conv2d is built from, and stores under the same names.
+_CONV_ARGS = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
+
+
+def conv_args(conv: nn.Module) -> dict[str, Any]:
+    """Constructor arguments that give another convolution, plain or harmonic, the geometry and place of this one.
+
+    Args:
+        conv: An nn.Conv2d or a harmonic layer.
+
+    Returns:
+        Keyword arguments, device and dtype included.
+    """
+    args = {name: getattr(conv, name) for name in _CONV_ARGS}
+    return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
+
+
+def _compose(weight: Tensor, basis: Tensor) -> Tensor:
+    """Filters (O, I, k, k) of coefficients (O, I, P, 1): one product, in basis' precision whatever autocast says."""
+    if not torch.jit.is_scripting() and torch.is_autocast_enabled(weight.device.type):
+        with torch.autocast(weight.device.type, enabled=False):
+            return synthesize(weight, basis)
+    return synthesize(weight, basis)
+
+
+def _fold(
+    weight: Tensor,
+    basis: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Filters (O, I, k, k) and bias (O,) that stand for normalising the responses and mixing them.
+
+    A response r_cn enters the mix as w_ocn (r_cn - mean_cn) / sqrt(var_cn + eps).
+
+    Args:
+        weight: Mixing coefficients (O, I, P, 1), where I counts the channels of one group.
+        basis: (P, k, k), its dtype is the precision of the result.
+        mean: Mean of the responses (C * P,), channel-major.
+        var: Variance of the responses (C * P,).
+        eps: Added to the variance.
+        groups: Number of groups.
+    """
+    out_channels, group_channels, count = weight.shape[:3]
+    scale = torch.rsqrt(var.to(basis.dtype) + eps).reshape(groups, 1, group_channels, count)
+    scaled = weight.to(basis.dtype).reshape(groups, -1, group_channels, count) * scale
+    bias = -(scaled * mean.to(basis.dtype).reshape(groups, 1, group_channels, count)).sum((2, 3)).reshape(-1)
+    return _compose(scaled.reshape(out_channels, group_channels, count, 1), basis), bias
+
+
+# Leaves for torch.fx: a trace must keep the precision that these functions guard.
+torch.fx.wrap('_compose')
+torch.fx.wrap('_fold')
+
+
+class _HarmonicLayer(nn.Module):
+    """What both layers share: nn.Conv2d's arguments, the coefficients and the basis they refer to."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: str | IntPair = 0,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        level: int | None = None,
+        dc: bool = True,
+        normalization: str = 'l1',
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):
+            if channels < 1:
+                raise ValueError(f'{name} must be at least 1, got {channels}.')
+        # nn.Conv2d checks and completes its own arguments; on the meta device it allocates nothing.
+        conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+            padding_mode=padding_mode,
+            device='meta',
+        )
+        for name in (*_CONV_ARGS, '_reversed_padding_repeated_twice'):
+            setattr(self, name, getattr(conv, name))
+        if self.kernel_size[0] != self.kernel_size[1]:
+            raise ValueError(f'harmonic filters are square, got kernel_size={kernel_size!r}.')
+        self.level = level
+        self.dc = dc
+        self.normalization = normalization
+        dd = {'device': device, 'dtype': dtype}
+        count = len(dct_basis(self.kernel_size[0], level, dc, normalization))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
+        self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
+        self.register_buffer('basis', None, persistent=False)
+        self.init_non_persistent_buffers()
+        self._init_norm()
+        self.reset_parameters()
+
+    def _init_norm(self) -> None:
+        pass  # a layer that normalises its responses adds the module here
+
+    def init_non_persistent_buffers(self) -> None:
+        """Builds the basis anew where the coefficients are, in their precision but never below float32."""
+        self.basis = dct_basis(
+            self.kernel_size[0],
+            self.level,
+            self.dc,
+            self.normalization,
+            device=self.weight.device,
+            dtype=torch.promote_types(self.weight.dtype, torch.float32),
+        )
+
+    def _apply(self, fn, recurse=True):
+        # A cast would round the basis for good, and to_empty() would lose it.
+        super()._apply(fn, recurse)
+        self.init_non_persistent_buffers()
+        return self
+
+    def extra_repr(self) -> str:
+        """Arguments that differ from the defaults, in nn.Conv2d's manner."""
+        text = f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}'
+        given = dict(
+            padding=(self.padding, (0, 0)),
+            dilation=(self.dilation, (1, 1)),
+            groups=(self.groups, 1),
+            bias=(self.bias is not None, True),
+            padding_mode=(self.padding_mode, 'zeros'),
+            level=(self.level, None),
+            dc=(self.dc, True),
+            normalization=(self.normalization, 'l1'),
+        )
+        return text + ''.join(f', {k}={v!r}' for k, (v, default) in given.items() if v != default)
+
+    def _convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        if self.padding_mode != 'zeros':
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return F.conv2d(x, filters, bias, self.stride, (0, 0), self.dilation, groups)
+        return F.conv2d(x, filters, bias, self.stride, self.padding, self.dilation, groups)
+
+    def _plain(self, filters: Tensor, bias: Tensor | None) -> nn.Conv2d:
+        args = dict(conv_args(self), bias=bias is not None)
+        conv = nn.utils.skip_init(nn.Conv2d, **args)
+        with torch.no_grad():
+            conv.weight.copy_(filters)
+            conv.weight.requires_grad_(self.weight.requires_grad)
+            if bias is not None:
+                conv.bias.copy_(bias)
+                conv.bias.requires_grad_((self.weight if self.bias is None else self.bias).requires_grad)
+        return conv.train(self.training)
+
+
+class HarmonicConv2d(_HarmonicLayer):
+    """Convolution with filters sum_n weight[o, i, n] d_n over DCT functions d_n (arXiv:2001.06570, eq. 6).
+
+    Equal to filtering every input channel by every DCT function and mixing the responses by a 1 x 1 convolution.
+    Input (B, C, H, W), output as nn.Conv2d's, for any H and W.
+
+    Args:
+        in_channels: Channels of the input, C.
+        out_channels: Channels of the output, O.
+        kernel_size: Side k of the filters, or a pair of equal sides.
+        stride: As in nn.Conv2d.
+        padding: As in nn.Conv2d, 'same' and 'valid' included.
+        dilation: As in nn.Conv2d.
+        groups: As in nn.Conv2d.
+        bias: Whether a learned bias is added.
+        padding_mode: As in nn.Conv2d.
+        level: The paper's lambda: keep the frequencies with i + j < level; None keeps all k * k.
+        dc: Whether the constant function is kept.
+        normalization: 'l1' (the authors') or 'ortho'.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Attributes:
+        weight: Coefficients (O, C / groups, P, 1).
+        bias: (O,) or None.
+        basis: DCT functions (P, k, k); a buffer that no state dict holds.
+
+    Raises:
+        ValueError: If an argument is out of range, naming it.
+    """
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal over fan-out, std sqrt(2 / (O * P)), as the authors' code does; bias zero."""
+        nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def filters(self) -> Tensor:
+        """The filters (O, C / groups, k, k), differentiable, in the coefficients' dtype."""
+        return _compose(self.weight, self.basis).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.filters(), self.bias, self.groups)
+
+    def fuse(self) -> nn.Conv2d:
+        """A new nn.Conv2d that computes the same; this layer is left as it is."""
+        return self._plain(self.filters(), self.bias)
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        level: int | None = None,
+        dc: bool = True,
+        normalization: str = 'l1',
+    ) -> 'HarmonicConv2d':
+        """A harmonic layer with the filters of a convolution: exact at full level, else the nearest in L2.
+
+        Args:
+            conv: Convolution with square filters; it is left as it is.
+            level: The paper's lambda, None for all frequencies.
+            dc: Whether the constant function is kept.
+            normalization: 'l1' or 'ortho'.
+
+        Returns:
+            Layer on conv's device, with its dtype, training flag and requires_grad.
+        """
+        layer = nn.utils.skip_init(cls, **conv_args(conv), level=level, dc=dc, normalization=normalization)
+        with torch.no_grad():
+            layer.weight.copy_(analyze(conv.weight, layer.basis))
+            layer.weight.requires_grad_(conv.weight.requires_grad)
+            if conv.bias is not None:
+                layer.bias.copy_(conv.bias)
+                layer.bias.requires_grad_(conv.bias.requires_grad)
+        return layer.train(conv.training)
+
+
+class HarmonicBlock2d(_HarmonicLayer):
+    """The paper's harmonic block with normalised responses, its choice for the root layer (section 3.2).
+
+    Every input channel is filtered by every DCT function; the C * P responses are batch-normalised without affine
+    parameters, then mixed by a 1 x 1 convolution. When the normalisation uses running statistics, all of it is one
+    convolution with the normalisation folded in.
+
+    Takes the arguments of `HarmonicConv2d`, and has the same attributes.
+
+    Attributes:
+        weight: Mixing coefficients (O, C / groups, P, 1).
+        bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n.
+
+    Raises:
+        ValueError: If an argument is out of range, naming it.
+    """
+
+    def _init_norm(self) -> None:
+        self.bn = nn.BatchNorm2d(
+            self.in_channels * self.weight.shape[2], affine=False, device=self.weight.device, dtype=self.weight.dtype
+        )
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal over the mix's fan-out, std sqrt(2 / O), as the authors' code does; bias zero."""
+        nn.init.kaiming_normal_(self.weight.flatten(1)[..., None, None], mode='fan_out', nonlinearity='relu')
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.bn.reset_running_stats()
+
+    def responses(self, x: Tensor) -> Tensor:
+        """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation."""
+        # One dense convolution over B * C single-channel images: faster than a depth-wise one of C groups.
+        x = self._convolve(x.flatten(0, 1).unsqueeze(1), self.basis.to(self.weight.dtype).unsqueeze(1), None, 1)
+        return x.reshape(-1, self.in_channels * self.basis.shape[0], x.shape[2], x.shape[3])
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Filters (O, C / groups, k, k) and bias (O,) with the running statistics folded in, differentiable."""
+        filters, bias = _fold(
+            self.weight, self.basis, self.bn.running_mean, self.bn.running_var, self.bn.eps, self.groups
+        )
+        if self.bias is not None:
+            bias = bias + self.bias
+        return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
+
+    def filters(self) -> Tensor:
+        """The filters (O, C / groups, k, k) of evaluation, differentiable."""
+        return self.folded()[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bn.training:
+            responses = self.bn(self.responses(x))
+            return F.conv2d(responses, self.weight.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
+        filters, bias = self.folded()
+        return self._convolve(x, filters, bias, self.groups)
+
+    def fuse(self) -> nn.Conv2d:
+        """A new nn.Conv2d, with a bias, that computes the same in evaluation; this layer is left as it is."""
+        return self._plain(*self.folded())
