@@ -1,5 +1,6 @@
 """The two harmonic layers: convolutions whose filters are learned combinations of fixed DCT functions."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,12 +30,21 @@ def conv_args(conv: nn.Module) -> dict[str, Any]:
     return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
+def _outside_autocast(device_type: str) -> AbstractContextManager:
+    """Context in which autocast does not lower precision, on devices that have it (meta has none)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def _compose(weight: Tensor, basis: Tensor) -> Tensor:
     """Filters (O, I, k, k) of coefficients (O, I, P, 1): one product, in basis' precision whatever autocast says."""
-    if not torch.jit.is_scripting() and torch.is_autocast_enabled(weight.device.type):
-        with torch.autocast(weight.device.type, enabled=False):
-            return synthesize(weight, basis)
-    return synthesize(weight, basis)
+    if torch.jit.is_scripting():  # TorchScript knows no such context
+        filters = synthesize(weight, basis)
+    else:
+        with _outside_autocast(weight.device.type):
+            filters = synthesize(weight, basis)
+    return filters
 
 
 def _fold(
@@ -176,7 +186,7 @@ class _HarmonicLayer(nn.Module):
 
 
 class HarmonicConv2d(_HarmonicLayer):
-    """Convolution with filters sum_n weight[o, i, n] d_n over DCT functions d_n (arXiv:2001.06570, eq. 6).
+    """Convolution with filters sum_n weight[o, i, n] d_n over DCT functions d_n (arXiv:2001.06570).
 
     Equal to filtering every input channel by every DCT function and mixing the responses by a 1 x 1 convolution.
     Input (B, C, H, W), output as nn.Conv2d's, for any H and W.
@@ -253,7 +263,8 @@ class HarmonicConv2d(_HarmonicLayer):
 
 
 class HarmonicBlock2d(_HarmonicLayer):
-    """The paper's harmonic block with normalised responses, its choice for the root layer (section 3.2).
+    """The paper's harmonic block with normalised responses, its choice for the root layer
+    (arXiv:2001.06570).
 
     Every input channel is filtered by every DCT function; the C * P responses are batch-normalised without affine
     parameters, then mixed by a 1 x 1 convolution. When the normalisation uses running statistics, all of it is one

@@ -1,6 +1,6 @@
 """The DCT basis of harmonic networks, as mathematics.
 
-Type-II discrete cosine functions on a k x k grid (Ulicny, Krylov, Dahyot, arXiv:2001.06570, section 3).
+Type-II discrete cosine functions on a k x k grid (Ulicny, Krylov, Dahyot, arXiv:2001.06570).
 """
 
 import torch
@@ -51,7 +51,7 @@ def dct_basis(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """DCT-II basis functions d_ij(x, y) = cos(pi (x + 1/2) i / k) cos(pi (y + 1/2) j / k) (arXiv:2001.06570, eq. 1).
+    """DCT-II basis functions d_ij(x, y) = cos(pi (x + 1/2) i / k) cos(pi (y + 1/2) j / k).
 
     They are mutually orthogonal whatever their scale. Values are computed on the CPU in float64, then cast.
 
@@ -84,7 +84,7 @@ def dct_basis(
 
 
 def synthesize(coefficients: Tensor, basis: Tensor) -> Tensor:
-    """Filters that coefficients stand for: sum_n coefficients[o, i, n] basis[n] (arXiv:2001.06570, eq. 6).
+    """Filters that coefficients stand for: sum_n coefficients[o, i, n] basis[n].
 
     Args:
         coefficients: Tensor (O, I, P, 1).

@@ -15,7 +15,7 @@ from .checkpoints import build_model, convert_state_dict
 from .conv import HarmonicBlock2d, HarmonicConv2d
 from .convert import Levels, check_channels, expand_levels, make_harmonic
 
-__all__ = ['HarmonicResNet']
+__all__ = ['HarmonicResNet', 'checkpoint_filter_fn']
 
 _STEM_POOLS = (None, 'avg', 'max')
 _TIMM_TAPS = 5  # timm's ResNet counts the stem and four stages
@@ -175,7 +175,7 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     'harm0_seresnext101_32x4d': dict(_RESNET101, cardinality=32, base_width=4, stem_pool='max', **_SE, **_PLAIN),
 }
 
-_filter_fn = partial(convert_state_dict, names={r'(^|\.)harm(\d)\.': r'\1conv\2.'}, norm='bn1')
+checkpoint_filter_fn = partial(convert_state_dict, names={r'(^|\.)harm(\d)\.': r'\1conv\2.'}, norm='bn1')
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicResNet:
@@ -185,7 +185,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicResNet:
         HarmonicResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=_filter_fn,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=tuple(range(taps))),
         **args,
     )

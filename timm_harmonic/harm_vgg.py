@@ -11,7 +11,7 @@ from torch import nn
 from .checkpoints import build_model, convert_state_dict
 from .convert import Levels, check_channels, expand_levels, make_harmonic
 
-__all__ = ['HarmonicVGG']
+__all__ = ['HarmonicVGG', 'checkpoint_filter_fn']
 
 
 class HarmonicVGG(VGG):
@@ -68,7 +68,7 @@ class HarmonicVGG(VGG):
         )
 
 
-_filter_fn = partial(
+checkpoint_filter_fn = partial(
     convert_state_dict,
     names={
         r'^classifier\.0\.': 'pre_logits.fc1.',
@@ -88,7 +88,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicVGG:
         variant,
         pretrained,
         model_cfg=cfgs[base],
-        pretrained_filter_fn=_filter_fn,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5)),
         **kwargs,
     )

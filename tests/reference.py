@@ -1,0 +1,114 @@
+"""Slow, obvious definitions that the tests compare with, and the rule behind the golden data."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+DATA = Path(__file__).parent / 'data'
+
+
+def dct_functions(k, level=None, dc=True, normalization='l1'):
+    """The DCT functions by their formula, one number at a time: float64 tensor (P, k, k)."""
+    functions = []
+    for i in range(k):
+        for j in range(k):
+            if (level is not None and i + j >= level) or (not dc and i == j == 0):
+                continue
+            d = torch.tensor(
+                [
+                    [math.cos(math.pi * (x + 0.5) * i / k) * math.cos(math.pi * (y + 0.5) * j / k) for y in range(k)]
+                    for x in range(k)
+                ],
+                dtype=torch.float64,
+            )
+            functions.append(d / (d.abs().sum() if normalization == 'l1' else d.norm()))
+    return torch.stack(functions)
+
+
+def responses(x, functions, stride=1, padding=0, dilation=1, padding_mode='zeros'):
+    """Every channel filtered by every DCT function, depth-wise: (B, C * P, H', W')."""
+    k, channels = functions.shape[-1], x.shape[1]
+    if padding == 'same':
+        total = dilation * (k - 1)
+        pads = (total // 2, total - total // 2) * 2
+    else:
+        pads = (0 if padding == 'valid' else padding,) * 4
+    x = F.pad(x, pads, mode='constant' if padding_mode == 'zeros' else padding_mode)
+    filters = functions.to(x).repeat(channels, 1, 1).unsqueeze(1)
+    return F.conv2d(x, filters, stride=stride, dilation=dilation, groups=channels)
+
+
+def mix(filtered, weight, bias, groups):
+    """1 x 1 convolution of the responses by coefficients (O, I, P, 1)."""
+    return F.conv2d(filtered, weight.reshape(len(weight), -1, 1, 1), bias, groups=groups)
+
+
+def generated_tensor(seed, name, shape):
+    """A parameter of the golden data, filled from its name (see tests/data/README.md)."""
+    random = np.random.RandomState(zlib.crc32(f'{seed}:{name}'.encode()))
+    if name.endswith('num_batches_tracked'):
+        return torch.tensor(0)
+    if name.endswith('running_mean'):
+        values = 0.1 * random.standard_normal(shape)
+    elif name.endswith('running_var'):
+        values = 0.5 + random.random_sample(shape)
+    elif len(shape) == 1 and name.endswith('weight'):
+        values = 0.5 + 0.5 * random.random_sample(shape)
+    elif len(shape) == 1:
+        values = 0.1 * random.standard_normal(shape)
+    else:
+        values = random.standard_normal(shape) * math.sqrt(2 / np.prod(shape[1:])) * (3.0 if len(shape) == 5 else 1.0)
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+
+
+def generated_state_dict(name, seed=None):
+    """A state dict in the authors' layout, `.dct` tensors included, as tests/data/<name>.json lists it."""
+    spec = json.loads((DATA / f'{name}.json').read_text())
+    state = {}
+    for key, shape in spec['keys']:
+        if key.endswith('.dct'):
+            state[key] = authors_dct(shape)
+        else:
+            state[key] = generated_tensor(spec['seed'] if seed is None else seed, key, shape)
+    return state
+
+
+def authors_dct(shape):
+    """The frozen tensor that the authors' layer keeps: (1, P, k, k), or (C * P, 1, k, k) before normalisation."""
+    k = shape[-1]
+    full = dct_functions(k).float()
+    if shape[0] != 1:
+        return full.repeat(shape[0] // k**2, 1, 1).unsqueeze(1)
+    level = next(level for level in range(1, 2 * k) if len(dct_functions(k, level)) == shape[1])
+    return dct_functions(k, level).float().unsqueeze(0)
+
+
+def generated_images(seed, shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def relative_error(actual, expected):
+    """Largest difference over largest expected magnitude."""
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def randomize_batch_norm(model, seed=0):
+    """Gives every batch-norm statistics and scales as training would: fresh ones hide mistakes in folding."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.2, 0.2),
+            ):
+                if tensor is not None:
+                    with torch.no_grad():
+                        tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+    return model

@@ -1,0 +1,88 @@
+"""The command line: help, version, and errors that name the option."""
+
+import subprocess
+import sys
+
+import pytest
+
+import timm_harmonic
+from timm_harmonic import cli, quickstart
+
+
+def fail(capsys, *args):
+    with pytest.raises(SystemExit) as error:
+        cli.main(list(args))
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_module_is_the_command():
+    done = subprocess.run([sys.executable, '-m', 'timm_harmonic', '--version'], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.strip() == f'timm-harmonic {timm_harmonic.__version__}'
+
+
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(['--help'])
+    assert done.value.code == 0
+    assert 'quickstart' in capsys.readouterr().out
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(['quickstart', '--help'])
+    printed = capsys.readouterr().out
+    for option in ('--seeds', '--epochs', '--train-per-class', '--out', '--models', '--export'):
+        assert option in printed
+
+
+def test_model_names_are_those_of_the_quickstart():
+    assert tuple(quickstart.MODELS) == cli._MODELS
+
+
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        ((), 'required'),
+        (('nonsense',), 'invalid choice'),
+        (('quickstart', '--seeds', '0'), 'at least 1'),
+        (('quickstart', '--epochs', 'ten'), 'at least 1'),
+        (('quickstart', '--train-per-class', '-3'), 'at least 1'),
+        (('quickstart', '--train-per-class', '1000'), '--train-per-class'),
+        (('quickstart', '--models', 'harm0,vgg'), "unknown model 'vgg'"),
+        (('quickstart', '--models', ''), 'unknown model'),
+        (('quickstart', '--export', 'x', '--seeds', '2'), '--seeds'),
+    ],
+)
+def test_bad_arguments(capsys, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in fail(capsys, *args)
+    assert not any(tmp_path.glob('**/*.png'))
+
+
+def test_out_must_be_a_folder(capsys, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert 'cannot write' in fail(capsys, 'quickstart', '--out', str(tmp_path / 'file'))
+
+
+def test_export_refuses_a_folder_with_files(capsys, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert 'not empty' in fail(capsys, 'quickstart', '--export', str(tmp_path))
+
+
+def test_export_writes_the_patches_and_says_how_to_train(capsys, tmp_path):
+    assert cli.main(['quickstart', '--export', str(tmp_path / 'new'), '--train-per-class', '2']) == 0
+    assert len(list(tmp_path.glob('new/train/*/*.png'))) == 34
+    printed = capsys.readouterr().out
+    assert 'train.py' in printed
+    assert f'--data-dir "{tmp_path / "new"}"' in printed
+
+
+def test_interrupt_ends_quietly(capsys, monkeypatch):
+    def interrupt(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart, 'quickstart', interrupt)
+    assert cli.main(['quickstart']) == 130
+    assert 'stopped' in capsys.readouterr().out

@@ -1,0 +1,363 @@
+"""The two layers against filtering by every DCT function and mixing, and their deployed form."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import reference
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
+
+LAYERS = [HarmonicConv2d, HarmonicBlock2d]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
+
+
+@st.composite
+def layer_arguments(draw):
+    """Arguments that nn.Conv2d and the DCT both accept."""
+    k = draw(st.integers(1, 7))
+    level = draw(st.none() | st.integers(1, 2 * k - 1))
+    dc = draw(st.booleans()) or k == 1 or level == 1
+    groups = draw(st.sampled_from([1, 2, 3]))
+    stride = draw(st.integers(1, 4))
+    padding = draw(st.integers(0, 3) | st.sampled_from(['valid', 'same'] if stride == 1 else ['valid']))
+    return dict(
+        in_channels=groups * draw(st.integers(1, 2)),
+        out_channels=groups * draw(st.integers(1, 3)),
+        kernel_size=k,
+        stride=stride,
+        padding=padding,
+        dilation=draw(st.integers(1, 2)),
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(['zeros', 'reflect', 'replicate', 'circular'])),
+        level=level,
+        dc=dc,
+        normalization=draw(st.sampled_from(['l1', 'ortho'])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+    )
+
+
+def filled(cls, args, seed):
+    torch.manual_seed(seed)
+    layer = cls(**args)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    return reference.randomize_batch_norm(layer, seed)
+
+
+def oracle(layer, x, weight, bias):
+    """Filter by each DCT function, normalise if the layer does, mix 1 x 1."""
+    functions = reference.dct_functions(layer.kernel_size[0], layer.level, layer.dc, layer.normalization)
+    padding = layer.padding if isinstance(layer.padding, str) else layer.padding[0]
+    y = reference.responses(x, functions, layer.stride, padding, layer.dilation[0], layer.padding_mode)
+    if isinstance(layer, HarmonicBlock2d):
+        mean, var = layer.bn.running_mean, layer.bn.running_var
+        if layer.training:
+            mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
+        y = (y - mean[:, None, None]) / torch.sqrt(var[:, None, None] + layer.bn.eps)
+    return reference.mix(y, weight, bias, layer.groups)
+
+
+def gradients(output, weights, inputs):
+    """Gradients of a weighted sum of the output; None where an input does not matter."""
+    return torch.autograd.grad((output * weights).sum(), inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('training', [False, True])
+@settings(max_examples=60, deadline=None)
+@given(args=layer_arguments(), seed=st.integers(0, 2**16))
+def test_layer_is_filtering_and_mixing(cls, training, args, seed):
+    layer = filled(cls, args, seed).train(training)
+    tolerance = TOLERANCE[args['dtype']]
+    x = torch.randn(2, args['in_channels'], 13, 15, dtype=args['dtype'], requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    expected = oracle(layer, x, layer.weight, layer.bias)
+    actual = layer(x)
+    assert actual.shape == expected.shape
+    assert reference.relative_error(actual, expected) < tolerance
+    weights = torch.randn_like(expected)
+    for ours, theirs in zip(gradients(actual, weights, inputs), gradients(expected, weights, inputs), strict=True):
+        # Batch statistics cancel a constant: a gradient may be zero, and is compared on the scale of the weights.
+        assert (ours - theirs).abs().max() < tolerance * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@settings(max_examples=60, deadline=None)
+@given(args=layer_arguments(), seed=st.integers(0, 2**16))
+def test_fuse_is_the_layer(cls, args, seed):
+    layer = filled(cls, dict(args, dtype=torch.float64), seed).eval()
+    before = copy.deepcopy(layer.state_dict())
+    conv = layer.fuse()
+    assert type(conv) is nn.Conv2d
+    for name in ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups'):
+        assert getattr(conv, name) == getattr(layer, name), name
+    assert conv.padding_mode == layer.padding_mode
+    x = torch.randn(2, args['in_channels'], 13, 15, dtype=torch.float64)
+    torch.testing.assert_close(conv(x), layer(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dict(layer.state_dict()), dict(before), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('requires_grad', [False, True])
+@pytest.mark.parametrize('bias', [False, True])
+def test_fuse_keeps_flags_and_consumes_no_randomness(cls, training, requires_grad, bias):
+    layer = cls(3, 8, 3, bias=bias).to(torch.bfloat16).train(training).requires_grad_(requires_grad)
+    state = torch.get_rng_state()
+    conv = layer.fuse()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert conv.training is training
+    assert all(p.dtype == torch.bfloat16 and p.requires_grad is requires_grad and p.is_leaf for p in conv.parameters())
+    assert conv.weight.data_ptr() != layer.weight.data_ptr()
+    assert (conv.bias is not None) is (bias or cls is HarmonicBlock2d)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_fuse_on_meta(cls):
+    conv = cls(3, 8, 3, device='meta', dtype=torch.float64).fuse()
+    assert conv.weight.device.type == 'meta'
+    assert conv.weight.dtype == torch.float64
+
+
+def test_running_statistics_as_batch_norm():
+    """Momentum, the unbiased variance and the counter are nn.BatchNorm2d's."""
+    layer = HarmonicBlock2d(3, 4, 5, stride=2, padding=2).double().train()
+    bn = nn.BatchNorm2d(75, affine=False).double()
+    functions = reference.dct_functions(5)
+    for _ in range(3):
+        x = torch.randn(4, 3, 17, 19, dtype=torch.float64)
+        layer(x)
+        bn(reference.responses(x, functions, stride=2, padding=2))
+    torch.testing.assert_close(layer.bn.state_dict(), bn.state_dict())
+
+
+def test_block_with_frozen_statistics_trains_exactly():
+    """bn.eval() inside a training network: the folded form, differentiable."""
+    layer = filled(HarmonicBlock2d, dict(in_channels=3, out_channels=4, kernel_size=3, dtype=torch.float64), 0)
+    layer.train()
+    layer.bn.eval()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    normalised = layer.bn(reference.responses(x, reference.dct_functions(3)))
+    expected = reference.mix(normalised, layer.weight, layer.bias, 1)
+    torch.testing.assert_close(layer(x), expected)
+    weights = torch.randn_like(expected)
+    (ours,) = gradients(layer(x), weights, [layer.weight])
+    (theirs,) = gradients(expected, weights, [layer.weight])
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_initialisation_is_the_authors(cls):
+    """Kaiming over fan-out on the authors' shapes: (O, I, P, 1, 1), or (O, I * P, 1, 1) before normalisation."""
+    torch.manual_seed(0)
+    layer = cls(64, 256, 3, groups=2)
+    shape = (256, 32 * 9, 1, 1) if cls is HarmonicBlock2d else (256, 32, 9, 1, 1)
+    torch.manual_seed(0)
+    expected = nn.init.kaiming_normal_(torch.empty(shape), mode='fan_out', nonlinearity='relu')
+    assert torch.equal(layer.weight.flatten(), expected.flatten())
+    std = (2 / 256) ** 0.5 if cls is HarmonicBlock2d else (2 / (256 * 9)) ** 0.5
+    assert abs(layer.weight.std().item() / std - 1) < 0.02
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize('normalization', ['l1', 'ortho'])
+@pytest.mark.parametrize('groups', [1, 4])
+def test_from_conv2d_is_exact(normalization, groups, dtype):
+    conv = nn.Conv2d(8, 12, 5, stride=2, padding=2, dilation=2, groups=groups, padding_mode='reflect', dtype=dtype)
+    conv.weight.requires_grad_(False)
+    layer = HarmonicConv2d.from_conv2d(conv.eval(), normalization=normalization)
+    x = torch.randn(2, 8, 20, 20, dtype=dtype)
+    assert reference.relative_error(layer(x), conv(x)) < (1e-13 if dtype == torch.float64 else 2e-6)
+    assert not layer.training
+    assert not layer.weight.requires_grad
+    assert layer.bias.requires_grad
+    fused = layer.fuse()
+    assert reference.relative_error(fused.weight, conv.weight) < (1e-14 if dtype == torch.float64 else 2e-6)
+
+
+def test_from_conv2d_truncated_is_the_nearest():
+    conv = nn.Conv2d(4, 6, 3, dtype=torch.float64)
+    layer = HarmonicConv2d.from_conv2d(conv, level=2)
+    functions = reference.dct_functions(3, 2, normalization='ortho')
+    projected = torch.einsum('oixy,nxy,nuv->oiuv', conv.weight, functions, functions)
+    torch.testing.assert_close(layer.filters(), projected)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_bfloat16_round_trip_keeps_the_basis(cls):
+    """Coefficients lose what bfloat16 loses; the basis is the same to the last bit."""
+    layer = cls(3, 8, 7)
+    basis = layer.basis.clone()
+    back = layer.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(back.basis, basis)
+    assert layer.to(torch.float64).basis.dtype == torch.float64
+    torch.testing.assert_close(layer.basis, reference.dct_functions(7), rtol=0, atol=1e-15)
+    assert torch.equal(layer.half().float().basis, basis)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_basis_survives_to_empty_and_is_in_no_state_dict(cls):
+    layer = cls(3, 8, 3, device='meta')
+    assert 'basis' not in layer.state_dict()
+    layer = layer.to_empty(device='cpu')
+    torch.testing.assert_close(layer.basis, reference.dct_functions(3).float())
+    layer.basis.fill_(float('nan'))
+    layer.init_non_persistent_buffers()
+    torch.testing.assert_close(layer.basis, reference.dct_functions(3).float())
+    with torch.device('meta'):
+        assert cls(3, 8, 3).basis.device.type == 'meta'
+
+
+def reloaded_pickle(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def reloaded_safetensors(layer):
+    new = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size)
+    new.load_state_dict(safetensors.torch.load(safetensors.torch.save(layer.state_dict())))
+    return new.eval()
+
+
+def reloaded_torch(layer):
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    new = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size)
+    new.load_state_dict(torch.load(file, weights_only=True))
+    return new.eval()
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('copied', [copy.deepcopy, reloaded_pickle, reloaded_safetensors, reloaded_torch])
+def test_copies_compute_the_same(cls, copied):
+    layer = reference.randomize_batch_norm(cls(3, 8, 3)).eval()
+    x = torch.randn(2, 3, 9, 9)
+    expected = layer(x)
+    copy_ = copied(layer)
+    assert torch.equal(copy_(x), expected)
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert torch.equal(copy_(x), expected), 'the copy shares its weights'
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_filters_follow_weights_that_change_in_eval(cls):
+    """An averaged model is updated in place while it is in eval: nothing may be cached."""
+    layer = cls(3, 8, 3)
+    x = torch.randn(2, 3, 9, 9)
+    ema = ModelEmaV3(layer, decay=0.5).eval()
+    ema.module(x)
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    ema.update(layer)
+    expected = cls(3, 8, 3).eval()
+    expected.load_state_dict(ema.module.state_dict())
+    assert torch.equal(ema.module(x), expected(x))
+    torch.testing.assert_close(ema.module.weight, layer.weight * 2 / 3)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('training', [False, True])
+def test_filters_are_composed_outside_autocast(cls, training):
+    """Under bfloat16 autocast the filters are those of float32: rounded once, by the convolution."""
+    torch.manual_seed(0)
+    layer = reference.randomize_batch_norm(cls(16, 32, 3, padding=1)).train(training)
+    outside = layer.filters()
+    with torch.autocast('cpu', torch.bfloat16):
+        inside = layer.filters()
+        assert layer(torch.randn(4, 16, 24, 24)).dtype == torch.bfloat16
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_pure_bfloat16_composes_in_float32(cls):
+    layer = reference.randomize_batch_norm(cls(16, 32, 3)).to(torch.bfloat16).eval()
+    exact = copy.deepcopy(layer).double().filters()
+    assert layer.filters().dtype == torch.bfloat16
+    half_ulp = 2.0**-8  # relative, of a significand of 8 bits
+    assert ((layer.filters() - exact).abs() <= 1.001 * half_ulp * exact.abs() + 1e-7).all()
+    assert layer(torch.randn(1, 16, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('training', [False, True])
+def test_channels_last(cls, training):
+    layer = cls(3, 8, 7, stride=2, padding=3).train(training)
+    x = torch.randn(2, 3, 32, 32)
+    expected = copy.deepcopy(layer)(x)
+    layer = layer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:`torch.jit.*` is deprecated:FutureWarning')  # timm still scripts its models
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('padding_mode', ['zeros', 'reflect'])
+@pytest.mark.parametrize('padding', [1, 'same'])
+def test_script_trace_compile_export(cls, padding, padding_mode):
+    """One layer through torch.jit.script, torch.fx, torch.compile (no graph break) and torch.export."""
+    layer = reference.randomize_batch_norm(cls(4, 8, 3, padding=padding, padding_mode=padding_mode)).eval()
+    x = torch.randn(2, 4, 9, 11)
+    expected = layer(x)
+    torch.testing.assert_close(torch.jit.script(layer)(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), expected)
+    torch.testing.assert_close(torch.compile(layer, backend='aot_eager', fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), expected)
+    layer.train()
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(layer))(x), copy.deepcopy(layer)(x))
+    with torch.autocast('cpu', torch.bfloat16):
+        compiled = torch.compile(copy.deepcopy(layer), backend='aot_eager', fullgraph=True)
+        torch.testing.assert_close(compiled(x), copy.deepcopy(layer)(x))
+
+
+def test_fx_trace_keeps_the_precision_of_composition():
+    layer = HarmonicConv2d(16, 16, 3).eval()
+    traced = torch.fx.symbolic_trace(layer)
+    x = torch.randn(1, 16, 8, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(traced(x), layer(x))
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_representation_names_what_matters(cls):
+    text = repr(cls(4, 8, (3, 3), padding=1, level=2, dc=False, normalization='ortho', bias=False))
+    for part in (cls.__name__, '4, 8, kernel_size=(3, 3)', 'padding=(1, 1)', 'level=2', 'dc=False', "'ortho'"):
+        assert part in text
+    assert 'dilation' not in text
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize(
+    ('args', 'error', 'words'),
+    [
+        (dict(level=0), ValueError, 'level must be None or an integer from 1'),
+        (dict(level=6), ValueError, 'got 6'),
+        (dict(level=1, dc=False), ValueError, 'no filter is left'),
+        (dict(normalization='max'), ValueError, 'normalization must be one of'),
+        (dict(kernel_size=(3, 5)), ValueError, r'filters are square, got kernel_size=\(3, 5\)'),
+        (dict(padding='same', stride=2), ValueError, 'same.* is not supported for strided'),
+        (dict(padding='full'), ValueError, 'Invalid padding string'),
+        (dict(groups=3), ValueError, 'divisible by groups'),
+        (dict(padding_mode='mirror'), ValueError, 'padding_mode must be one of'),
+        (dict(in_channels=0), ValueError, 'in_channels must be at least 1, got 0'),
+        (dict(out_channels=-1), ValueError, 'out_channels must be at least 1, got -1'),
+        (dict(transposed=True), TypeError, 'transposed'),
+    ],
+)
+def test_bad_arguments(cls, args, error, words):
+    with pytest.raises(error, match=words):
+        cls(**dict(dict(in_channels=4, out_channels=8, kernel_size=3), **args))
+
+
+def test_from_conv2d_refuses_filters_that_are_not_square():
+    with pytest.raises(ValueError, match='square'):
+        HarmonicConv2d.from_conv2d(nn.Conv2d(3, 4, (1, 3)))

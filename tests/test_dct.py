@@ -1,0 +1,104 @@
+"""The DCT basis by its mathematical properties."""
+
+import numpy as np
+import pytest
+import reference
+import scipy.fft
+import torch
+
+from timm_harmonic import dct_basis
+from timm_harmonic.dct import analyze, dct_frequencies, synthesize
+
+SIZES = [1, 2, 3, 4, 5, 7, 8]
+
+
+@pytest.mark.parametrize('k', SIZES)
+def test_basis_is_scipys_dct(k):
+    """The orthonormal basis is the type-II DCT: coefficients of a random patch are scipy's."""
+    patch = np.random.RandomState(0).standard_normal((k, k))
+    basis = dct_basis(k, normalization='ortho', dtype=torch.float64).numpy()
+    ours = np.tensordot(basis, patch, axes=2).reshape(k, k)
+    np.testing.assert_allclose(ours, scipy.fft.dctn(patch, type=2, norm='ortho'), atol=1e-12)
+
+
+@pytest.mark.parametrize('normalization', ['l1', 'ortho'])
+@pytest.mark.parametrize('k', SIZES)
+def test_basis_is_orthogonal(k, normalization):
+    flat = dct_basis(k, normalization=normalization, dtype=torch.float64).flatten(1)
+    gram = flat @ flat.T
+    assert (gram - gram.diag().diag()).abs().max() < 1e-14
+    if normalization == 'ortho':
+        torch.testing.assert_close(gram.diag(), torch.ones(k * k, dtype=torch.float64), rtol=0, atol=1e-14)
+    else:
+        torch.testing.assert_close(flat.abs().sum(1), torch.ones(k * k, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize('k', SIZES)
+@pytest.mark.parametrize('normalization', ['l1', 'ortho'])
+def test_basis_is_the_formula(k, normalization, dtype):
+    for level in (None, *range(1, 2 * k)):
+        for dc in (True, False):
+            if not dc and 1 in (k, level):
+                continue
+            expected = reference.dct_functions(k, level, dc, normalization).to(dtype)
+            ours = dct_basis(k, level, dc, normalization, dtype=dtype)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-15 if dtype == torch.float64 else 1e-7)
+
+
+@pytest.mark.parametrize('k', SIZES)
+def test_number_of_frequencies(k):
+    """Triangular numbers up to level k, then all but the triangle that is missing at the other corner."""
+    for level in range(1, 2 * k):
+        missing = 2 * k - 1 - level
+        expected = level * (level + 1) // 2 if level <= k else k * k - missing * (missing + 1) // 2
+        assert len(dct_frequencies(k, level)) == expected
+    assert len(dct_frequencies(k, 2 * k - 1)) == len(dct_frequencies(k)) == k * k
+
+
+def test_order_is_rows_outer():
+    assert dct_frequencies(3, 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]
+    assert dct_frequencies(2, dc=False) == [(0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize('normalization', ['l1', 'ortho'])
+@pytest.mark.parametrize('k', [2, 3, 7])
+def test_analysis_inverts_synthesis(k, normalization):
+    filters = torch.randn(5, 4, k, k, dtype=torch.float64)
+    basis = dct_basis(k, normalization=normalization, dtype=torch.float64)
+    torch.testing.assert_close(synthesize(analyze(filters, basis), basis), filters)
+
+
+@pytest.mark.parametrize('normalization', ['l1', 'ortho'])
+def test_truncated_analysis_is_the_nearest(normalization):
+    """On a truncated basis the approximation is the least-squares one: what is left is orthogonal to the basis."""
+    filters = torch.randn(5, 4, 3, 3, dtype=torch.float64)
+    basis = dct_basis(3, 2, normalization=normalization, dtype=torch.float64)
+    rest = filters - synthesize(analyze(filters, basis), basis)
+    assert torch.einsum('oixy,nxy->oin', rest, basis).abs().max() < 1e-14
+
+
+def test_default_dtype_and_device():
+    assert dct_basis(3).dtype == torch.get_default_dtype()
+    with torch.device('meta'):
+        basis = dct_basis(3, device='cpu')
+    torch.testing.assert_close(basis, reference.dct_functions(3).float())
+    assert dct_basis(3, device='meta').device.type == 'meta'
+
+
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        (dict(kernel_size=0), 'kernel_size must be an integer of at least 1'),
+        (dict(kernel_size=2.0), 'kernel_size must be an integer'),
+        (dict(kernel_size=3, level=0), 'level must be None or an integer from 1 to'),
+        (dict(kernel_size=3, level=6), '5 for kernel_size 3, got 6'),
+        (dict(kernel_size=3, level=2.5), 'level must be None or an integer'),
+        (dict(kernel_size=3, level=True), 'level must be None or an integer'),
+        (dict(kernel_size=3, level=1, dc=False), 'no filter is left'),
+        (dict(kernel_size=1, dc=False), 'no filter is left'),
+        (dict(kernel_size=3, normalization='l2'), "normalization must be one of .* got 'l2'"),
+    ],
+)
+def test_bad_arguments(args, words):
+    with pytest.raises(ValueError, match=words):
+        dct_basis(**args)

@@ -1,0 +1,129 @@
+"""Agreement with numbers that the authors' implementation computed (see data/README.md)."""
+
+import json
+
+import numpy as np
+import pytest
+import reference
+import timm
+import torch
+import torch.nn.functional as F
+
+import timm_harmonic  # noqa: F401  registers the models
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
+
+# The authors' network and ours.
+NETWORKS = {
+    'harm1_resnet50': 'harm1_resnet50',
+    'harm_resnet50': 'harm_resnet50',
+    'harm_resnet50_avgpool': 'harm_resnet50_avgpool',
+    'harm_resnet50_avgpool_levels_NN32': 'harm_resnet50_progressive',
+    'harm_resnet101': 'harm_resnet101',
+    'harm_se_resnext101_32x4d': 'harm_seresnext101_32x4d',
+    'harm_se_resnext101_64x4d': 'harm_seresnext101_64x4d',
+    'harm_vgg11': 'harm_vgg11',
+    'harm_vgg16_bn': 'harm_vgg16_bn',
+    'resnet50_nopool': 'harm0_resnet50',
+    'resnet101_maxpool': 'resnet101',
+    'se_resnext101_32x4d': 'harm0_seresnext101_32x4d',
+}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+LAYERS = json.loads((reference.DATA / 'layers.json').read_text())
+
+
+def test_every_file_is_used():
+    stems = {path.stem for path in reference.DATA.glob('*.npz')}
+    assert stems == {*NETWORKS, 'layers', 'train_harm_resnet50_avgpool', 'train_harm_resnet50_levels_NN32'}
+
+
+def from_golden(name, **kwargs):
+    """Our network with the golden parameters, loaded as the authors' checkpoint would be."""
+    overlay = dict(state_dict=reference.generated_state_dict(name))
+    return timm.create_model(NETWORKS[name], pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_network(name):
+    spec = json.loads((reference.DATA / f'{name}.json').read_text())
+    expected = torch.from_numpy(np.load(reference.DATA / f'{name}.npz')['logits'])
+    x = reference.generated_images(spec['seed'], spec['input_shape'])
+    model = from_golden(name).eval()
+    assert sum(p.numel() for p in model.parameters()) == spec['trainable_parameters']
+    with torch.inference_mode():
+        for dtype, tolerance in TOLERANCE.items():
+            error = reference.relative_error(model.to(dtype)(x.to(dtype)), expected)
+            assert error < tolerance, f'{dtype}: {error}'
+
+
+@pytest.mark.parametrize('case', LAYERS, ids=lambda case: case['name'])
+def test_layer(case, dtype):
+    args, tolerance = case['args'], TOLERANCE[dtype]
+    with np.load(reference.DATA / 'layers.npz') as file:
+        golden = {
+            key.partition('/')[2]: torch.from_numpy(file[key]) for key in file.files if key.startswith(case['name'])
+        }
+    layer = (HarmonicBlock2d if args.get('use_bn') else HarmonicConv2d)(
+        args['ni'],
+        args['no'],
+        args['kernel_size'],
+        level=args.get('level'),
+        dc=args.get('DC', True),
+        dtype=dtype,
+        **{key: args[key] for key in ('stride', 'padding', 'dilation', 'groups', 'bias') if key in args},
+    )
+    with torch.no_grad():
+        layer.weight.copy_(golden['weight'].reshape(layer.weight.shape))
+        if layer.bias is not None:
+            layer.bias.copy_(golden['bias'])
+        if args.get('use_bn'):
+            layer.bn.running_mean.copy_(golden['running_mean_before'])
+            layer.bn.running_var.copy_(golden['running_var_before'])
+    layer.train(case['training'])
+    x = golden['x'].to(dtype).requires_grad_()
+    y = layer(x)
+    y.backward(golden['grad_y'].to(dtype))
+    found = {'y': y, 'grad_x': x.grad, 'grad_weight': layer.weight.grad.reshape(golden['grad_weight'].shape)}
+    if layer.bias is not None:
+        found['grad_bias'] = layer.bias.grad
+    if args.get('use_bn'):
+        found['running_mean_after'] = layer.bn.running_mean
+        found['running_var_after'] = layer.bn.running_var
+    assert set(golden) <= {*found, 'x', 'weight', 'bias', 'grad_y', 'running_mean_before', 'running_var_before'}
+    for key, value in found.items():
+        assert reference.relative_error(value, golden[key]) < tolerance, key
+
+
+@pytest.mark.parametrize(
+    ('name', 'model_name', 'kwargs'),
+    [
+        ('harm_resnet50_avgpool', 'harm_resnet50_avgpool', {}),
+        ('harm_resnet50_levels_NN32', 'harm_resnet50', dict(levels=(None, None, 3, 2))),
+    ],
+)
+def test_four_training_steps(name, model_name, kwargs):
+    """SGD in float64 (train-mode batch-norm over few samples amplifies rounding): losses, logits, the root."""
+    spec = json.loads((reference.DATA / f'train_{name}.json').read_text())
+    golden = {key: torch.from_numpy(value) for key, value in np.load(reference.DATA / f'train_{name}.npz').items()}
+    layout = 'harm_resnet50_avgpool_levels_NN32' if 'levels' in name else name
+    state = reference.generated_state_dict(layout, seed=spec['seed'])
+    model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state), **kwargs)
+    model = model.double().train()
+    x = reference.generated_images(spec['seed'], spec['input_shape']).double()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=spec['lr'], momentum=spec['momentum'], weight_decay=spec['weight_decay']
+    )
+    losses = []
+    for _ in range(spec['steps']):
+        loss = F.cross_entropy(model(x), golden['labels'])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses, golden['losses'], rtol=1e-6)
+    np.testing.assert_allclose(losses, spec['losses'], rtol=1e-6)
+    with torch.no_grad():
+        assert reference.relative_error(model.eval()(x), golden['final_logits']) < 1e-6
+    root = model.conv1
+    assert reference.relative_error(root.weight.reshape(64, 147, 1, 1), golden['stem_weight']) < 1e-6
+    assert reference.relative_error(root.bn.running_mean, golden['stem_running_mean']) < 1e-6
+    assert reference.relative_error(root.bn.running_var, golden['stem_running_var']) < 1e-6

@@ -1,0 +1,209 @@
+"""The quickstart: its patches, one tiny run through the command line, and what it leaves behind."""
+
+import itertools
+import json
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_dataset
+
+from timm_harmonic import cli, photographs, quickstart
+from timm_harmonic.photographs import PATCH_SIZE, QuickstartError, draw_patches, export_patches, load_photographs
+
+# timm's ImageDataset leaves the closing of each image to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning'),
+    pytest.mark.filterwarnings('ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning'),
+]
+
+
+@pytest.fixture(scope='module')
+def pictures():
+    return load_photographs()
+
+
+@pytest.fixture(scope='module')
+def few(pictures):
+    return {name: pictures[name] for name in ('brick', 'chelsea', 'gravel')}
+
+
+@pytest.fixture
+def run_cli(monkeypatch, few, tmp_path):
+    """Runs the command on three photographs; returns the results and the folder."""
+    monkeypatch.setattr(quickstart, 'load_photographs', lambda: few)
+    monkeypatch.setenv('COLUMNS', '120')
+
+    def run(*args, out='out'):
+        folder = tmp_path / out
+        options = ['--seeds', '1', '--epochs', '2', '--train-per-class', '4', '--out', str(folder)]
+        assert cli.main(['quickstart', *options, *args]) == 0
+        return json.loads((folder / 'results.json').read_text()), folder
+
+    return run
+
+
+def test_photographs_are_gray_and_named_once(pictures):
+    assert len(pictures) == len(photographs.PHOTOGRAPHS) == 17
+    assert list(pictures) == sorted(pictures)
+    assert all(picture.dtype == np.uint8 and picture.ndim == 2 for picture in pictures.values())
+
+
+def test_no_pixel_is_in_two_patches(pictures):
+    train, test = (draw_patches(pictures, split, 24, seed=3) for split in ('train', 'validation'))
+    for name, picture in pictures.items():
+        assert len(train[name]) == len(test[name]) == 24
+        used = np.zeros(picture.shape, dtype=int)
+        for top, left in itertools.chain(train[name], test[name]):
+            patch = photographs.cut(used, (top, left))
+            assert patch.shape == (PATCH_SIZE, PATCH_SIZE)
+            patch += 1
+        assert used.max() == 1, name
+        assert max(left for _, left in train[name]) + PATCH_SIZE <= picture.shape[1] // 2
+        assert min(left for _, left in test[name]) >= picture.shape[1] // 2
+
+
+def test_choice_of_patches_follows_the_seed(few):
+    assert draw_patches(few, 'train', 5, seed=1) == draw_patches(few, 'train', 5, seed=1)
+    assert draw_patches(few, 'train', 5, seed=1) != draw_patches(few, 'train', 5, seed=2)
+
+
+def test_export_is_what_timm_reads(few, tmp_path):
+    counts = export_patches(tmp_path / 'new', few, train_per_class=3, test_per_class=2, seed=1)
+    assert counts == {'train': 9, 'validation': 6}
+    assert sorted(os.listdir(tmp_path / 'new')) == ['train', 'validation']
+    for split, each in (('train', 3), ('validation', 2)):
+        dataset = create_dataset('', tmp_path / 'new', split=split, input_img_mode='L')
+        assert [dataset[i][1] for i in range(len(dataset))] == [0] * each + [1] * each + [2] * each
+        assert dataset[0][0].size == (PATCH_SIZE, PATCH_SIZE)
+        assert list(dataset.reader.class_to_idx) == list(few)
+        for i, filename in enumerate(dataset.filenames(basename=True)):
+            name = list(few)[dataset[i][1]]
+            corner = tuple(map(int, filename.removesuffix('.png').split('_')))
+            np.testing.assert_array_equal(np.asarray(dataset[i][0]), photographs.cut(few[name], corner))
+
+
+def test_test_patches_do_not_depend_on_the_seed(few, tmp_path):
+    for seed in (0, 1):
+        export_patches(tmp_path / str(seed), few, 2, 2, seed)
+    names = [sorted(p.relative_to(tmp_path / s) for p in (tmp_path / s).glob('validation/*/*')) for s in '01']
+    assert names[0] == names[1]
+
+
+def test_export_refuses_a_folder_with_files(few, tmp_path):
+    (tmp_path / 'mine.txt').write_text('keep')
+    with pytest.raises(QuickstartError, match='not empty'):
+        export_patches(tmp_path, few, 2)
+    assert os.listdir(tmp_path) == ['mine.txt']
+
+
+def test_interrupted_export_leaves_nothing(few, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, 'save', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_patches(tmp_path / 'new', few, 2)
+    assert os.listdir(tmp_path / 'new') == []
+
+
+def test_too_many_patches_names_the_picture_and_the_option(pictures):
+    with pytest.raises(QuickstartError, match=r'chelsea has only 24 train patches.*--train-per-class'):
+        draw_patches(pictures, 'train', 25)
+
+
+def test_missing_picture_is_named(monkeypatch):
+    monkeypatch.setattr(photographs, 'PHOTOGRAPHS', (('skimage', 'data/nessie.png'),))
+    with pytest.raises(QuickstartError, match=r'nessie\.png'):
+        load_photographs()
+
+
+def test_run_writes_what_it_prints(run_cli, capsys):
+    results, folder = run_cli('--models', 'harm0,harm1,harm,harm_ortho')
+    assert sorted(os.listdir(folder)) == ['quickstart.png', 'results.json']
+    with Image.open(folder / 'quickstart.png') as image:
+        assert image.size[0] > 1000
+
+    printed = capsys.readouterr().out
+    assert 'Measured here: 1 seed' in printed
+    rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in printed.splitlines() if '│' in line]
+    assert [row[0] for row in rows] == list(results['models']) == ['harm0', 'harm1', 'harm', 'harm_ortho']
+    for name, accuracy, fused, gain, parameters, _ in rows:
+        model = results['models'][name]
+        assert float(accuracy) == pytest.approx(model['accuracy'][0], abs=0.051)
+        assert float(fused) == pytest.approx(model['fused_accuracy'][0], abs=0.051)
+        assert model['fused_accuracy'] == model['accuracy']
+        assert int(parameters.replace(',', '')) == model['parameters']
+        assert model['accuracy'][0] == model['accuracy_mean'] == model['curves'][0][-1]
+        assert model['accuracy_deviation'] is None
+        assert np.sum(model['root_energy']) == pytest.approx(100)
+        if name != 'harm0':
+            difference = model['accuracy'][0] - results['models']['harm0']['accuracy'][0]
+            assert float(gain) == pytest.approx(difference, abs=0.051)
+    assert results['curve_epochs'] == [1, 2]
+    assert results['data']['train_patches'] == 12
+    assert results['environment']['torch'] == torch.__version__
+    assert len({model['parameters'] for model in results['models'].values()}) == 1
+
+
+def test_same_seed_same_result_and_global_state_is_left_alone(run_cli):
+    threads = torch.get_num_threads()
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    first, _ = run_cli('--models', 'harm', '--seeds', '2', out='first')
+    assert torch.get_num_threads() == threads
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    np.testing.assert_array_equal(states[2], np.random.get_state()[1])
+
+    torch.manual_seed(8)
+    second, _ = run_cli('--models', 'harm', '--seeds', '2', out='second')
+    for key in ('accuracy', 'curves', 'root_energy', 'accuracy_deviation'):
+        assert first['models']['harm'][key] == second['models']['harm'][key], key
+
+
+def test_models_see_the_same_images_in_the_same_order(run_cli, monkeypatch):
+    seen = []
+    loss = quickstart.F.cross_entropy
+
+    def spy(outputs, labels, **kwargs):
+        seen.append(labels.tolist())
+        return loss(outputs, labels, **kwargs)
+
+    monkeypatch.setattr(quickstart.F, 'cross_entropy', spy)
+    run_cli('--models', 'harm0,harm')
+    half = len(seen) // 2
+    assert half > 0
+    assert seen[:half] == seen[half:]
+    assert seen[0] != sorted(seen[0])
+
+
+def test_interrupted_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / 'results.json'
+    path.write_text('old')
+
+    def interrupt(partial):
+        partial.write_text('ne')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quickstart._write_whole(path, interrupt)
+    assert path.read_text() == 'old'
+    assert os.listdir(tmp_path) == ['results.json']
+
+
+def test_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, 'rich', None)
+    with pytest.raises(SystemExit) as error:
+        cli.main(['quickstart', '--out', str(tmp_path / 'out')])
+    assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert 'rich' in message
+    assert 'pip install "timm-harmonic[quickstart]"' in message
+    assert not (tmp_path / 'out').exists()

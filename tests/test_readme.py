@@ -1,0 +1,69 @@
+"""The README's Python runs, its commands are the ones that work, and its table is the registry's."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+import timm_harmonic
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+def test_python_blocks_run(capsys):
+    """In order, in one namespace, as a reader would paste them."""
+    torch.manual_seed(0)
+    blocks = re.findall(r'^```python\n(.*?)^```', README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, 'README.md', 'exec'), namespace)
+    assert namespace['logits'].shape == (2, 10)
+    x = torch.randn(2, 4, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(namespace['fused'](x), namespace['model'](x), rtol=1e-3, atol=1e-4)
+    assert capsys.readouterr().out.split('\n')[0] == '19658792'
+
+
+def rows():
+    return [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in README.splitlines()
+        if re.match(r'\| `\w+`', line)
+    ]
+
+
+def test_table_has_every_row_of_the_paper():
+    assert len(rows()) == 12
+
+
+@pytest.mark.parametrize('row', rows(), ids=lambda row: row[0])
+def test_table_is_the_registry(row):
+    name, weights = row[0].split('`')[1], row[6]
+    parameters = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+    assert row[2] == f'{parameters / 1e6:.1f}M'
+    if 'timm' not in row[0]:
+        cfg = timm.get_pretrained_cfg(name)
+        assert bool(cfg.url) is bool(weights)
+        assert not weights or weights.strip('`') == f'.{cfg.tag}'
+        if cfg.notes:
+            assert row[4].split(' / ')[0] in cfg.notes[0]
+
+
+def test_models_that_are_named_exist():
+    for name in re.findall(r'`(harm\d?_\w+)`', README):
+        assert timm.is_model(name), name
+
+
+def test_citation_file():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert citation['preferred-citation']['doi'] in README
+    assert citation['version'] == timm_harmonic.__version__
+
+
+def test_placeholders_are_gone():
+    assert not re.findall(r'\b[A-Z]+_RESULTS\b', README)

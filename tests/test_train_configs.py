@@ -1,0 +1,255 @@
+"""train_configs/: every key is an option of timm's train.py, every model exists, and the recipe is the published one.
+
+timm's scripts are in no package. tests/data/train_options.json is a snapshot of train.py's options; to renew it:
+
+    TIMM_SCRIPTS=<checkout of pytorch-image-models> python tests/test_train_configs.py
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+import timm_harmonic  # noqa: F401  registers the models
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / 'train_configs').glob('*.yaml'))
+SNAPSHOT = Path(__file__).parent / 'data' / 'train_options.json'
+
+# The paper's rows: top-1 and top-5 error at 224 (and the same at 320), in percent.
+PAPER = {
+    'vgg16_bn': ('26.33', '8.26'),
+    'harm_vgg16_bn': ('25.55', '8.01'),
+    'harm0_resnet50': ('23.81', '6.98'),
+    'harm1_resnet50': ('22.97', '6.48'),
+    'harm_resnet50': ('23.11', '6.63'),
+    'harm_resnet50_avgpool': ('23.10', '6.53'),
+    'harm_resnet50_progressive': ('23.12', '6.61'),
+    'resnet101': ('22.63', '6.44'),
+    'harm_resnet101': ('21.48', '5.75'),
+    'harm_seresnext101_32x4d': ('19.55', '4.79', '18.72', '4.23'),
+    'harm_seresnext101_64x4d': ('18.36', '4.37', '17.34', '3.71'),
+}
+# Rows whose recipe the authors publish.
+SGD_ROWS = [name for name in PAPER if 'seresnext' not in name]
+
+# Runs a script until a parser with many options is used, and prints these: it does not matter where a version of
+# timm keeps its parser. The script's folder is not put on sys.path, so it imports the installed timm.
+_DUMP_OPTIONS = """
+import argparse, json, runpy, sys
+
+parse = argparse.ArgumentParser.parse_known_args
+
+def dump(self, *args, **kwargs):
+    if len(self._actions) < 50:
+        return parse(self, *args, **kwargs)
+    options = {}
+    for action in self._actions:
+        if action.dest == 'help':
+            continue
+        flag = isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction))
+        mapping = type(action).__name__ == 'ParseKwargs'
+        options[action.dest] = {
+            'type': 'bool' if flag else 'dict' if mapping else action.type.__name__ if action.type else 'str',
+            'nargs': None if flag or mapping else action.nargs,
+            'choices': list(action.choices) if action.choices else None,
+            'default': action.default,
+        }
+    print(json.dumps(options))
+    raise SystemExit(0)
+
+argparse.ArgumentParser.parse_known_args = dump
+script = sys.argv.pop(1)
+sys.argv[0] = script
+runpy.run_path(script, run_name='__main__')
+"""
+
+
+def read_train_options(scripts: Path) -> dict:
+    """Options of the train.py in a checkout of timm: for each its type, nargs, choices and default.
+
+    Args:
+        scripts: Folder of train.py.
+
+    Returns:
+        {'timm': version of the checkout, 'options': {name as in a YAML file: {...}}}.
+    """
+    command = [sys.executable, '-c', _DUMP_OPTIONS, str(Path(scripts).resolve() / 'train.py')]
+    # Elsewhere than in the checkout: `python -c` finds packages in the current folder first.
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    version = re.search(r"__version__ = '(.+)'", (Path(scripts) / 'timm' / 'version.py').read_text())
+    return {'timm': version.group(1), 'options': json.loads(result.stdout.splitlines()[-1])}
+
+
+def problem(value, option: dict) -> str | None:
+    """Why argparse would not give this value to this option; None if it would."""
+    if value is None:
+        return None if option['default'] is None else 'null, but the default is another value'
+    if option['type'] == 'dict':
+        return None if isinstance(value, dict) else 'not a mapping'
+    many = option['nargs'] in ('+', '*') or isinstance(option['nargs'], int)
+    if many != isinstance(value, list):
+        return 'must be a list' if many else 'must not be a list'
+    if isinstance(option['nargs'], int) and len(value) != option['nargs']:
+        return f'must have {option["nargs"]} entries'
+    accepted = {'bool': bool, 'int': int, 'float': (int, float), 'str': str}[option['type']]
+    for item in value if many else [value]:
+        # YAML reads 1e-4 as a string and yes as a boolean; a boolean is an int for isinstance.
+        if not isinstance(item, accepted) or (isinstance(item, bool) and option['type'] != 'bool'):
+            return f'{item!r} is no {option["type"]}'
+        if option['choices'] and item not in option['choices']:
+            return f'{item!r} is none of {option["choices"]}'
+    return None
+
+
+def problems(config: dict, options: dict) -> dict[str, str]:
+    """Keys of a config that train.py would not take, and why."""
+    found = {key: 'no such option' if key not in options else problem(config[key], options[key]) for key in config}
+    return {key: why for key, why in found.items() if why}
+
+
+def load(name: str) -> dict:
+    return yaml.safe_load((ROOT / 'train_configs' / f'{name}.yaml').read_text())
+
+
+def arguments(name: str) -> argparse.Namespace:
+    """What train.py's parser makes of a config."""
+    options = json.loads(SNAPSHOT.read_text())['options']
+    return argparse.Namespace(**({key: option['default'] for key, option in options.items()} | load(name)))
+
+
+each_config = pytest.mark.parametrize('name', [path.stem for path in CONFIGS])
+
+
+def test_there_is_one_file_for_every_row():
+    assert {path.stem for path in CONFIGS} == {*PAPER, 'harm_resnet50_a3'}
+
+
+@each_config
+def test_every_key_is_an_option_of_train_py(name):
+    assert problems(load(name), json.loads(SNAPSHOT.read_text())['options']) == {}
+
+
+@each_config
+def test_options_of_the_checkout(name, live_options):
+    assert problems(load(name), live_options) == {}
+
+
+@pytest.fixture(scope='module')
+def live_options():
+    if not os.environ.get('TIMM_SCRIPTS'):
+        pytest.skip('TIMM_SCRIPTS names no checkout of timm; its train.py is in no package')
+    return read_train_options(Path(os.environ['TIMM_SCRIPTS']))['options']
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('learning_rate', 0.1),
+        ('lr', '1e-4'),
+        ('epochs', 2.5),
+        ('epochs', True),
+        ('amp', 1),
+        ('scale', 0.08),
+        ('model', ['harm_resnet50']),
+        ('model_kwargs', 'levels=3'),
+        ('input_size', [224, 224]),
+        ('kd_distill_type', 'none'),
+        ('opt', None),
+    ],
+)
+def test_wrong_keys_and_values_are_noticed(key, value):
+    assert key in problems({key: value}, json.loads(SNAPSHOT.read_text())['options'])
+
+
+@each_config
+def test_the_model_exists_and_is_the_one_of_the_file_name(name):
+    config = load(name)
+    assert config['device_modules'] == ['timm_harmonic']
+    assert config['model'] == name.removesuffix('_a3')
+    with torch.device('meta'):
+        model = timm.create_model(
+            config['model'],
+            drop_rate=config.get('drop', 0.0),
+            drop_path_rate=config.get('drop_path'),
+            **config.get('model_kwargs', {}),
+        )
+    assert model.num_classes == 1000
+
+
+@each_config
+def test_the_comment_states_the_total_batch(name):
+    text, config = (ROOT / 'train_configs' / f'{name}.yaml').read_text(), load(name)
+    stated = re.search(
+        r'^# Batch: (\d+) per process x 8 processes (?:x (\d+) accumulated steps )?= (\d+) in total', text, re.MULTILINE
+    )
+    assert int(stated.group(1)) == config['batch_size']
+    assert int(stated.group(2) or 1) == config['grad_accum_steps']
+    assert int(stated.group(3)) == config['batch_size'] * 8 * config['grad_accum_steps']
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_the_comment_and_the_readme_state_the_papers_errors(name):
+    comment = (ROOT / 'train_configs' / f'{name}.yaml').read_text().split('\n\n')[0].replace('\n# ', ' ')
+    shown = re.search(r'Paper: top-1 error (.+?)\(', comment).group(1)
+    assert re.findall(r'\d+\.\d\d', shown) == list(PAPER[name])
+    assert 'ot re-measured here' in comment
+    readme = (ROOT / 'train_configs' / 'README.md').read_text()
+    row = re.search(rf'^\| `{name}` \|.*$', readme, re.MULTILINE).group(0)
+    assert re.findall(r'\d+\.\d\d', row) == [*PAPER[name][::2], *PAPER[name][1::2]]
+
+
+@pytest.mark.parametrize('name', SGD_ROWS)
+def test_the_rows_share_the_published_recipe(name):
+    own = ('model', 'model_kwargs', 'drop')
+    recipe = {key: value for key, value in load(name).items() if key not in own}
+    assert recipe == {key: value for key, value in load('harm_resnet50').items() if key not in own}
+    assert load(name)['drop'] == (0.5 if 'vgg' in name else 0.0)
+
+
+def test_the_published_recipe_gives_the_papers_optimizer_and_rates():
+    args = arguments('harm_resnet50')
+    assert args.batch_size * 8 == 256
+    model = timm.create_model(args.model, layers=(1, 1, 1, 1), num_classes=2)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    assert type(optimizer) is torch.optim.SGD
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert (group['momentum'], group['nesterov'], group['dampening']) == (0.9, False, 0)
+        assert group['weight_decay'] == 1e-4
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
+    assert epochs == 100
+    for epoch in range(epochs):
+        # As train.py does: the first epoch has the rate of the new optimizer, the others what the schedule says.
+        if epoch:
+            scheduler.step(epoch)
+        for update in range(10):
+            scheduler.step_update(epoch * 10 + update)
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(0.1 * 0.1 ** (epoch // 30))
+
+
+def test_the_a3_recipe_is_the_published_one():
+    args = arguments('harm_resnet50_a3')
+    published = dict(img_size=160, crop_pct=0.95, epochs=100, warmup_epochs=5, opt='lamb', lr=8e-3, weight_decay=0.02)
+    published |= dict(sched='cosine', bce_loss=True, smoothing=0.0, mixup=0.1, cutmix=1.0, drop=0.0, drop_path=0.0)
+    published |= dict(aug_repeats=0, reprob=0.0, hflip=0.5, model_ema=False, amp=True, clip_grad=None)
+    assert {key: getattr(args, key) for key in published} == published
+    assert args.aa.startswith('rand-m6-mstd0.5')
+
+
+if __name__ == '__main__':
+    text = json.dumps(read_train_options(Path(os.environ['TIMM_SCRIPTS'])), indent=1, sort_keys=True)
+    SNAPSHOT.write_text(text + '\n')

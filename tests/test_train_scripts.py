@@ -1,0 +1,241 @@
+"""timm's unmodified train.py and validate.py with train_configs/, on the image folder that the quickstart exports.
+
+The scripts are in no package: the environment variable TIMM_SCRIPTS names a checkout of pytorch-image-models. Each is
+copied to a folder of its own first. Python looks for packages beside a script, where the checkout has its own timm;
+what is tested here is the installed one.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_harmonic
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get('TIMM_SCRIPTS'),
+    reason='TIMM_SCRIPTS names no checkout of pytorch-image-models; its train.py and validate.py are in no package',
+)
+
+CONFIG = Path(__file__).resolve().parents[1] / 'train_configs' / 'harm_resnet50.yaml'
+TIMEOUT = 240  # seconds, for each process
+VALIDATION_PER_CLASS = 5  # most of the time would go into validating on all that the quickstart exports
+LR = 0.1 * 16 / 256
+SMALL = ('--model-kwargs', 'layers=(1,1,1,1)')
+
+# timm's training task names its device to DistributedDataParallel, which torch refuses for the CPU. Dropping that is
+# what makes two processes possible without two GPUs; train.py stays as it is.
+_TWO_PROCESSES_ON_CPU = """
+import runpy, sys
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+init = DDP.__init__
+DDP.__init__ = lambda self, module, device_ids=None, **kwargs: init(self, module, **kwargs)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+# validate.py has no --device-modules.
+_IMPORT_FIRST = "import runpy, sys, timm_harmonic; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
+    """A command that must succeed, run in a folder without packages."""
+    env = dict(os.environ, OMP_NUM_THREADS='2', CUDA_VISIBLE_DEVICES='')
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=TIMEOUT, cwd=cwd, env=env, check=False
+    )
+    assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}'
+    return result
+
+
+class Workplace:
+    """The copied scripts, the image folder, and one folder for each training run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.scripts = folder / 'scripts'
+        self.images = folder / 'images'
+        self.scripts.mkdir()
+        for name in ('train.py', 'validate.py'):
+            shutil.copy(Path(os.environ['TIMM_SCRIPTS']) / name, self.scripts / name)
+        run(sys.executable, '-m', 'timm_harmonic', 'quickstart', '--export', self.images, cwd=folder)
+        classes = list((self.images / 'validation').iterdir())
+        self.num_classes = len(classes)
+        for patch in (patch for folder in classes for patch in sorted(folder.iterdir())[VALIDATION_PER_CLASS:]):
+            patch.unlink()
+
+    def train(self, name: str, *options: object, launcher: tuple = (sys.executable,)) -> list[dict]:
+        """Rows of summary.csv of a run of train.py, its checkpoints are in `self.folder / name`."""
+        common = f'--num-classes {self.num_classes} --img-size 64 --epochs 1 --workers 0 --device cpu'
+        # The config's rate is for 256 images a step.
+        common += f' --batch-size 16 --lr {LR}'
+        paths = ('-c', CONFIG, '--data-dir', self.images, '--output', self.folder, '--experiment', name)
+        run(*launcher, self.scripts / 'train.py', *paths, *common.split(), *options, cwd=self.folder)
+        with (self.folder / name / 'summary.csv').open() as file:
+            return list(csv.DictReader(file))
+
+    def validate(self, name: str, *options: object) -> dict:
+        """What validate.py prints as its result, and the mean loss of its log, for the last checkpoint of a run."""
+        common = f'--num-classes {self.num_classes} --batch-size 16 --workers 0 --device cpu --split validation'
+        paths = ('--data-dir', self.images, '--checkpoint', self.folder / name / 'last.pth.tar')
+        script = (sys.executable, '-c', _IMPORT_FIRST, self.scripts / 'validate.py', '--model', 'harm_resnet50')
+        result = run(*script, *paths, *common.split(), '--log-freq', 1, *options, cwd=self.folder)
+        loss = re.findall(r'Loss: +\S+ \( *([\d.]+)\)', result.stderr)[-1]
+        return dict(json.loads(result.stdout.split('--result\n')[1]), loss=float(loss))
+
+    def checkpoint(self, name: str) -> dict:
+        return torch.load(self.folder / name / 'last.pth.tar', map_location='cpu', weights_only=False)
+
+    def one_image(self) -> float:
+        """The least by which two accuracies can differ, in percent."""
+        return 100 / sum(1 for _ in (self.images / 'validation').glob('*/*'))
+
+
+@pytest.fixture(scope='module')
+def workplace(tmp_path_factory):
+    return Workplace(tmp_path_factory.mktemp('train_scripts'))
+
+
+@pytest.fixture(scope='module')
+def small_run(workplace):
+    return workplace.train('small', *SMALL)
+
+
+def check_summary(rows: list[dict], epoch: int = 0) -> dict[str, float]:
+    """That a run wrote one row of sound numbers; returns them."""
+    assert [int(row['epoch']) for row in rows] == [epoch]
+    numbers = {key: float(value) for key, value in rows[0].items()}
+    assert 0 < numbers['train_loss'] < 20
+    assert 0 < numbers['eval_loss'] < 100
+    assert 0 <= numbers['eval_top1'] <= numbers['eval_top5'] <= 100
+    return numbers
+
+
+def check_validated(validated: dict, trained: dict[str, float], images: float, loss: float) -> None:
+    """That validate.py found what train.py had found, within so many percent of the images and so much of the loss.
+
+    After one epoch on few images the accuracy is near chance, which a broken network has as well: the loss decides.
+    """
+    assert validated['loss'] == pytest.approx(trained['eval_loss'], rel=loss)
+    for key in ('top1', 'top5'):
+        assert validated[key] == pytest.approx(trained[f'eval_{key}'], abs=images)
+
+
+def test_the_scripts_use_the_installed_timm(workplace):
+    (workplace.scripts / 'probe.py').write_text('import timm; print(timm.__file__)\n')
+    used = run(sys.executable, workplace.scripts / 'probe.py', cwd=workplace.folder).stdout.strip()
+    assert Path(used).samefile(timm.__file__)
+
+
+def test_one_epoch_of_harm_resnet50_then_validation(workplace):
+    trained = check_summary(workplace.train('full'))
+    model = timm.create_model('harm_resnet50', num_classes=workplace.num_classes)
+    model.load_state_dict(workplace.checkpoint('full')['state_dict'])
+    plain = workplace.validate('full', '--img-size', 64)
+    check_validated(plain, trained, images=1e-3, loss=1e-3)
+    fused = workplace.validate('full', '--img-size', 64, '--reparam')
+    # Rounding may move an image across a decision.
+    check_validated(fused, trained, images=1.01 * workplace.one_image(), loss=1e-3)
+    assert fused['param_count'] == pytest.approx(plain['param_count'], abs=0.01)
+
+
+def test_the_run_kept_the_options_of_the_config(workplace, small_run):
+    args = workplace.checkpoint('small')['args']
+    assert (args.opt, args.weight_decay, args.sched, args.smoothing) == ('momentum', 1e-4, 'step', 0.0)
+    groups = workplace.checkpoint('small')['optimizer']['param_groups']
+    assert [(group['weight_decay'], group['nesterov']) for group in groups] == [(1e-4, False)]
+    assert float(small_run[0]['lr']) == pytest.approx(LR)
+
+
+def test_resume_for_a_second_epoch(workplace, small_run):
+    check_summary(small_run)
+    last = workplace.folder / 'small' / 'last.pth.tar'
+    check_summary(workplace.train('resumed', *SMALL, '--resume', last, '--epochs', 2), epoch=1)
+    assert workplace.checkpoint('resumed')['epoch'] == 1
+
+
+def test_averaged_weights_and_gradient_checkpointing(workplace):
+    options = ('--model-ema', '--model-ema-decay', 0.5, '--grad-checkpointing')
+    trained = check_summary(workplace.train('averaged', *SMALL, *options))
+    checkpoint = workplace.checkpoint('averaged')
+    assert checkpoint['state_dict'].keys() == checkpoint['state_dict_ema'].keys()
+    # train.py reports the averaged network where there is one.
+    validated = workplace.validate('averaged', *SMALL, '--img-size', 64, '--use-ema')
+    check_validated(validated, trained, images=1e-3, loss=1e-3)
+
+
+def test_larger_images_with_test_time_pooling(workplace, small_run):
+    # Pooling at test time is for images larger than the 224 of the model's config.
+    result = workplace.validate('small', *SMALL, '--img-size', 256, '--test-pool')
+    assert (result['img_size'], result['crop_pct']) == (256, 1.0)
+    assert 0 <= result['top1'] <= result['top5'] <= 100
+
+
+def authors_checkpoint(path: Path) -> dict:
+    """Writes a small harm_resnet50 as the authors' main.py would have; returns its state dict in our layout."""
+    torch.manual_seed(0)
+    model = timm.create_model('harm_resnet50', layers=(1, 1, 1, 1), num_classes=1000)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.9, 1.1)
+    harmonic = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (timm_harmonic.HarmonicConv2d, timm_harmonic.HarmonicBlock2d))
+    }
+    theirs = {}
+    for key, value in model.state_dict().items():
+        name, _, attribute = key.rpartition('.')
+        if name in harmonic and attribute == 'weight':
+            # Mixing coefficients: over c * P + n at the root, (O, I, P, 1, 1) elsewhere.
+            value = value.flatten(1)[:, :, None, None] if name == 'conv1' else value[..., None]
+        layer = next((layer for layer in harmonic if key.startswith(f'{layer}.')), None)
+        if layer is not None:
+            key = key.replace('conv', 'harm', 1)
+        theirs[f'module.{key}'] = value
+    wrapped = dict(epoch=1, arch='resnet50', state_dict=theirs, best_acc1=torch.tensor(1.0), optimizer={'state': {}})
+    torch.save(wrapped, path)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_fine_tuning_from_a_file_in_the_authors_layout(workplace, channels):
+    path = workplace.folder / f'authors_{channels}.pth.tar'
+    ours = authors_checkpoint(path)
+    # A rate so small that the weights after the epoch are those that were loaded; 0 would stand for timm's default.
+    start = ('--pretrained', '--pretrained-path', path, '--in-chans', channels, '--lr', 1e-12)
+    check_summary(workplace.train(f'tuned_{channels}', *SMALL, *start))
+    tuned = workplace.checkpoint(f'tuned_{channels}')['state_dict']
+    assert tuned['fc.weight'].shape[0] == workplace.num_classes
+    for key in ('layer1.0.conv2.weight', 'layer4.0.conv2.weight', 'layer2.0.conv1.weight'):
+        torch.testing.assert_close(tuned[key], ours[key], rtol=0, atol=1e-6)
+    assert tuned['conv1.weight'].shape == (64, channels, 49, 1)
+    if channels == 3:
+        torch.testing.assert_close(tuned['conv1.weight'], ours['conv1.weight'], rtol=0, atol=1e-6)
+    else:
+        # All statistics are near 1 here, and so the sum over channels is near the adapted weight.
+        similarity = torch.cosine_similarity(
+            tuned['conv1.weight'].flatten(), ours['conv1.weight'].sum(1).flatten(), dim=0
+        )
+        assert similarity > 0.99
+
+
+def test_two_processes(workplace):
+    wrapper = workplace.scripts / 'two_processes_on_cpu.py'
+    wrapper.write_text(_TWO_PROCESSES_ON_CPU)
+    torchrun = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2)
+    trained = check_summary(workplace.train('two', *SMALL, launcher=(*torchrun, wrapper)))
+    assert all(torch.isfinite(value).all() for value in workplace.checkpoint('two')['state_dict'].values())
+    # If the number of images is odd, one of them was counted twice.
+    validated = workplace.validate('two', *SMALL, '--img-size', 64)
+    check_validated(validated, trained, images=2 * workplace.one_image(), loss=0.05)
