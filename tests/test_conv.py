@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 
@@ -155,6 +156,30 @@ def test_block_with_frozen_statistics_trains_exactly():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, FrozenBatchNorm2d, lambda n: nn.GroupNorm(2, n), nn.InstanceNorm2d])
+@pytest.mark.parametrize('training', [False, True])
+def test_block_with_another_normalisation(norm, training):
+    """With learned scales, frozen, or without running statistics: what the module computes is what counts."""
+    torch.manual_seed(0)
+    layer = HarmonicBlock2d(4, 6, 3, groups=2).train(training)
+    layer.bn = norm(36).train(training)
+    reference.randomize_batch_norm(layer)
+    with torch.no_grad():
+        for tensor in (getattr(layer.bn, 'weight', None), getattr(layer.bn, 'running_var', None)):
+            if tensor is not None:
+                tensor.uniform_(0.5, 1.5)
+    x = torch.randn(2, 4, 9, 9)
+    normalised = copy.deepcopy(layer.bn)(reference.responses(x, reference.dct_functions(3)))
+    expected = reference.mix(normalised, layer.weight, layer.bias, 2)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    if hasattr(layer.bn, 'running_mean') and layer.bn.running_mean is not None:
+        layer.eval()
+        torch.testing.assert_close(layer.fuse()(x), layer(x), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=r'cannot fuse: .*Norm.* has no running statistics'):
+            layer.fuse()
+
+
 @pytest.mark.parametrize('cls', LAYERS)
 def test_initialisation_is_the_authors(cls):
     """Kaiming over fan-out on the authors' shapes: (O, I, P, 1, 1), or (O, I * P, 1, 1) before normalisation."""
@@ -215,6 +240,16 @@ def test_basis_survives_to_empty_and_is_in_no_state_dict(cls):
     torch.testing.assert_close(layer.basis, reference.dct_functions(3).float())
     with torch.device('meta'):
         assert cls(3, 8, 3).basis.device.type == 'meta'
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_weights_assigned_to_meta(cls):
+    """load_state_dict(assign=True) replaces parameters: the basis follows them."""
+    layer = reference.randomize_batch_norm(cls(3, 8, 3, dtype=torch.float64)).eval()
+    new = cls(3, 8, 3, device='meta').eval()
+    new.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    assert torch.equal(new(x), layer(x))
 
 
 def reloaded_pickle(layer):

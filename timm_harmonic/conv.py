@@ -52,26 +52,36 @@ def _fold(
     basis: Tensor,
     mean: Tensor,
     var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     eps: float,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """Filters (O, I, k, k) and bias (O,) that stand for normalising the responses and mixing them.
 
-    A response r_cn enters the mix as w_ocn (r_cn - mean_cn) / sqrt(var_cn + eps).
+    A response r_cn enters the mix as w_ocn (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn).
 
     Args:
         weight: Mixing coefficients (O, I, P, 1), where I counts the channels of one group.
         basis: (P, k, k), its dtype is the precision of the result.
         mean: Mean of the responses (C * P,), channel-major.
         var: Variance of the responses (C * P,).
+        gamma: Scale after normalisation (C * P,), None for 1.
+        beta: Shift after normalisation (C * P,), None for 0.
         eps: Added to the variance.
         groups: Number of groups.
     """
-    out_channels, group_channels, count = weight.shape[:3]
-    scale = torch.rsqrt(var.to(basis.dtype) + eps).reshape(groups, 1, group_channels, count)
-    scaled = weight.to(basis.dtype).reshape(groups, -1, group_channels, count) * scale
-    bias = -(scaled * mean.to(basis.dtype).reshape(groups, 1, group_channels, count)).sum((2, 3)).reshape(-1)
-    return _compose(scaled.reshape(out_channels, group_channels, count, 1), basis), bias
+    scale = torch.rsqrt(var.to(basis.dtype) + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = -mean * scale
+    if beta is not None:
+        shift = shift + beta
+    # (groups, O / groups, I, P) * (groups, 1, I, P)
+    grouped = (groups, -1, weight.shape[1], weight.shape[2])
+    mix = weight.to(basis.dtype).reshape(grouped)
+    bias = (mix * shift.reshape(grouped)).sum((2, 3)).reshape(-1)
+    return _compose((mix * scale.reshape(grouped)).reshape(weight.shape), basis), bias
 
 
 # Leaves for torch.fx: a trace must keep the precision that these functions guard.
@@ -151,6 +161,11 @@ class _HarmonicLayer(nn.Module):
         super()._apply(fn, recurse)
         self.init_non_persistent_buffers()
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        # With assign=True the coefficients may come to another device or dtype, as from the meta device.
+        super()._load_from_state_dict(*args, **kwargs)
+        self.init_non_persistent_buffers()
 
     def extra_repr(self) -> str:
         """Arguments that differ from the defaults, in nn.Conv2d's manner."""
@@ -298,10 +313,15 @@ class HarmonicBlock2d(_HarmonicLayer):
         x = self._convolve(x.flatten(0, 1).unsqueeze(1), self.basis.to(self.weight.dtype).unsqueeze(1), None, 1)
         return x.reshape(-1, self.in_channels * self.basis.shape[0], x.shape[2], x.shape[3])
 
+    def is_foldable(self) -> bool:
+        """Whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
+        return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None
+
     def folded(self) -> tuple[Tensor, Tensor]:
         """Filters (O, C / groups, k, k) and bias (O,) with the running statistics folded in, differentiable."""
+        bn = self.bn
         filters, bias = _fold(
-            self.weight, self.basis, self.bn.running_mean, self.bn.running_var, self.bn.eps, self.groups
+            self.weight, self.basis, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, self.groups
         )
         if self.bias is not None:
             bias = bias + self.bias
@@ -312,12 +332,18 @@ class HarmonicBlock2d(_HarmonicLayer):
         return self.folded()[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bn.training:
+        if self.bn.training or not self.is_foldable():
             responses = self.bn(self.responses(x))
             return F.conv2d(responses, self.weight.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
         filters, bias = self.folded()
         return self._convolve(x, filters, bias, self.groups)
 
     def fuse(self) -> nn.Conv2d:
-        """A new nn.Conv2d, with a bias, that computes the same in evaluation; this layer is left as it is."""
+        """A new nn.Conv2d, with a bias, that computes the same in evaluation; this layer is left as it is.
+
+        Raises:
+            ValueError: If `bn` has been replaced by a module without running statistics.
+        """
+        if not self.is_foldable():
+            raise ValueError(f'cannot fuse: {type(self.bn).__name__} has no running statistics to fold into filters.')
         return self._plain(*self.folded())
