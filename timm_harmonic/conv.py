@@ -84,9 +84,15 @@ def _fold(
     return _compose((mix * scale.reshape(grouped)).reshape(weight.shape), basis), bias
 
 
-# Leaves for torch.fx: a trace must keep the precision that these functions guard.
+def _in_format_of(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory format of x, so that the layers after it run as they would after a plain convolution."""
+    return y.contiguous() if x.is_contiguous() else y
+
+
+# Leaves for torch.fx: a trace must keep what these functions decide by dtype, device or memory format.
 torch.fx.wrap('_compose')
 torch.fx.wrap('_fold')
+torch.fx.wrap('_in_format_of')
 
 
 class _HarmonicLayer(nn.Module):
@@ -308,10 +314,10 @@ class HarmonicBlock2d(_HarmonicLayer):
         self.bn.reset_running_stats()
 
     def responses(self, x: Tensor) -> Tensor:
-        """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation."""
-        # One dense convolution over B * C single-channel images: faster than a depth-wise one of C groups.
-        x = self._convolve(x.flatten(0, 1).unsqueeze(1), self.basis.to(self.weight.dtype).unsqueeze(1), None, 1)
-        return x.reshape(-1, self.in_channels * self.basis.shape[0], x.shape[2], x.shape[3])
+        """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation, in channels_last order."""
+        # Filtering, normalising and mixing are all faster so: half the time of a root with 3 channels on a CPU.
+        filters = self.basis.to(self.weight.dtype).repeat(self.in_channels, 1, 1).unsqueeze(1)
+        return self._convolve(x.contiguous(memory_format=torch.channels_last), filters, None, self.in_channels)
 
     def is_foldable(self) -> bool:
         """Whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
@@ -334,7 +340,8 @@ class HarmonicBlock2d(_HarmonicLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.bn.training or not self.is_foldable():
             responses = self.bn(self.responses(x))
-            return F.conv2d(responses, self.weight.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
+            y = F.conv2d(responses, self.weight.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
+            return _in_format_of(y, x)
         filters, bias = self.folded()
         return self._convolve(x, filters, bias, self.groups)
 
