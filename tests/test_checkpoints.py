@@ -389,6 +389,18 @@ def test_wrong_hash_is_refused_and_not_cached(server, tmp_path):
     assert not list((tmp_path / 'cache').iterdir())
 
 
+@pytest.mark.parametrize('where', ['/harm_resnet50-00000000.pth', None])
+def test_download_that_fails(server, tmp_path, where):
+    """A missing file, or nobody there: what was asked for, where it was looked for, and what else can be done."""
+    url = f'{server.url}{where}' if where else 'http://127.0.0.1:9/harm_resnet50-00000000.pth'
+    overlay = dict(url=url, hf_hub_id=None)
+    with pytest.raises(
+        RuntimeError, match=r'could not download .*harm_resnet50-00000000\.pth .* not in .*cache.*file='
+    ):
+        create(pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
+    assert not list((tmp_path / 'cache').iterdir())
+
+
 def test_no_weights_says_so_and_names_what_exists():
     with pytest.raises(
         RuntimeError, match=r'No pretrained weights exist for harm_resnet18.*harm_resnet50\.ulicny_in1k'

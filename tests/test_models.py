@@ -156,6 +156,23 @@ def test_fuse_whole_network(name):
         assert not harmonic(reparameterize_model(fused, inplace=True))
 
 
+@pytest.mark.parametrize('feature_cls', ['list', 'getter'])
+@pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50_avgpool', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])
+def test_fuse_feature_extractor(name, feature_cls):
+    """Inside timm's wrappers, while training as well: fusing must not ask for evaluation."""
+    torch.manual_seed(0)
+    model = reference.randomize_batch_norm(tiny(name, features_only=True, feature_cls=feature_cls)).train()
+    fused = reparameterize_model(model)
+    assert fused.training
+    assert all(m.training for m in fused.modules())
+    assert harmonic(model)
+    assert not harmonic(fused)
+    x = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        for ours, theirs in zip(fused.eval()(x), model.eval()(x), strict=True):
+            assert reference.relative_error(ours, theirs) < 1e-5
+
+
 @pytest.mark.parametrize(
     ('name', 'plain', 'kwargs'),
     [

@@ -5,6 +5,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
@@ -129,7 +130,7 @@ def build_model(
         The network, or its feature extractor.
 
     Raises:
-        RuntimeError: If weights are asked for where none exist, or a download's SHA-256 is wrong.
+        RuntimeError: If weights are asked for where none exist, a download fails, or its SHA-256 is wrong.
         CheckpointError: If the weights cannot be read, or do not fit.
         FileNotFoundError: If the weights' file does not exist.
     """
@@ -171,7 +172,13 @@ def _download(url: str, cache_dir: str | os.PathLike | None) -> str:
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         found = re.search(r'-([0-9a-f]{8,})\.', name)
-        torch.hub.download_url_to_file(url, path, hash_prefix=found and found.group(1))
+        try:
+            torch.hub.download_url_to_file(url, path, hash_prefix=found and found.group(1))
+        except URLError as error:
+            raise RuntimeError(
+                f'could not download {url} ({error}), and it is not in {folder}. A file from elsewhere is loaded by '
+                'pretrained_cfg_overlay=dict(file=PATH).'
+            ) from error
     return path
 
 

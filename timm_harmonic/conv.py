@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dct import analyze, dct_basis, synthesize
+from .dct import analyze, dct_basis, dct_frequencies, synthesize
 
 __all__ = ['HarmonicBlock2d', 'HarmonicConv2d', 'conv_args']
 
@@ -140,7 +140,7 @@ class _HarmonicLayer(nn.Module):
         self.dc = dc
         self.normalization = normalization
         dd = {'device': device, 'dtype': dtype}
-        count = len(dct_basis(self.kernel_size[0], level, dc, normalization))
+        count = len(dct_frequencies(self.kernel_size[0], level, dc))
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
         self.register_buffer('basis', None, persistent=False)
