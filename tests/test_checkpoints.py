@@ -153,9 +153,9 @@ def test_nothing_but_the_weights_stays(tmp_path):
     """The file's name stays in the config as timm leaves it, the tensors do not."""
     _, state = trained()
     path = saved(tmp_path, state)
-    for kwargs in ({}, dict(features_only=True)):
+    for kwargs in ({}, dict(features_only=True), dict(features_only=True, feature_cls='getter')):
         model = create(pretrained=True, pretrained_cfg_overlay=dict(file=path), **kwargs)
-        assert 'state_dict' not in model.pretrained_cfg
+        assert not any('state_dict' in getattr(module, 'pretrained_cfg', {}) for module in model.modules())
         assert model.pretrained_cfg['file'] == path
         assert model.default_cfg is model.pretrained_cfg
 
@@ -245,6 +245,12 @@ def test_missing_and_unexpected_keys_are_named(tmp_path):
     # Another number of classes makes timm load non-strictly: the check must not depend on it.
     with pytest.raises(CheckpointError, match=r'missing: layer2\.0\.bn1\.bias\.'):
         load(saved(tmp_path, missing), num_classes=5)
+
+
+def test_not_a_tensor_is_named(tmp_path):
+    _, state = trained()
+    with pytest.raises(CheckpointError, match=r'layer1\.0\.conv2\.weight of the checkpoint is a int, not a tensor'):
+        load(saved(tmp_path, dict(state, **{'layer1.0.harm2.weight': 3})))
 
 
 def test_wrong_shape_is_named(tmp_path):

@@ -11,12 +11,15 @@ from urllib.parse import urlparse
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, clean_state_dict, list_pretrained, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .conv import HarmonicBlock2d, HarmonicConv2d
 
-__all__ = ['CheckpointError', 'build_model', 'convert_state_dict', 'read_checkpoint']
+__all__ = ['REPOSITORY', 'CheckpointError', 'build_model', 'convert_state_dict', 'paper_cfg', 'read_checkpoint']
+
+REPOSITORY = 'https://github.com/matej-ulicny/harmonic-networks'
 
 StateDict = dict[str, Any]
 
@@ -26,6 +29,34 @@ _WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
 class CheckpointError(RuntimeError):
     """A file or a state dict that is not what the model needs; the message says in what."""
+
+
+def paper_cfg(first_conv: str, classifier: str, url: str = '', **kwargs: Any) -> dict[str, Any]:
+    """timm's pretrained config with what all networks of the paper have in common.
+
+    Args:
+        first_conv: Name of the root layer.
+        classifier: Name of the classifier.
+        url: Where the weights are, empty if there are none.
+        **kwargs: More entries of the config.
+    """
+    return dict(
+        url=url,
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation='bilinear',
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv=first_conv,
+        classifier=classifier,
+        license='bsd-3-clause',
+        origin_url=REPOSITORY,
+        paper_name='Harmonic Convolutional Networks based on Discrete Cosine Transform',
+        paper_ids='arXiv:2001.06570',
+        **kwargs,
+    )
 
 
 def read_checkpoint(path: str | os.PathLike) -> StateDict:
@@ -91,6 +122,8 @@ def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[s
     for key, value in _unwrap(checkpoint).items():
         for pattern, replacement in names.items():
             key = re.sub(pattern, replacement, key)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
         name, _, attribute = key.rpartition('.')
         if attribute == 'dct' and name in layers:
             _check_basis(key, value, layers[name])
@@ -156,7 +189,9 @@ def build_model(
         **kwargs,
     )
     if loaded:
-        model.pretrained_cfg.pop('state_dict')
+        for module in model.modules():  # a feature extractor has a config of its own beside its network's
+            if hasattr(module, 'pretrained_cfg'):
+                module.pretrained_cfg.pop('state_dict', None)
     return model
 
 

@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .checkpoints import build_model, convert_state_dict
+from .checkpoints import REPOSITORY, build_model, convert_state_dict, paper_cfg
 from .conv import HarmonicBlock2d, HarmonicConv2d
 from .convert import Levels, check_channels, expand_levels, make_harmonic
 
@@ -191,33 +190,15 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicResNet:
     )
 
 
-_REPOSITORY = 'https://github.com/matej-ulicny/harmonic-networks'
-
-
 def _cfg(file: str = '', **kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': f'{_REPOSITORY}/releases/download/0.1.0/{file}' if file else '',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1',
-        'classifier': 'fc',
-        'license': 'bsd-3-clause',
-        'origin_url': _REPOSITORY,
-        'paper_name': 'Harmonic Convolutional Networks based on Discrete Cosine Transform',
-        'paper_ids': 'arXiv:2001.06570',
-        **kwargs,
-    }
+    url = f'{REPOSITORY}/releases/download/0.1.0/{file}' if file else ''
+    return paper_cfg(first_conv='conv1', classifier='fc', url=url, **kwargs)
 
 
 def _errors(top1: str, top5: str, page: str, *more: str) -> tuple[str, ...]:
     """Notes of a released weight. Errors are percentages on ImageNet-1k's validation set, one crop."""
     return (
-        f'paper: top-1 error {top1} %, top-5 error {top5} % ({_REPOSITORY}/tree/master/{page})',
+        f'paper: top-1 error {top1} %, top-5 error {top5} % ({REPOSITORY}/tree/master/{page})',
         *more,
         'not re-measured',
     )

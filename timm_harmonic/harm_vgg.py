@@ -3,12 +3,11 @@
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vgg import VGG, cfgs
 from torch import nn
 
-from .checkpoints import build_model, convert_state_dict
+from .checkpoints import build_model, convert_state_dict, paper_cfg
 from .convert import Levels, check_channels, expand_levels, make_harmonic
 
 __all__ = ['HarmonicVGG', 'checkpoint_filter_fn']
@@ -94,29 +93,9 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicVGG:
     )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'features.0',
-        'classifier': 'head.fc',
-        'license': 'bsd-3-clause',
-        'origin_url': 'https://github.com/matej-ulicny/harmonic-networks',
-        'paper_name': 'Harmonic Convolutional Networks based on Discrete Cosine Transform',
-        'paper_ids': 'arXiv:2001.06570',
-        **kwargs,
-    }
-
-
 default_cfgs = generate_default_cfgs(
     {
-        name: _cfg()
+        name: paper_cfg(first_conv='features.0', classifier='head.fc')
         for name in (
             'harm_vgg11',
             'harm_vgg11_bn',
