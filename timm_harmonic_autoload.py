@@ -1,0 +1,79 @@
+"""Lets timm know the harmonic models without an import: `import timm` is enough.
+
+PyTorch calls the entry points of the group `torch.backends` at the end of `import torch`. Ours puts one finder on
+sys.meta_path, which imports the plugin as soon as timm.models has been executed, and then takes itself away. This
+module imports neither torch nor timm, and whatever goes wrong, `import torch` and `import timm` go on.
+
+Switches: TIMM_HARMONIC_AUTOLOAD=0, or PyTorch's own TORCH_DEVICE_BACKEND_AUTOLOAD=0.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+
+__all__ = ['autoload']
+
+_HOST = 'timm.models'
+_PLUGIN = 'timm_harmonic'
+
+
+def autoload() -> None:
+    """Imports the plugin once timm.models is there, now or later. Never raises."""
+    if os.environ.get('TIMM_HARMONIC_AUTOLOAD') == '0' or _PLUGIN in sys.modules:
+        return
+    host = sys.modules.get(_HOST)
+    if host is not None and not getattr(host.__spec__, '_initializing', False):
+        _import_plugin()
+    elif not any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _HostFinder())
+
+
+def _import_plugin() -> None:
+    try:
+        importlib.import_module(_PLUGIN)
+    except Exception as error:
+        _warn(
+            f'the harmonic models are not available: importing {_PLUGIN} failed with '
+            f'{type(error).__name__}: {error}. TIMM_HARMONIC_AUTOLOAD=0 keeps it from being tried.'
+        )
+
+
+def _warn(message: str) -> None:
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # warnings are errors here, but this one must not stop the host's import
+        print(f'RuntimeWarning: {message}', file=sys.stderr)
+
+
+class _HostFinder:
+    """Finds timm.models as the other finders do, and has the plugin imported after it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _HOST:
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenPlugin(spec.loader)
+        return spec
+
+
+class _ThenPlugin:
+    """A loader that executes a module by its own loader, gives that back its place, and imports the plugin."""
+
+    def __init__(self, loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _import_plugin()
