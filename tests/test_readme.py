@@ -1,5 +1,6 @@
 """The README's Python runs, its commands are the ones that work, and its table is the registry's."""
 
+import json
 import re
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def test_table_is_the_registry(row):
         assert not weights or weights.strip('`') == f'.{cfg.tag}'
         if cfg.notes:
             assert row[4].split(' / ')[0] in cfg.notes[0]
+
+
+def test_speed_is_the_saved_measurement():
+    report = json.loads((ROOT / 'benchmarks' / 'results' / 'cpu.json').read_text())
+    found = {(row['model'], row['mode'], row['batch']): row['runs'] for row in report['rows']}
+    for name in {row['model'] for row in report['rows']}:
+        cells = [
+            found[name, 'eval', 1]['fused'],
+            found[name, 'eval', 1]['harmonic'],
+            found[name, 'eval', 8]['fused'],
+            found[name, 'eval', 8]['harmonic'],
+            found[name, 'train', 8]['harmonic'],
+        ]
+        assert f'| `{name}` | ' + ' | '.join(f'{cell["ratio"]:.2f}' for cell in cells) + ' |' in README
 
 
 def test_models_that_are_named_exist():
