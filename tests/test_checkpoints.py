@@ -134,10 +134,9 @@ def test_own_layout_is_idempotent(tmp_path, name, suffix):
     (safetensors.torch.save_file if suffix == 'safetensors' else torch.save)(model.state_dict(), str(path))
     loaded = load(str(path), name)
     assert same(loaded, model)
-    filter_fn = timm_harmonic.harm_resnet.checkpoint_filter_fn if 'res' in name else None
-    if filter_fn:
-        again = filter_fn(filter_fn(model.state_dict(), loaded), loaded)
-        torch.testing.assert_close(again, dict(model.state_dict()), rtol=0, atol=0)
+    family = timm_harmonic.harm_vgg if 'vgg' in name else timm_harmonic.harm_resnet
+    again = family.checkpoint_filter_fn(family.checkpoint_filter_fn(model.state_dict(), loaded), loaded)
+    torch.testing.assert_close(again, dict(model.state_dict()), rtol=0, atol=0)
 
 
 def test_compressed_layout(tmp_path):
@@ -309,6 +308,15 @@ def test_web_page(tmp_path):
     path = tmp_path / 'weights.pth'
     path.write_text('\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>')
     with pytest.raises(CheckpointError, match='is a web page, not a checkpoint'):
+        load(str(path))
+
+
+@pytest.mark.parametrize('content', [b'{"message": "Not Found"}', b'version https://git-lfs.github.com/spec/v1\n'])
+def test_other_text(tmp_path, content):
+    """What else a failed download leaves: an error in JSON, a pointer to the file."""
+    path = tmp_path / 'weights.pth'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'was not loaded: it is no checkpoint'):
         load(str(path))
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import reference
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from timm.layers import BlurPool2d
@@ -131,7 +132,6 @@ def test_feature_indices(name):
 @pytest.mark.parametrize('name', RESNETS)
 def test_encoder_of_segmentation_models(name):
     """`tu-<name>`: timm's features as an encoder, with the strides that a decoder expects."""
-    smp = pytest.importorskip('segmentation_models_pytorch')
     model = smp.Unet(f'tu-{name}', encoder_weights=None, in_channels=4, classes=2, **TINY).eval()
     x = torch.randn(1, 4, 64, 96)
     with torch.inference_mode():

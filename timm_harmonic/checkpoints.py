@@ -84,8 +84,8 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f'{path!r} was not loaded: it holds more than tensors and plain values, and unpickling it could run '
-            f'code. Save its state dict alone. ({_first_line(error)})'
+            f'{path!r} was not loaded: it is no checkpoint, or it holds more than tensors and plain values and '
+            f'could run code. Download it again, or save its state dict alone. ({_first_line(error)})'
         ) from error
     except (EOFError, RuntimeError, SafetensorError, ValueError) as error:
         raise CheckpointError(
