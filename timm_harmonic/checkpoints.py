@@ -1,62 +1,38 @@
 """Loading weights: the authors' parameter layout, other numbers of input channels, and files that are not weights."""
 
+import argparse
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
-from urllib.error import URLError
-from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, clean_state_dict, list_pretrained, resolve_pretrained_cfg
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from .conv import HarmonicBlock2d, HarmonicConv2d
 
-__all__ = ['REPOSITORY', 'CheckpointError', 'build_model', 'convert_state_dict', 'paper_cfg', 'read_checkpoint']
-
-REPOSITORY = 'https://github.com/matej-ulicny/harmonic-networks'
+__all__ = [
+    'CheckpointError',
+    'StateDict',
+    'convert_state_dict',
+    'first_line',
+    'read_checkpoint',
+    'rename_keys',
+    'unwrap',
+]
 
 StateDict = dict[str, Any]
 
-# Where training scripts keep the parameters in what they save: timm (averaged ones first), then the authors' main.py.
-_WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+# Where training scripts keep the parameters in what they save: timm its averaged ones, and anyone the others.
+_AVERAGED, _LAST = ('state_dict_ema', 'model_ema'), ('state_dict', 'model')
 
 
 class CheckpointError(RuntimeError):
     """A file or a state dict that is not what the model needs; the message says in what."""
-
-
-def paper_cfg(first_conv: str, classifier: str, url: str = '', **kwargs: Any) -> dict[str, Any]:
-    """timm's pretrained config with what all networks of the paper have in common.
-
-    Args:
-        first_conv: Name of the root layer.
-        classifier: Name of the classifier.
-        url: Where the weights are, empty if there are none.
-        **kwargs: More entries of the config.
-    """
-    return dict(
-        url=url,
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation='bilinear',
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv=first_conv,
-        classifier=classifier,
-        license='bsd-3-clause',
-        origin_url=REPOSITORY,
-        paper_name='Harmonic Convolutional Networks based on Discrete Cosine Transform',
-        paper_ids='arXiv:2001.06570',
-        **kwargs,
-    )
 
 
 def read_checkpoint(path: str | os.PathLike) -> StateDict:
@@ -76,24 +52,53 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
     if not os.path.isfile(path):
         raise FileNotFoundError(f'no checkpoint at {path!r}.')
     with open(path, 'rb') as file:
-        if file.read(64).lstrip().startswith(b'<'):
+        if re.match(rb'\s*<[!?a-zA-Z]', file.read(64)):  # a lone < may be the size of a header
             raise CheckpointError(f'{path!r} is a web page, not a checkpoint: download the file itself again.')
     try:
         if path.endswith('.safetensors'):
             return load_file(path)
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in what timm's train.py saves
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f'{path!r} was not loaded: it is no checkpoint, or it holds more than tensors and plain values and '
-            f'could run code. Download it again, or save its state dict alone. ({_first_line(error)})'
+            f'could run code. Download it again, or save its state dict alone. ({first_line(error)})'
         ) from error
-    except (EOFError, RuntimeError, SafetensorError, ValueError) as error:
+    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f'{path!r} is truncated or damaged: download or save it again. ({_first_line(error)})'
+            f'{path!r} is truncated or damaged: download or save it again. ({first_line(error)})'
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path!r} holds a {type(checkpoint).__name__}, not a state dict.')
     return checkpoint
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
+    """The parameters in what a training script saved, without the prefixes of wrapped modules.
+
+    Args:
+        checkpoint: What was saved: a state dict, or a dictionary that holds one.
+        use_ema: Whether to take the averaged ones; None takes them where there are any, as timm does.
+
+    Returns:
+        The state dict.
+
+    Raises:
+        CheckpointError: If there are none of the kind that is asked for.
+    """
+    averaged = [checkpoint[key] for key in _AVERAGED if isinstance(checkpoint.get(key), dict)]
+    last = [checkpoint[key] for key in _LAST if isinstance(checkpoint.get(key), dict)]
+    if use_ema and not averaged:
+        raise CheckpointError(f'the checkpoint has no averaged weights ({" or ".join(_AVERAGED)}).')
+    if use_ema is False and averaged and not last:
+        raise CheckpointError('the checkpoint has averaged weights (EMA) only.')
+    found = (last if use_ema is False else averaged + last) or [checkpoint]
+    return clean_state_dict(found[0])
 
 
 def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[str, str], norm: str) -> StateDict:
@@ -119,9 +124,7 @@ def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[s
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (HarmonicConv2d, HarmonicBlock2d))}
     root = model.pretrained_cfg['first_conv']
     state = {}
-    for key, value in _unwrap(checkpoint).items():
-        for pattern, replacement in names.items():
-            key = re.sub(pattern, replacement, key)
+    for key, value in rename_keys(unwrap(checkpoint), names).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
         name, _, attribute = key.rpartition('.')
@@ -139,90 +142,14 @@ def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[s
     return state
 
 
-def build_model(
-    model_cls: Callable[..., nn.Module],
-    variant: str,
-    pretrained: bool,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """timm's build_model_with_cfg, with checkpoints read by `read_checkpoint` and downloads checked by their hash.
-
-    Args:
-        model_cls: Class of the network.
-        variant: Name of the architecture.
-        pretrained: Whether to load weights.
-        pretrained_cfg: As in timm: a config, or the tag of one.
-        pretrained_cfg_overlay: As in timm: values that replace the config's.
-        cache_dir: Where downloads are kept; torch.hub's folder if None.
-        **kwargs: For build_model_with_cfg.
-
-    Returns:
-        The network, or its feature extractor.
-
-    Raises:
-        RuntimeError: If weights are asked for where none exist, a download fails, or its SHA-256 is wrong.
-        CheckpointError: If the weights cannot be read, or do not fit.
-        FileNotFoundError: If the weights' file does not exist.
-    """
-    overlay = dict(pretrained_cfg_overlay or {})
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    loaded = False
-    if pretrained and cfg.source not in ('hf-hub', 'local-dir') and not cfg.state_dict:
-        if not cfg.has_weights:
-            raise RuntimeError(
-                f'No pretrained weights exist for {variant}. Use pretrained=False, load a file by '
-                f'pretrained_cfg_overlay=dict(file=PATH), or choose one of: {", ".join(list_pretrained("harm*"))}.'
-            )
-        if cfg.file or not cfg.hf_hub_id:
-            overlay['state_dict'] = read_checkpoint(cfg.file or _download(cfg.url, cache_dir))
-            loaded = True
-    model = build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
-        cache_dir=cache_dir,
-        **kwargs,
-    )
-    if loaded:
-        for module in model.modules():  # a feature extractor has a config of its own beside its network's
-            if hasattr(module, 'pretrained_cfg'):
-                module.pretrained_cfg.pop('state_dict', None)
-    return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _download(url: str, cache_dir: str | os.PathLike | None) -> str:
-    """Path of a file in the cache, fetched if it is not there; kept only if its name's hash is that of its content."""
-    name = os.path.basename(urlparse(url).path)
-    folder = os.fspath(cache_dir) if cache_dir else os.path.join(torch.hub.get_dir(), 'checkpoints')
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        os.makedirs(folder, exist_ok=True)
-        found = re.search(r'-([0-9a-f]{8,})\.', name)
-        try:
-            torch.hub.download_url_to_file(url, path, hash_prefix=found and found.group(1))
-        except URLError as error:
-            raise RuntimeError(
-                f'could not download {url} ({error}), and it is not in {folder}. A file from elsewhere is loaded by '
-                'pretrained_cfg_overlay=dict(file=PATH).'
-            ) from error
-    return path
-
-
-def _unwrap(checkpoint: StateDict) -> StateDict:
-    for key in _WRAPPERS:
-        if isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    return clean_state_dict(checkpoint)
+def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
+    """A state dict with regular expressions over its keys replaced, one after the other."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in names.items():
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    return renamed
 
 
 def _coefficients_4d(value: Tensor, count: int) -> Tensor:

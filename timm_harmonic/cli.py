@@ -1,9 +1,12 @@
 """The `timm-harmonic` command: argument parsing only, the work is in the modules."""
 
 import argparse
+import ast
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 __all__ = ['main']
 
@@ -98,11 +101,127 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition('=')
+    if not key.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f'must be NAME=VALUE, got {text!r}')
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        'convert',
+        help='write the folder of a Hub repository from a checkpoint',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Writes model.safetensors, config.json and a model card from the authors' file or from a checkpoint of\n"
+            "timm's train.py. args.yaml and summary.csv beside the checkpoint say how it was trained and are taken\n"
+            'along. The folder is loaded again, and its outputs on random images must be those of the checkpoint.'
+        ),
+    )
+    parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='the file: .pth, .pth.tar or .safetensors')
+    parser.add_argument('--model', required=True, metavar='NAME', help='architecture, see `timm-harmonic list`')
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write, new or empty')
+    parser.add_argument('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
+    parser.add_argument(
+        '--repo',
+        default='',
+        metavar='ORG/NAME',
+        help='where it is going to be published, for the card (default: our organisation and the name of the folder)',
+    )
+    parser.add_argument(
+        '--model-kwargs',
+        nargs='+',
+        type=_option,
+        default=[],
+        metavar='NAME=VALUE',
+        help='options of the architecture, if no args.yaml says them',
+    )
+    parser.add_argument('--class-names', type=Path, metavar='FILE', help='names of the classes in order, one a line')
+    parser.add_argument('--dataset', default='', metavar='ID', help='the training data on the Hub, for the card')
+    parser.add_argument('--license', metavar='ID', help='of the weights (default: bsd-3-clause)')
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .hub import LICENSE, convert
+
+    names = args.class_names.read_text(encoding='utf-8').splitlines() if args.class_names else None
+    files = convert(
+        args.checkpoint,
+        args.model,
+        args.out,
+        repo_id=args.repo,
+        use_ema=args.use_ema,
+        model_kwargs=dict(args.model_kwargs),
+        class_names=names,
+        license=args.license or LICENSE,
+        dataset=args.dataset,
+    )
+    print(f'{args.out} gives the outputs of {args.checkpoint}:')
+    for path in files:
+        print(f'  {path.name:<19} {path.stat().st_size:>13,} bytes')
+    if any(path.name == 'train_hparams.yaml' for path in files):
+        print("train_hparams.yaml holds the run's options with its paths: look at it before it is published.")
+    return 0
+
+
+def _add_publish(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        'publish',
+        help='upload such a folder to the Hugging Face Hub',
+        description='Checks a folder that `convert` wrote, and uploads it in one commit. Log in by `hf auth login`.',
+    )
+    parser.add_argument('folder', type=Path, metavar='DIR', help='the folder')
+    parser.add_argument('--repo', required=True, metavar='ORG/NAME', help='repository, made if there is none')
+    parser.add_argument('--private', action='store_true', help='make a new repository private')
+    parser.add_argument('--revision', metavar='R', help='branch, made if there is none (default: main)')
+    parser.add_argument('--dry-run', action='store_true', help='check everything, upload nothing')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request')
+    parser.add_argument('--force', action='store_true', help='replace other files of the same name')
+    parser.set_defaults(run=_publish)
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from .hub import publish
+    from .pretrained import WEIGHTS_NAME, sha256_of
+
+    url = publish(
+        args.folder,
+        args.repo,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        dry_run=args.dry_run,
+        force=args.force,
+    )
+    print(f'{url} (dry run: nothing was uploaded)' if args.dry_run else url)
+    print(f"to pin it in the model's config: sha256='{sha256_of(args.folder / WEIGHTS_NAME)}'")
+    return 0
+
+
+def _add_list(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser('list', help='show the models and where their weights are')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.set_defaults(run=_list)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from .inventory import print_inventory
+
+    print_inventory(as_json=args.json)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-harmonic', description='Harmonic networks as timm models.')
     parser.add_argument('--version', action='version', version=f'timm-harmonic {version("timm-harmonic")}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    _add_quickstart(commands)
+    for add in (_add_quickstart, _add_list, _add_convert, _add_publish):
+        add(commands)
     return parser
 
 
@@ -113,11 +232,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C. Errors in the arguments exit with 2.
+        The exit code: 0, 1 after an error, 130 after Ctrl-C. Errors in the arguments exit with 2.
     """
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print('\nstopped: no results written')
+        print('\nstopped', file=sys.stderr)
         return 130
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        print(f'timm-harmonic: error: {error}', file=sys.stderr)
+        return 1

@@ -10,9 +10,10 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .checkpoints import REPOSITORY, build_model, convert_state_dict, paper_cfg
+from .checkpoints import convert_state_dict
 from .conv import HarmonicBlock2d, HarmonicConv2d
 from .convert import Levels, check_channels, expand_levels, make_harmonic
+from .pretrained import REPOSITORY, TAG, build_model, paper_cfg, released_cfg
 
 __all__ = ['HarmonicResNet', 'checkpoint_filter_fn']
 
@@ -75,6 +76,8 @@ class HarmonicResNet(ResNet):
             self.feature_info = self.feature_info[1:]
         elif stem_pool == 'avg':
             self.maxpool = nn.AvgPool2d(kernel_size=3, stride=2, padding=1)
+
+        self.levels = stage_levels
 
         def level_of(name: str) -> int | None:
             stage = re.match(r'layer(\d)', name)
@@ -174,7 +177,9 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     'harm0_seresnext101_32x4d': dict(_RESNET101, cardinality=32, base_width=4, stem_pool='max', **_SE, **_PLAIN),
 }
 
-checkpoint_filter_fn = partial(convert_state_dict, names={r'(^|\.)harm(\d)\.': r'\1conv\2.'}, norm='bn1')
+# The authors' names of parameters, as regular expressions, and ours.
+KEY_NAMES = {r'(^|\.)harm(\d)\.': r'\1conv\2.'}
+checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norm='bn1')
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicResNet:
@@ -190,9 +195,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicResNet:
     )
 
 
-def _cfg(file: str = '', **kwargs: Any) -> dict[str, Any]:
-    url = f'{REPOSITORY}/releases/download/0.1.0/{file}' if file else ''
-    return paper_cfg(first_conv='conv1', classifier='fc', url=url, **kwargs)
+_FIRST_AND_LAST = dict(first_conv='conv1', classifier='fc')
 
 
 def _errors(top1: str, top5: str, page: str, *more: str) -> tuple[str, ...]:
@@ -204,48 +207,39 @@ def _errors(top1: str, top5: str, page: str, *more: str) -> tuple[str, ...]:
     )
 
 
-# The hex digits at the end of a file's name are the start of its SHA-256.
+# By architecture: the authors' file and the paper's figures. A published file is pinned here by sha256='...'.
+_RELEASED: dict[str, dict[str, Any]] = {
+    'harm_resnet50': dict(
+        file='harm_resnet50-eec30392.pth',
+        notes=_errors('23.11', '6.63', 'imagenet', "the authors' benchmark script says 76.98 % top-1 accuracy"),
+    ),
+    'harm_resnet101': dict(file='harm_resnet101-62e185b1.pth', notes=_errors('21.48', '5.75', 'imagenet')),
+    'harm0_seresnext101_32x4d': dict(
+        file='se_resnext101_32x4d-3250bf17.pth',
+        notes=_errors('19.81 at 224, 18.80 at 320', '4.90 at 224, 4.19 at 320', 'imagenet/resnext'),
+    ),
+    'harm_seresnext101_32x4d': dict(
+        file='harm_se_resnext101_32x4d-e5b7b14d.pth',
+        notes=_errors('19.55 at 224, 18.72 at 320', '4.79 at 224, 4.23 at 320', 'imagenet/resnext'),
+    ),
+    'harm_seresnext101_64x4d': dict(
+        file='harm_se_resnext101_64x4d-74a0d9f0.pth',
+        notes=_errors(
+            '18.36 at 224, 17.34 at 320',
+            '4.37 at 224, 3.71 at 320',
+            'imagenet/resnext',
+            'another page of the authors gives 82.85 % top-1 accuracy at 320',
+        ),
+    ),
+}
+
 default_cfgs = generate_default_cfgs(
     {
-        'harm_resnet50.ulicny_in1k': _cfg(
-            'harm_resnet50-eec30392.pth',
-            notes=_errors('23.11', '6.63', 'imagenet', "the authors' benchmark script says 76.98 % top-1 accuracy"),
-        ),
-        'harm_resnet101.ulicny_in1k': _cfg('harm_resnet101-62e185b1.pth', notes=_errors('21.48', '5.75', 'imagenet')),
-        'harm0_seresnext101_32x4d.ulicny_in1k': _cfg(
-            'se_resnext101_32x4d-3250bf17.pth',
-            notes=_errors('19.81 at 224, 18.80 at 320', '4.90 at 224, 4.19 at 320', 'imagenet/resnext'),
-        ),
-        'harm_seresnext101_32x4d.ulicny_in1k': _cfg(
-            'harm_se_resnext101_32x4d-e5b7b14d.pth',
-            notes=_errors('19.55 at 224, 18.72 at 320', '4.79 at 224, 4.23 at 320', 'imagenet/resnext'),
-        ),
-        'harm_seresnext101_64x4d.ulicny_in1k': _cfg(
-            'harm_se_resnext101_64x4d-74a0d9f0.pth',
-            notes=_errors(
-                '18.36 at 224, 17.34 at 320',
-                '4.37 at 224, 3.71 at 320',
-                'imagenet/resnext',
-                'another page of the authors gives 82.85 % top-1 accuracy at 320',
-            ),
-        ),
         **{
-            name: _cfg()
-            for name in (
-                'harm_resnet18',
-                'harm_resnet34',
-                'harm_resnet152',
-                'harm_resnet50_avgpool',
-                'harm_resnet50_progressive',
-                'harm1_resnet50',
-                'harm0_resnet50',
-                'harm_resnext50_32x4d',
-                'harm_resnext101_32x4d',
-                'harm_resnext101_32x8d',
-                'harm_resnext101_64x4d',
-                'harm_seresnext50_32x4d',
-            )
+            f'{name}.{TAG}': released_cfg(f'{name}.{TAG}', **released, **_FIRST_AND_LAST)
+            for name, released in _RELEASED.items()
         },
+        **{name: paper_cfg(**_FIRST_AND_LAST) for name in _ARCHITECTURES if name not in _RELEASED},
     }
 )
 

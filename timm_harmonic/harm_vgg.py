@@ -7,8 +7,9 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vgg import VGG, cfgs
 from torch import nn
 
-from .checkpoints import build_model, convert_state_dict, paper_cfg
+from .checkpoints import convert_state_dict
 from .convert import Levels, check_channels, expand_levels, make_harmonic
+from .pretrained import build_model, paper_cfg
 
 __all__ = ['HarmonicVGG', 'checkpoint_filter_fn']
 
@@ -51,6 +52,7 @@ class HarmonicVGG(VGG):
         super().__init__(cfg, num_classes=num_classes, in_chans=in_chans, **kwargs)
         for layer in (self.pre_logits.fc1, self.pre_logits.fc2):
             nn.init.normal_(layer.weight, std=0.01)
+        self.levels = resolution_levels
 
         def level_of(name: str) -> int | None:
             index = int(name.split('.')[1])
@@ -67,15 +69,13 @@ class HarmonicVGG(VGG):
         )
 
 
-checkpoint_filter_fn = partial(
-    convert_state_dict,
-    names={
-        r'^classifier\.0\.': 'pre_logits.fc1.',
-        r'^classifier\.3\.': 'pre_logits.fc2.',
-        r'^classifier\.6\.': 'head.fc.',
-    },
-    norm='features.1',
-)
+# The authors' names of parameters, as regular expressions, and ours.
+KEY_NAMES = {
+    r'^classifier\.0\.': 'pre_logits.fc1.',
+    r'^classifier\.3\.': 'pre_logits.fc2.',
+    r'^classifier\.6\.': 'head.fc.',
+}
+checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norm='features.1')
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicVGG:
