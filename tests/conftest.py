@@ -28,25 +28,34 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def _loopback_only(monkeypatch):
-    """Whatever a test asks for, nothing leaves this machine."""
-    connect = socket.socket.connect
+    """Whatever a test asks for, nothing leaves this machine, not even the question where a name is."""
+    look_up = socket.getaddrinfo
 
-    def guarded(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ('127.0.0.1', '::1', 'localhost'):
-            raise ConnectionRefusedError(f'a test tried to reach {address[0]}')
-        return connect(self, address)
+    def guarded(host, *args, **kwargs):
+        if host not in (None, '127.0.0.1', '::1', 'localhost'):
+            raise socket.gaierror(socket.EAI_AGAIN, 'Temporary failure in name resolution')
+        return look_up(host, *args, **kwargs)
 
-    monkeypatch.setattr(socket.socket, 'connect', guarded)
+    monkeypatch.setattr(socket, 'getaddrinfo', guarded)
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The stand-in Hub, empty, with an empty cache and no waiting between attempts."""
+    """The stand-in Hub and release page, empty, with empty caches and no waiting between attempts."""
     import huggingface_hub.utils._http as client
+    import torch.hub
 
     _HUB.reset()
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub-cache'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch-home'))
     monkeypatch.setattr(client.time, 'sleep', lambda seconds: None)
+
+    def github_is_here(request, *args, **kwargs):
+        request.full_url = request.full_url.replace('https://github.com', _HUB.url)
+        return urlopen(request, *args, **kwargs)
+
+    urlopen = torch.hub.urlopen
+    monkeypatch.setattr(torch.hub, 'urlopen', github_is_here)
     yield _HUB
     _HUB.reset()
 

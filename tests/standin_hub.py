@@ -56,6 +56,7 @@ class StandinHub:
 
     def __init__(self):
         self.repositories = {}
+        self.release = {}
         self.uploads = {}
         self.pull_requests = {}
         self.asked = []
@@ -72,7 +73,7 @@ class StandinHub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def reset(self):
-        for state in (self.repositories, self.uploads, self.pull_requests, self.asked, self.faults):
+        for state in (self.repositories, self.release, self.uploads, self.pull_requests, self.asked, self.faults):
             state.clear()
 
     def add(self, repo_id, files):
@@ -195,6 +196,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         files, _ = repository.find(revision)
         self.reply(200, [{'type': 'file', 'path': k, 'size': len(v), 'oid': git_id(v)} for k, v in files.items()])
 
+    def download(self, name):
+        if name in self.hub.release:
+            self.reply(200, self.hub.release[name])
+        else:
+            self.reply(404, b'Not Found')
+
     def whoami(self):
         self.reply(200, {'type': 'user', 'name': 'org', 'orgs': []})
 
@@ -275,6 +282,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 _REPO = r'(?P<repo_id>[^/]+/[^/]+)'
 _ROUTES = (
+    ('GET', r'/matej-ulicny/harmonic-networks/releases/download/0\.1\.0/(?P<name>.+)', 'download'),
     ('GET HEAD', rf'/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)', 'resolve'),
     ('GET', rf'/api/models/{_REPO}', 'info'),
     ('GET', rf'/api/models/{_REPO}/revision/(?P<revision>.+)', 'info'),

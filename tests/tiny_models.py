@@ -35,7 +35,10 @@ default_cfgs = generate_default_cfgs(
     {
         f'{NAME}.ulicny_in1k': released_cfg(
             f'{NAME}.ulicny_in1k', FILE, notes=('paper: nothing',), first_conv='conv1', classifier='fc'
-        )
+        ),
+        f'{NAME}.pinned': released_cfg(
+            f'{NAME}.ulicny_in1k', FILE, sha256='0' * 64, first_conv='conv1', classifier='fc'
+        ),
     }
 )
 

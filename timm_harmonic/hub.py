@@ -19,7 +19,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from timm.data import ImageNetInfo
 from timm.models import get_pretrained_cfg, list_pretrained, model_entrypoint, save_for_hf
 from torch import nn
@@ -245,17 +245,30 @@ def publish(
         Url of the repository, or of the pull request.
 
     Raises:
-        HubError: If the folder is not one to publish, or the repository holds other files.
-        HfHubHTTPError: What the Hub answered, as to a missing or wrong token.
+        HubError: If the folder is not one to publish, the repository holds other files, or the token may not write.
+        HfHubHTTPError: What else the Hub answered.
     """
     files = _check_folder(folder, repo_id)
     api = HfApi(library_name='timm-harmonic', library_version=version('timm-harmonic'))
-    exists = api.repo_exists(repo_id)
-    if exists:
-        _check_repository(api, files, repo_id, private=private, revision=revision, force=force or create_pr)
-    address = f'{huggingface_hub.constants.ENDPOINT}/{repo_id}'
-    if dry_run:
-        return address
+    try:
+        exists = api.repo_exists(repo_id)
+        if exists:
+            _check_repository(api, files, repo_id, private=private, revision=revision, force=force or create_pr)
+        if dry_run:
+            return f'{huggingface_hub.constants.ENDPOINT}/{repo_id}'
+        return _upload(api, folder, repo_id, exists, private=private, revision=revision, create_pr=create_pr)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise HubError(
+            f'the Hub does not let you write to {repo_id}: {error.server_message or first_line(error)}. Log in by '
+            '`hf auth login`, or set HF_TOKEN, with a token that may.'
+        ) from error
+
+
+def _upload(
+    api: HfApi, folder: Path, repo_id: str, exists: bool, *, private: bool, revision: str | None, create_pr: bool
+) -> str:
     with _no_empty_repository(api, repo_id, exists):
         if not exists:
             api.create_repo(repo_id, private=private)
@@ -269,7 +282,7 @@ def publish(
             revision=revision,
             create_pr=create_pr,
         )
-    return commit.pr_url or address
+    return commit.pr_url or f'{huggingface_hub.constants.ENDPOINT}/{repo_id}'
 
 
 def _check_folder(folder: Path, repo_id: str) -> list[Path]:

@@ -299,7 +299,7 @@ def _ask_once(repo_id: str, filename: str, revision: str | None) -> None:
 def _forget(path: str, cache_dir: str | os.PathLike | None) -> None:
     """Removes a downloaded file's revision from the Hub's cache."""
     revision = os.path.basename(os.path.dirname(path))
-    huggingface_hub.scan_cache_dir(cache_dir).delete_revisions(revision).execute()
+    huggingface_hub.scan_cache_dir(_hub_cache(cache_dir)).delete_revisions(revision).execute()
 
 
 def _from_url(url: str, cache_dir: str | os.PathLike | None) -> StateDict:
