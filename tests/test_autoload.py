@@ -5,7 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import reference
+import timm
+import torch
 from reference import DATA
+
+from timm_harmonic.hub import convert
 
 KNOWN = 'import timm; assert timm.is_model("harm_resnet50"), "unknown"'
 CLEAN = 'import sys; assert not [f for f in sys.meta_path if "Host" in type(f).__name__], sys.meta_path'
@@ -37,11 +42,32 @@ def succeeds(code, *options, **env):
         'import timm.models.resnet',
         'import timm.data',
         'import segmentation_models_pytorch',
+        'from transformers import TimmWrapperModel',
     ],
 )
 def test_whatever_is_imported_first(first):
     done = succeeds(f'{first}\n{KNOWN}\n{CLEAN}')
     assert done.stderr == ''
+
+
+def test_transformers_loads_a_folder(tmp_path):
+    """By transformers' own wrapper, which imports timm by itself: the outputs of timm."""
+    torch.manual_seed(0)
+    model = timm.create_model('harm_resnet18', layers=(1, 1, 1, 1), levels=3, num_classes=5)
+    torch.save(reference.randomize_batch_norm(model).eval().state_dict(), tmp_path / 'weights.pth')
+    convert(
+        tmp_path / 'weights.pth', 'harm_resnet18', tmp_path / 'out', model_kwargs=dict(layers=(1, 1, 1, 1), levels=3)
+    )
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    succeeds(
+        'from transformers import TimmWrapperForImageClassification as Wrapper; import sys, torch\n'
+        f'model = Wrapper.from_pretrained({str(tmp_path / "out")!r}).eval()\n'
+        'image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))\n'
+        f'torch.save(model(image).logits.detach(), {str(tmp_path / "logits.pt")!r})',
+        '-W',
+        'default',
+    )
+    torch.testing.assert_close(torch.load(tmp_path / 'logits.pt'), model(image).detach())
 
 
 def test_torch_alone_loads_neither():

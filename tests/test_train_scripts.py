@@ -1,4 +1,4 @@
-"""timm's unmodified train.py and validate.py with train_configs/, on the image folder that the quickstart exports.
+"""timm's unmodified scripts with train_configs/, on the image folder that the quickstart exports.
 
 The scripts are in no package: the environment variable TIMM_SCRIPTS names a checkout of pytorch-image-models. Each is
 copied to a folder of its own first. Python looks for packages beside a script, where the checkout has its own timm;
@@ -22,7 +22,7 @@ import timm_harmonic
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get('TIMM_SCRIPTS'),
-    reason='TIMM_SCRIPTS names no checkout of pytorch-image-models; its train.py and validate.py are in no package',
+    reason='TIMM_SCRIPTS names no checkout of pytorch-image-models; its scripts are in no package',
 )
 
 CONFIG = Path(__file__).resolve().parents[1] / 'train_configs' / 'harm_resnet50.yaml'
@@ -43,9 +43,6 @@ sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
-# validate.py has no --device-modules.
-_IMPORT_FIRST = "import runpy, sys, timm_harmonic; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
-
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
     """A command that must succeed, run in a folder without packages."""
@@ -65,13 +62,17 @@ class Workplace:
         self.scripts = folder / 'scripts'
         self.images = folder / 'images'
         self.scripts.mkdir()
-        for name in ('train.py', 'validate.py'):
+        for name in ('train.py', 'validate.py', 'benchmark.py', 'inference.py', 'onnx_export.py'):
             shutil.copy(Path(os.environ['TIMM_SCRIPTS']) / name, self.scripts / name)
         run(sys.executable, '-m', 'timm_harmonic', 'quickstart', '--export', self.images, cwd=folder)
         classes = list((self.images / 'validation').iterdir())
         self.num_classes = len(classes)
         for patch in (patch for folder in classes for patch in sorted(folder.iterdir())[VALIDATION_PER_CLASS:]):
             patch.unlink()
+
+    def run(self, script: str, *options: object) -> subprocess.CompletedProcess:
+        """One of the scripts as it is: nothing but its own imports makes timm know the models."""
+        return run(sys.executable, self.scripts / script, *options, cwd=self.folder)
 
     def train(self, name: str, *options: object, launcher: tuple = (sys.executable,)) -> list[dict]:
         """Rows of summary.csv of a run of train.py, its checkpoints are in `self.folder / name`."""
@@ -87,8 +88,8 @@ class Workplace:
         """What validate.py prints as its result, and the mean loss of its log, for the last checkpoint of a run."""
         common = f'--num-classes {self.num_classes} --batch-size 16 --workers 0 --device cpu --split validation'
         paths = ('--data-dir', self.images, '--checkpoint', self.folder / name / 'last.pth.tar')
-        script = (sys.executable, '-c', _IMPORT_FIRST, self.scripts / 'validate.py', '--model', 'harm_resnet50')
-        result = run(*script, *paths, *common.split(), '--log-freq', 1, *options, cwd=self.folder)
+        options = ('--model', 'harm_resnet50', *paths, *common.split(), '--log-freq', 1, *options)
+        result = self.run('validate.py', *options)
         loss = re.findall(r'Loss: +\S+ \( *([\d.]+)\)', result.stderr)[-1]
         return dict(json.loads(result.stdout.split('--result\n')[1]), loss=float(loss))
 
@@ -239,3 +240,53 @@ def test_two_processes(workplace):
     # If the number of images is odd, one of them was counted twice.
     validated = workplace.validate('two', *SMALL, '--img-size', 64)
     check_validated(validated, trained, images=2 * workplace.one_image(), loss=0.05)
+
+
+def test_benchmark(workplace):
+    common = '--bench both --device cpu --batch-size 2 --img-size 64 --num-warm-iter 1 --num-bench-iter 10'
+    result = workplace.run('benchmark.py', '--model', 'harm_resnet50', *SMALL, *common.split())
+    figures = json.loads(result.stdout.split('--result\n')[1])
+    assert figures['model'] == 'harm_resnet50'
+    assert figures['infer_samples_per_sec'] > 0
+    assert figures['train_samples_per_sec'] > 0
+
+
+def test_inference(workplace, small_run):
+    pytest.importorskip('pandas', reason="timm's inference.py imports pandas")
+    common = f'--num-classes {workplace.num_classes} --img-size 64 --device cpu --workers 0 --no-console-results'
+    paths = ('--data-dir', workplace.images / 'validation', '--checkpoint', workplace.folder / 'small' / 'last.pth.tar')
+    results = ('--results-dir', workplace.folder / 'predictions', '--include-index')
+    workplace.run('inference.py', '--model', 'harm_resnet50', *SMALL, *paths, *common.split(), *results)
+    with (workplace.folder / 'predictions' / 'harm_resnet50-64.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == VALIDATION_PER_CLASS * workplace.num_classes
+    assert all(0 <= int(row['index']) < workplace.num_classes and 0 < float(row['prob']) <= 1 for row in rows)
+
+
+def test_onnx_export(workplace):
+    """Fused: nothing but what a plain ResNet-18 has, and the outputs by onnxruntime, which the script compares."""
+    onnx = pytest.importorskip('onnx', reason="timm's onnx_export.py writes ONNX")
+    pytest.importorskip('onnxruntime', reason='onnx_export.py --check-forward runs it')
+    torch.manual_seed(0)
+    torch.save(timm.create_model('harm_resnet18').state_dict(), workplace.folder / 'weights.pth')
+    options = ('--checkpoint', workplace.folder / 'weights.pth', '--img-size', 96, '--reparam', '--check-forward')
+    workplace.run('onnx_export.py', workplace.folder / 'out.onnx', '--model', 'harm_resnet18', *options)
+    operators = [node.op_type for node in onnx.load(workplace.folder / 'out.onnx').graph.node]
+    assert operators.count('Conv') == 20
+    assert not {'MatMul', 'BatchNormalization', 'Einsum', 'Reshape'} & set(operators)
+
+
+def test_a_run_becomes_a_hub_folder(workplace, small_run):
+    """What train.py leaves is what `convert` reads: options, figures and weights."""
+    out = workplace.folder / 'published'
+    checkpoint = workplace.folder / 'small' / 'last.pth.tar'
+    command = (sys.executable, '-m', 'timm_harmonic', 'convert', checkpoint, '--model', 'harm_resnet50', '--out', out)
+    run(*command, cwd=workplace.folder)
+    assert (out / 'train_hparams.yaml').read_text() == (workplace.folder / 'small' / 'args.yaml').read_text()
+    assert f'eval_loss: {float(small_run[0]["eval_loss"]):.3f}' in (out / 'README.md').read_text()
+    model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    assert tuple(model.pretrained_cfg['input_size']) == (3, 64, 64)
+    trained = timm.create_model('harm_resnet50', layers=(1, 1, 1, 1), num_classes=workplace.num_classes).eval()
+    trained.load_state_dict(workplace.checkpoint('small')['state_dict'])
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(model(images), trained(images))

@@ -106,6 +106,7 @@ def convert(
             model_config=dict(label_names=class_names, pretrained_cfg=dict(license=license)),
             data_config=source.run,
         )
+        _say_classes_once(folder / 'config.json')
         for theirs, ours in _OPTIONAL.items():
             if source.run and (checkpoint.parent / theirs).is_file():
                 shutil.copyfile(checkpoint.parent / theirs, folder / ours)
@@ -197,6 +198,13 @@ def _build(model_name: str, state: StateDict, source: Provenance, model_kwargs: 
     if not source.url:
         overlay.update(tag=None, url=None, hf_hub_id=None, origin_url=None)
     return timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def _say_classes_once(path: Path) -> None:
+    """timm writes num_classes at the top and, if it was given, among model_args: transformers trips over the latter."""
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2))
 
 
 def _check_class_names(class_names: list[str] | None, model: nn.Module) -> None:
