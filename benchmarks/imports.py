@@ -53,11 +53,11 @@ def measure(rounds: int) -> dict[str, Any]:
     """Medians and quartiles over fresh interpreters, in milliseconds."""
     seconds: dict[str, list[float]] = {'without': [], 'with': []}
     own = []
-    for _ in tqdm(range(rounds)):
-        for variant, times in seconds.items():
+    for round_ in tqdm(range(rounds)):
+        for variant in sorted(seconds, reverse=bool(round_ % 2)):  # neither is always the first of its pair
             command = [sys.executable, '-c', _PROGRAM, variant]
             total, spent = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            times.append(total)
+            seconds[variant].append(total)
             if variant == 'with':
                 own.append(spent)
     ratios = [ours / theirs for ours, theirs in zip(seconds['with'], seconds['without'], strict=True)]

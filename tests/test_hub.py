@@ -16,7 +16,8 @@ from tiny_models import FILE, ID, NAME, create, same
 
 from timm_harmonic import cli, pretrained
 from timm_harmonic.checkpoints import CheckpointError
-from timm_harmonic.hub import HubError, convert, publish
+from timm_harmonic.hub import publish
+from timm_harmonic.hub_folder import HubError, convert
 from timm_harmonic.model_card import count
 
 TOKEN = 'hf_' + 'S3cret' * 6
@@ -246,7 +247,7 @@ def test_other_outputs_are_an_error(released, tmp_path, monkeypatch):
         state['fc.bias'][0] += 1e-4 * state['fc.bias'].abs().max()
         safetensors.torch.save_file(state, f'{folder}/model.safetensors')
 
-    monkeypatch.setattr('timm_harmonic.hub.save_for_hf', damaging)
+    monkeypatch.setattr('timm_harmonic.hub_folder.save_for_hf', damaging)
     with pytest.raises(HubError, match='gives other outputs than the checkpoint'):
         convert(released, NAME, tmp_path / 'out')
     assert list(tmp_path.iterdir()) == [released]

@@ -26,7 +26,8 @@ from tiny_models import CHECKPOINT, FILE, ID, NAME, create, same
 import timm_harmonic
 from timm_harmonic import cli, pretrained
 from timm_harmonic.checkpoints import CheckpointError
-from timm_harmonic.hub import convert, publish
+from timm_harmonic.hub import publish
+from timm_harmonic.hub_folder import convert
 
 # The Hub's client leaves sockets of failed requests to the garbage collector.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -493,6 +494,7 @@ FAILURES = {
     'no token': ('POST', 'repos/create', error(401, '', 'Invalid username or password.')),
     'wrong token': ('GET POST', '/api/', error(401, '', 'Invalid credentials in Authorization header')),
     'not allowed': ('POST', 'repos/create', error(403, '', 'You do not have the rights to create a model')),
+    'no answer': ('POST', 'validate-yaml', lambda handler: setattr(handler, 'close_connection', True)),
     'upload fails': ('PUT', '/upload/', error(500)),
     'commit fails': ('POST', '/commit/', error(500)),
     'commit is refused': ('POST', '/commit/', error(403, '', 'Quota exceeded')),

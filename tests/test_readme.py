@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import timm_harmonic
+from timm_harmonic import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -66,6 +67,22 @@ def test_speed_is_the_saved_measurement():
             found[name, 'train', 8]['harmonic'],
         ]
         assert f'| `{name}` | ' + ' | '.join(f'{cell["ratio"]:.2f}' for cell in cells) + ' |' in README
+
+
+def test_cost_of_autoloading_is_the_saved_measurement():
+    report = json.loads((ROOT / 'benchmarks' / 'results' / 'imports.json').read_text())
+    assert f'takes {report["imports"]["entry_point_ms"]["median"]:.2f} ms' in README.replace('\n', ' ')
+
+
+def test_commands_that_are_named_exist():
+    """Every `timm-harmonic COMMAND ... --option` of the README, to the parser."""
+    shown = ' '.join(README.replace('\\\n', ' ').split('\n'))
+    for command in ('list', 'convert', 'publish', 'quickstart'):
+        assert f'timm-harmonic {command}' in shown
+    parser = cli._parser()
+    for line in README.splitlines():
+        if line.startswith('timm-harmonic '):
+            assert parser.parse_args(line.split()[1:]).run
 
 
 def test_models_that_are_named_exist():

@@ -147,7 +147,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .hub import LICENSE, convert
+    from .hub_folder import LICENSE, convert
 
     names = args.class_names.read_text(encoding='utf-8').splitlines() if args.class_names else None
     files = convert(

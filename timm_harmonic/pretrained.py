@@ -1,5 +1,6 @@
 """Where pretrained weights come from: a file, the Hugging Face Hub, or the authors' release."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -259,8 +260,9 @@ def _from_hub(hub_id: str, filename: str | None, pin: str | None, cache_dir: str
             raise CheckpointError(f'the SHA-256 of {path!r} is {found}, not {pin}, which is pinned.')
         return read_checkpoint(path)
     except CheckpointError as error:
-        _forget(path, cache_dir)
-        raise CheckpointError(f'{repo_id} on the Hugging Face Hub: {error} It was removed from the cache.') from error
+        revision = os.path.basename(os.path.dirname(path))
+        huggingface_hub.scan_cache_dir(_hub_cache(cache_dir)).delete_revisions(revision).execute()
+        raise CheckpointError(f'{repo_id} on the Hugging Face Hub: {error} {_whether_removed(path)}') from error
 
 
 def _download_from_hub(repo_id: str, filename: str, revision: str | None, cache_dir: str | os.PathLike | None) -> str:
@@ -296,10 +298,8 @@ def _ask_once(repo_id: str, filename: str, revision: str | None) -> None:
         ) from error
 
 
-def _forget(path: str, cache_dir: str | os.PathLike | None) -> None:
-    """Removes a downloaded file's revision from the Hub's cache."""
-    revision = os.path.basename(os.path.dirname(path))
-    huggingface_hub.scan_cache_dir(_hub_cache(cache_dir)).delete_revisions(revision).execute()
+def _whether_removed(path: str) -> str:
+    return f'Remove {path}.' if os.path.exists(path) else 'It was removed from the cache.'
 
 
 def _from_url(url: str, cache_dir: str | os.PathLike | None) -> StateDict:
@@ -330,5 +330,6 @@ def _from_url(url: str, cache_dir: str | os.PathLike | None) -> StateDict:
             raise CheckpointError(f'{path!r} is not the file that its name says: its SHA-256 is another.')
         return read_checkpoint(path)
     except CheckpointError as error:
-        os.remove(path)
-        raise CheckpointError(f'{error} It was removed from the cache.') from error
+        with contextlib.suppress(OSError):  # a cache that is read-only
+            os.remove(path)
+        raise CheckpointError(f'{error} {_whether_removed(path)}') from error
