@@ -85,4 +85,4 @@ def test_interrupt_ends_quietly(capsys, monkeypatch):
 
     monkeypatch.setattr(quickstart, 'quickstart', interrupt)
     assert cli.main(['quickstart']) == 130
-    assert 'stopped' in capsys.readouterr().out
+    assert 'stopped' in capsys.readouterr().err

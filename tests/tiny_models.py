@@ -37,7 +37,7 @@ default_cfgs = generate_default_cfgs(
             f'{NAME}.ulicny_in1k', FILE, notes=('paper: nothing',), first_conv='conv1', classifier='fc'
         ),
         f'{NAME}.pinned': released_cfg(
-            f'{NAME}.ulicny_in1k', FILE, sha256='0' * 64, first_conv='conv1', classifier='fc'
+            f'{NAME}.ulicny_in1k', 'other-00000000.pth', sha256='0' * 64, first_conv='conv1', classifier='fc'
         ),
     }
 )

@@ -129,7 +129,7 @@ def _provenance(path: Path, content: StateDict, model_name: str, use_ema: bool) 
     """What is known of a checkpoint: by its hash if it is a released one, else by the run that it lies beside."""
     digest = sha256_of(path)
     source = Provenance(path.name, digest)
-    for name in {*list_pretrained('harm*'), *list_pretrained(f'{model_name}.*')}:
+    for name in list_pretrained(['harm*', f'{model_name}.*']):
         cfg = get_pretrained_cfg(name)
         found = re.search(r'-([0-9a-f]{8,})\.pth$', cfg.url or '')
         if found and digest.startswith(found.group(1)):
