@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from . import harm_resnet, harm_vgg
-from .conv import HarmonicBlock2d, HarmonicConv2d
+from .block import HarmonicBlock2d
+from .conv import HarmonicConv2d
 from .dct import dct_basis
 from .harm_resnet import HarmonicResNet
 from .harm_vgg import HarmonicVGG

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from .conv import HarmonicBlock2d, HarmonicConv2d
+from .block import HarmonicBlock2d
+from .conv import HarmonicConv2d
 
 __all__ = [
     'CheckpointError',

@@ -1,4 +1,4 @@
-"""The two harmonic layers: convolutions whose filters are learned combinations of fixed DCT functions."""
+"""The harmonic layer: a convolution whose filters are learned combinations of fixed DCT functions."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .dct import analyze, dct_basis, dct_frequencies, synthesize
 
-__all__ = ['HarmonicBlock2d', 'HarmonicConv2d', 'conv_args']
+__all__ = ['HarmonicConv2d', 'HarmonicLayer', 'compose', 'conv_args', 'outside_autocast']
 
 IntPair = int | tuple[int, int]
 
@@ -30,72 +30,28 @@ def conv_args(conv: nn.Module) -> dict[str, Any]:
     return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
-def _outside_autocast(device_type: str) -> AbstractContextManager:
+def outside_autocast(device_type: str) -> AbstractContextManager:
     """Context in which autocast does not lower precision, on devices that have it (meta has none)."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
-def _compose(weight: Tensor, basis: Tensor) -> Tensor:
+def compose(weight: Tensor, basis: Tensor) -> Tensor:
     """Filters (O, I, k, k) of coefficients (O, I, P, 1): one product, in basis' precision whatever autocast says."""
     if torch.jit.is_scripting():  # TorchScript knows no such context
         filters = synthesize(weight, basis)
     else:
-        with _outside_autocast(weight.device.type):
+        with outside_autocast(weight.device.type):
             filters = synthesize(weight, basis)
     return filters
 
 
-def _fold(
-    weight: Tensor,
-    basis: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    groups: int,
-) -> tuple[Tensor, Tensor]:
-    """Filters (O, I, k, k) and bias (O,) that stand for normalising the responses and mixing them.
-
-    A response r_cn enters the mix as w_ocn (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn).
-
-    Args:
-        weight: Mixing coefficients (O, I, P, 1), where I counts the channels of one group.
-        basis: (P, k, k), its dtype is the precision of the result.
-        mean: Mean of the responses (C * P,), channel-major.
-        var: Variance of the responses (C * P,).
-        gamma: Scale after normalisation (C * P,), None for 1.
-        beta: Shift after normalisation (C * P,), None for 0.
-        eps: Added to the variance.
-        groups: Number of groups.
-    """
-    scale = torch.rsqrt(var.to(basis.dtype) + eps)
-    if gamma is not None:
-        scale = scale * gamma
-    shift = -mean * scale
-    if beta is not None:
-        shift = shift + beta
-    # (groups, O / groups, I, P) * (groups, 1, I, P)
-    grouped = (groups, -1, weight.shape[1], weight.shape[2])
-    mix = weight.to(basis.dtype).reshape(grouped)
-    bias = (mix * shift.reshape(grouped)).sum((2, 3)).reshape(-1)
-    return _compose((mix * scale.reshape(grouped)).reshape(weight.shape), basis), bias
+# A leaf for torch.fx: a trace must keep what it decides by dtype, device or memory format.
+torch.fx.wrap('compose')
 
 
-def _in_format_of(y: Tensor, x: Tensor) -> Tensor:
-    """y in the memory format of x, so that the layers after it run as they would after a plain convolution."""
-    return y.contiguous() if x.is_contiguous() else y
-
-
-# Leaves for torch.fx: a trace must keep what these functions decide by dtype, device or memory format.
-torch.fx.wrap('_compose')
-torch.fx.wrap('_fold')
-torch.fx.wrap('_in_format_of')
-
-
-class _HarmonicLayer(nn.Module):
+class HarmonicLayer(nn.Module):
     """What both layers share: nn.Conv2d's arguments, the coefficients and the basis they refer to."""
 
     def __init__(
@@ -206,7 +162,7 @@ class _HarmonicLayer(nn.Module):
         return conv.train(self.training)
 
 
-class HarmonicConv2d(_HarmonicLayer):
+class HarmonicConv2d(HarmonicLayer):
     """Convolution with filters sum_n weight[o, i, n] d_n over DCT functions d_n (arXiv:2001.06570).
 
     Equal to filtering every input channel by every DCT function and mixing the responses by a 1 x 1 convolution.
@@ -245,7 +201,7 @@ class HarmonicConv2d(_HarmonicLayer):
 
     def filters(self) -> Tensor:
         """The filters (O, C / groups, k, k), differentiable, in the coefficients' dtype."""
-        return _compose(self.weight, self.basis).to(self.weight.dtype)
+        return compose(self.weight, self.basis).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.filters(), self.bias, self.groups)
@@ -281,76 +237,3 @@ class HarmonicConv2d(_HarmonicLayer):
                 layer.bias.copy_(conv.bias)
                 layer.bias.requires_grad_(conv.bias.requires_grad)
         return layer.train(conv.training)
-
-
-class HarmonicBlock2d(_HarmonicLayer):
-    """The paper's harmonic block with normalised responses, its choice for the root layer
-    (arXiv:2001.06570).
-
-    Every input channel is filtered by every DCT function; the C * P responses are batch-normalised without affine
-    parameters, then mixed by a 1 x 1 convolution. When the normalisation uses running statistics, all of it is one
-    convolution with the normalisation folded in.
-
-    Takes the arguments of `HarmonicConv2d`, and has the same attributes.
-
-    Attributes:
-        weight: Mixing coefficients (O, C / groups, P, 1).
-        bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n.
-
-    Raises:
-        ValueError: If an argument is out of range, naming it.
-    """
-
-    def _init_norm(self) -> None:
-        self.bn = nn.BatchNorm2d(
-            self.in_channels * self.weight.shape[2], affine=False, device=self.weight.device, dtype=self.weight.dtype
-        )
-
-    def reset_parameters(self) -> None:
-        """Kaiming normal over the mix's fan-out, std sqrt(2 / O), as the authors' code does; bias zero."""
-        nn.init.kaiming_normal_(self.weight.flatten(1)[..., None, None], mode='fan_out', nonlinearity='relu')
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-        self.bn.reset_running_stats()
-
-    def responses(self, x: Tensor) -> Tensor:
-        """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation, in channels_last order."""
-        # Filtering, normalising and mixing are all faster so: half the time of a root with 3 channels on a CPU.
-        filters = self.basis.to(self.weight.dtype).repeat(self.in_channels, 1, 1).unsqueeze(1)
-        return self._convolve(x.contiguous(memory_format=torch.channels_last), filters, None, self.in_channels)
-
-    def is_foldable(self) -> bool:
-        """Whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
-        return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None
-
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Filters (O, C / groups, k, k) and bias (O,) with the running statistics folded in, differentiable."""
-        bn = self.bn
-        filters, bias = _fold(
-            self.weight, self.basis, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, self.groups
-        )
-        if self.bias is not None:
-            bias = bias + self.bias
-        return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
-
-    def filters(self) -> Tensor:
-        """The filters (O, C / groups, k, k) of evaluation, differentiable."""
-        return self.folded()[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bn.training or not self.is_foldable():
-            responses = self.bn(self.responses(x))
-            y = F.conv2d(responses, self.weight.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
-            return _in_format_of(y, x)
-        filters, bias = self.folded()
-        return self._convolve(x, filters, bias, self.groups)
-
-    def fuse(self) -> nn.Conv2d:
-        """A new nn.Conv2d, with a bias, that computes the same in evaluation; this layer is left as it is.
-
-        Raises:
-            ValueError: If `bn` has been replaced by a module without running statistics.
-        """
-        if not self.is_foldable():
-            raise ValueError(f'cannot fuse: {type(self.bn).__name__} has no running statistics to fold into filters.')
-        return self._plain(*self.folded())

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from .conv import HarmonicBlock2d, HarmonicConv2d, conv_args
+from .block import HarmonicBlock2d
+from .conv import HarmonicConv2d, conv_args
 
 __all__ = ['check_channels', 'expand_levels', 'make_harmonic', 'swap_convs']
 

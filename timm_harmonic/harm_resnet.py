@@ -10,8 +10,9 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from .block import HarmonicBlock2d
 from .checkpoints import convert_state_dict
-from .conv import HarmonicBlock2d, HarmonicConv2d
+from .conv import HarmonicConv2d
 from .convert import Levels, check_channels, expand_levels, make_harmonic
 from .pretrained import REPOSITORY, TAG, build_model, paper_cfg, released_cfg
 

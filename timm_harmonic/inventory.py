@@ -9,7 +9,8 @@ from rich.table import Table
 from timm.models import get_pretrained_cfg, list_pretrained
 from torch import nn
 
-from .conv import HarmonicBlock2d, HarmonicConv2d
+from .block import HarmonicBlock2d
+from .conv import HarmonicConv2d
 from .pretrained import pinned_sha256
 
 __all__ = ['inventory', 'print_inventory']

@@ -11,7 +11,8 @@ from timm.models import get_pretrained_cfg, list_pretrained, reparameterize_mode
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .conv import HarmonicBlock2d, HarmonicConv2d
+from .block import HarmonicBlock2d
+from .conv import HarmonicConv2d
 from .pretrained import REPOSITORY, pinned_sha256
 
 __all__ = ['CITATION', 'Provenance', 'Stats', 'coefficients', 'count', 'model_card']
