@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .__main__ import environment
+from .environment import environment
 
 # Both variants wrap importlib.metadata.entry_points; one leaves ours out, the other clocks it.
 _PROGRAM = """

@@ -238,12 +238,24 @@ def test_basis_survives_to_empty_and_is_in_no_state_dict(cls):
     layer = cls(3, 8, 3, device='meta')
     assert 'basis' not in layer.state_dict()
     layer = layer.to_empty(device='cpu')
-    torch.testing.assert_close(layer.basis, reference.dct_functions(3).float())
+    torch.testing.assert_close(layer.basis, reference.dct_functions(3).to(layer.basis))
     layer.basis.fill_(float('nan'))
     layer.init_non_persistent_buffers()
-    torch.testing.assert_close(layer.basis, reference.dct_functions(3).float())
+    torch.testing.assert_close(layer.basis, reference.dct_functions(3).to(layer.basis))
     with torch.device('meta'):
         assert cls(3, 8, 3).basis.device.type == 'meta'
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize(
+    ('channels', 'groups', 'expected'), [(3, 1, torch.float64), (32, 2, torch.float64), (32, 1, torch.float32)]
+)
+def test_filters_over_few_channels_are_composed_in_float64(cls, channels, groups, expected):
+    layer = cls(channels, 32, 3, groups=groups)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert layer.to(dtype).basis.dtype == expected
+        assert layer.filters().dtype == dtype
+    assert layer.double().basis.dtype == torch.float64
 
 
 @pytest.mark.parametrize('cls', LAYERS)

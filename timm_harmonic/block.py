@@ -154,7 +154,8 @@ class HarmonicBlock2d(HarmonicLayer):
         functions = self.basis.to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
         images = x.reshape(-1, 1, height, width)
         positions = height * width // (self.stride[0] * self.stride[1])
-        piece = _PIECE_CPU if x.device.type == 'cpu' else _PIECE
+        small = x.device.type == 'cpu' and not torch.compiler.is_compiling()  # a compiled graph has all pieces in it
+        piece = _PIECE_CPU if small else _PIECE
         means, variances, count = [], [], 0
         for part in images.split(max(1, piece // (positions * functions.shape[0]))):
             responses = self._convolve(part, functions, None, 1)

@@ -13,6 +13,8 @@ __all__ = ['HarmonicConv2d', 'HarmonicLayer', 'compose', 'conv_args', 'outside_a
 
 IntPair = int | tuple[int, int]
 
+_FEW = 16  # input channels of a group
+
 # What nn.Conv2d is built from, and stores under the same names.
 _CONV_ARGS = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
@@ -108,14 +110,20 @@ class HarmonicLayer(nn.Module):
         pass  # a layer that normalises its responses adds the module here
 
     def init_non_persistent_buffers(self) -> None:
-        """Builds the basis anew where the coefficients are, in their precision but never below float32."""
+        """Builds the basis anew where the coefficients are, in the precision that filters are composed in.
+
+        That is the coefficients', but never below float32; and float64 where a filter sees few channels, on every
+        device that has it: so short a sum would show the rounding of its filters, and there are few coefficients.
+        """
+        weight = self.weight
+        few = weight.shape[1] <= _FEW and weight.device.type != 'mps'
         self.basis = dct_basis(
             self.kernel_size[0],
             self.level,
             self.dc,
             self.normalization,
-            device=self.weight.device,
-            dtype=torch.promote_types(self.weight.dtype, torch.float32),
+            device=weight.device,
+            dtype=torch.promote_types(weight.dtype, torch.float64 if few else torch.float32),
         )
 
     def _apply(self, fn, recurse=True):

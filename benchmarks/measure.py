@@ -1,0 +1,211 @@
+"""What is measured: interleaved runs of several networks in one process, as ratios to the plain twin, and memory."""
+
+import contextlib
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import reparameterize_model
+from torch import nn
+from tqdm import tqdm
+
+from .original import check, original
+
+__all__ = ['Setting', 'compare', 'growth', 'measure']
+
+PLAIN = dict(harmonic_stem=False, harmonic_blocks=False)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How networks are run: device, 'fp32' or 'bf16' (autocast), memory format, and whether compiled."""
+
+    device: str
+    precision: str = 'fp32'
+    channels_last: bool = False
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        words = [self.precision, 'channels_last' if self.channels_last else 'contiguous']
+        return ', '.join([*words, 'compiled' if self.compiled else 'eager'])
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The network where and how it is run."""
+        model = model.to(self.device, memory_format=self.format)
+        if self.compiled:
+            torch._dynamo.config.cache_size_limit = 64
+            model.compile()
+        return model
+
+    @property
+    def format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def images(self, batch: int, size: int) -> torch.Tensor:
+        return torch.randn(batch, 3, size, size, device=self.device).contiguous(memory_format=self.format)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device, torch.bfloat16) if self.precision == 'bf16' else contextlib.nullcontext()
+
+
+def synchronize(device: str) -> None:
+    if device != 'cpu':
+        torch.cuda.synchronize()
+
+
+def evaluation(model: nn.Module, setting: Setting, batch: int, size: int) -> Callable[[], Any]:
+    """A forward pass in evaluation."""
+    x = setting.images(batch, size)
+
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        model.eval()
+        with setting.autocast():
+            return model(x)
+
+    return run
+
+
+def training(model: nn.Module, setting: Setting, batch: int, size: int) -> Callable[[], Any]:
+    """A step of SGD with momentum: forward, backward, update."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9)
+    x, labels = setting.images(batch, size), torch.randint(1000, (batch,), device=setting.device)
+
+    def run() -> None:
+        model.train()
+        optimizer.zero_grad()
+        with setting.autocast():
+            loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Most memory in use while something runs, above what is in use before.
+
+    On a GPU what torch has allocated; on a CPU under Linux the resident set of the process.
+    """
+    run()
+    gc.collect()
+    if device != 'cpu':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path('/proc/self/clear_refs').write_text('5')  # the peak of the resident set starts anew (proc(5))
+    before = _resident('VmRSS')
+    run()
+    return _resident('VmHWM') - before
+
+
+def _resident(key: str) -> int:
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def compare(candidates: dict[str, Callable[[], Any]], device: str, budget: float) -> dict[str, dict[str, float]]:
+    """Seconds of each candidate, and its ratio to the one named 'plain' of the same round.
+
+    Args:
+        candidates: Name -> what to run; 'plain' must be among them.
+        device: To wait for.
+        budget: Seconds that all rounds may take together; there are 5 rounds at least, and 31 at most.
+
+    Returns:
+        Name -> median seconds, median and quartiles of the ratio, and the number of rounds.
+    """
+
+    def clock(run: Callable[[], Any]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    for run in candidates.values():
+        run()
+    once = sum(clock(run) for run in candidates.values())
+    rounds = int(min(31, max(5, budget / once)))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            seconds[name].append(clock(run))
+    result = {}
+    for name, times in seconds.items():
+        ratios = [ours / plain for ours, plain in zip(times, seconds['plain'], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        result[name] = dict(seconds=statistics.median(times), ratio=middle, low=low, high=high, rounds=rounds)
+    return result
+
+
+def networks(name: str, setting: Setting) -> dict[str, nn.Module]:
+    """Plain twice, ours, ours fused, and the original formulation, in the same setting."""
+    torch.manual_seed(0)
+    ours, plain, again = (timm.create_model(name, **kwargs) for kwargs in ({}, PLAIN, PLAIN))
+    theirs = original(ours)
+    check(ours, theirs, 64)
+    models = {
+        'plain': plain,
+        'plain again': again,
+        'fused': reparameterize_model(ours.eval()),
+        'harmonic': ours,
+        'original': theirs,
+    }
+    return {key: setting.place(model) for key, model in models.items()}
+
+
+def measure(
+    name: str, setting: Setting, evals: list[int], trains: list[int], size: int, budget: float, bar: tqdm
+) -> list[dict[str, Any]]:
+    """All rows of one network in one setting."""
+    rows = []
+    about = dict(model=name, size=size, **asdict(setting))
+    models = networks(name, setting)
+    for batch in evals:
+        candidates = {key: evaluation(model, setting, batch, size) for key, model in models.items()}
+        rows.append(dict(about, mode='eval', batch=batch, runs=compare(candidates, setting.device, budget)))
+        bar.update()
+    models.pop('fused')
+    for batch in trains:
+        candidates = {key: training(model, setting, batch, size) for key, model in models.items()}
+        runs = compare(candidates, setting.device, budget)
+        for key, run in candidates.items():
+            trained = [p for p in models[key].parameters() if p.requires_grad]
+            kept = 2 * sum(p.nbytes for p in trained)  # the parameters and their momentum
+            for parameter in trained:
+                parameter.grad = None
+            runs[key]['peak_bytes'] = kept + peak_bytes(run, setting.device)
+        rows.append(dict(about, mode='train', batch=batch, runs=runs))
+        bar.update()
+    torch.compiler.reset()
+    return rows
+
+
+def growth(
+    name: str, setting: Setting, points: list[tuple[str, int, int]], budget: float, bar: tqdm
+) -> list[dict[str, Any]]:
+    """How cost grows: rows for (mode, batch, size), without the fused network in training."""
+    rows = []
+    models = networks(name, setting)
+    models.pop('plain again')
+    for mode, batch, size in points:
+        of_mode = {k: m for k, m in models.items() if mode == 'eval' or k != 'fused'}
+        make = evaluation if mode == 'eval' else training
+        candidates = {key: make(model, setting, batch, size) for key, model in of_mode.items()}
+        runs = compare(candidates, setting.device, budget)
+        rows.append(dict(model=name, mode=mode, batch=batch, size=size, **asdict(setting), runs=runs))
+        bar.update()
+    return rows

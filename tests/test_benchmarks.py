@@ -1,0 +1,112 @@
+"""The benchmark compares the same things, and what it saved can be shown again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import reference
+import timm
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmark is beside the package, not in it
+
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks.measure import Setting, compare, networks, peak_bytes  # noqa: E402
+from benchmarks.original import OriginalBlock, OriginalConv, original  # noqa: E402
+from benchmarks.report import plot, table  # noqa: E402
+
+SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
+
+
+@pytest.mark.parametrize('options', [dict(), dict(stem_pool='avg', levels=(None, None, 3, 2))])
+def test_the_original_formulation_computes_the_same(options):
+    """Outputs in both modes, and gradients: what is measured against is the same function."""
+    torch.manual_seed(0)
+    ours = reference.randomize_batch_norm(timm.create_model('harm_resnet50', **SMALL, **options)).double()
+    theirs = original(ours)
+    assert any(isinstance(module, OriginalConv) for module in theirs.modules())
+    assert isinstance(theirs.conv1, OriginalBlock)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    for training in (False, True):
+        y, expected = theirs.train(training)(x), ours.train(training)(x)
+        assert reference.relative_error(y, expected) < 1e-10
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    assert reference.relative_error(theirs.conv1.weight.grad.flatten(), ours.conv1.weight.grad.flatten()) < 1e-7
+    gradient = theirs.layer1[0].conv2.weight.grad
+    assert reference.relative_error(gradient.flatten(), ours.layer1[0].conv2.weight.grad.flatten()) < 1e-7
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == sum(p.numel() for p in ours.parameters())
+
+
+def test_the_twin_is_plain():
+    models = networks('harm_resnet50_avgpool', Setting('cpu', channels_last=True))
+    assert list(models) == ['plain', 'plain again', 'fused', 'harmonic', 'original']
+    for name in ('plain', 'plain again', 'fused'):
+        assert not any(hasattr(module, 'fuse') for module in models[name].modules())
+    assert models['plain'].conv1.stride == models['harmonic'].conv1.stride == (2, 2)
+    assert models['plain'].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_ratios_are_to_the_plain_run():
+    calls = []
+    result = compare({name: lambda name=name: calls.append(name) for name in ('plain', 'other')}, 'cpu', budget=0.0)
+    assert calls[:4] == ['plain', 'other'] * 2
+    assert result['plain']['ratio'] == 1
+    assert result['plain']['rounds'] == 5
+    assert result['other']['low'] <= result['other']['ratio'] <= result['other']['high']
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak of the resident set is asked of Linux')
+def test_peak_of_memory():
+    size = 2**26
+
+    def run():
+        return torch.ones(size // 4).sum()
+
+    assert 0.8 * size < peak_bytes(run, 'cpu') < 1.5 * size
+
+
+def test_a_whole_run(tmp_path):
+    """On small images, one network, in a process of its own; then shown again without running anything."""
+    options = '--device cpu --models harm_resnet50 --settings 1 --eval-batch 1 --train-batch 2 --size 64 --budget 0'
+    arguments = [sys.executable, '-m', 'benchmarks', *options.split(), '--no-growth', '--out', str(tmp_path)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {'cpu.json', 'cpu.md', 'cpu.png'}
+    shown = subprocess.run(
+        [sys.executable, '-m', 'benchmarks', '--show', str(tmp_path / 'cpu.json')],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert shown.stdout.rstrip('\n') == (tmp_path / 'cpu.md').read_text().rstrip('\n')
+    report = json.loads((tmp_path / 'cpu.json').read_text())
+    assert {row['mode'] for row in report['rows']} == {'eval', 'train'}
+    assert report['environment']['torch'] == torch.__version__
+
+
+def test_no_gpu_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(sys, 'argv', ['benchmarks', '--device', 'cuda'])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert 'torch finds none' in capsys.readouterr().err
+    assert command.environment()['cuda'] == 'none on this machine, not measured'
+
+
+def test_saved_results_are_complete(tmp_path):
+    """Every network, setting and curve; the table beside it is made of it."""
+    folder = ROOT / 'benchmarks' / 'results'
+    report = json.loads((folder / 'cpu.json').read_text())
+    assert {row['model'] for row in report['rows']} == set(command.MODELS)
+    settings = {Setting(r['device'], r['precision'], r['channels_last'], r['compiled']) for r in report['rows']}
+    assert settings == set(command.SETTINGS['cpu'])
+    assert {(row['mode'], row['batch'], row['size']) for row in report['growth']} == set(command.GROWTH['cpu'])
+    assert (folder / 'cpu.md').read_text() == table(report)
+    plot(report, tmp_path / 'again.png')
+    assert (tmp_path / 'again.png').stat().st_size > 10_000

@@ -1,0 +1,121 @@
+"""A harmonic network is as near to float64 as the plain network with the same filters, in every precision."""
+
+import copy
+
+import pytest
+import reference
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import reparameterize_model
+from torch import nn
+
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
+
+AUTOCAST = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+LAYERS = {
+    'conv': lambda: HarmonicConv2d(64, 64, 3, padding=1),
+    'grouped': lambda: HarmonicConv2d(64, 64, 3, padding=1, groups=32),
+    'depth-wise': lambda: HarmonicConv2d(64, 64, 5, padding=2, groups=64),
+    'level': lambda: HarmonicConv2d(64, 64, 3, padding=1, level=2),
+    'root': lambda: HarmonicBlock2d(3, 64, 7, stride=4, padding=3),
+    'root of VGG': lambda: HarmonicBlock2d(3, 64, 3, padding=1),
+}
+NETWORKS = {
+    'harm_resnet50': dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
+    'harm_resnet50_avgpool': dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), levels=(None, None, 3, 2)),
+    'harm_seresnext50_32x4d': dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
+    'harm_vgg11_bn': dict(mlp_ratio=0.02),
+}
+
+
+def images(channels, size, batch=4, smooth=False):
+    x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+    return 9 * F.avg_pool2d(x, 9, stride=1, padding=4) if smooth else x
+
+
+def run(model, x, mode):
+    model = copy.deepcopy(model)
+    if mode == 'pure bf16':
+        return model.bfloat16()(x.bfloat16())
+    with torch.autocast('cpu', AUTOCAST.get(mode), enabled=mode in AUTOCAST):
+        return model.float()(x.float())
+
+
+@torch.no_grad()
+def ratio(ours, plain, x, mode, expected):
+    """Root-mean-square error of ours over the plain one's."""
+    errors = [(run(model, x, mode).double() - expected).square().mean().sqrt() for model in (ours, plain)]
+    return float(errors[0] / errors[1])
+
+
+@pytest.mark.parametrize('mode', ['fp32', 'bf16', 'fp16', 'pure bf16'])
+@pytest.mark.parametrize('smooth', [False, True], ids=['noise', 'smooth'])
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('name', LAYERS)
+def test_layers(name, training, smooth, mode):
+    """Two bounds are wider: a model that is bfloat16 as a whole rounds coefficients and then filters, which is
+    sqrt(3 / 2) of the error; and in float32 the smallest root shows the rounding of its batch statistics."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]().double()
+    x = images(layer.in_channels, 128 if 'root' in name else 28, smooth=smooth)
+    with torch.no_grad():
+        expected = layer(x.double())
+        if isinstance(layer, HarmonicBlock2d):
+            layer.bn.momentum = None
+            layer.bn.reset_running_stats()
+            if training:
+                plain = layer._plain(*layer._folded_by_batch(x.double()))
+            else:
+                layer(x.double())
+    layer.train(training)
+    if not (training and isinstance(layer, HarmonicBlock2d)):
+        plain = layer.fuse()
+        with torch.no_grad():
+            expected = layer(x.double())
+    wider = mode == 'pure bf16' or (name == 'root of VGG' and training and mode == 'fp32')
+    assert ratio(layer, plain, x, mode, expected) <= (1.25 if wider else 1.1)
+
+
+@pytest.mark.parametrize('mode', ['fp32', 'bf16', 'fp16', 'pure bf16'])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_networks(name, mode):
+    """In evaluation, with random statistics; the mean over several draws, since a whole network amplifies chance."""
+    ratios = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = reference.randomize_batch_norm(timm.create_model(name, **NETWORKS[name])).double().eval()
+        x = images(3, 64, batch=8)
+        with torch.no_grad():
+            expected = model(x.double())
+        ratios.append(ratio(model, reparameterize_model(model), x, mode, expected))
+    mean = sum(ratios) / len(ratios)
+    assert mean <= (1.25 if mode == 'pure bf16' else 1.1), ratios
+
+
+@pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50'])
+def test_two_hundred_steps_in_half_precision(name):
+    """float16 with a scaler that looks for its limit: the loss stays finite, falls, and steps are taken."""
+    torch.manual_seed(0)
+    small = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
+    model = timm.create_model(name, num_classes=4, **small)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.0**16, growth_interval=20)
+    x, labels = images(3, 32, batch=8), torch.arange(8) % 4
+    losses, skipped = [], 0
+    for _ in range(200):
+        optimizer.zero_grad()
+        with torch.autocast('cpu', torch.float16):
+            loss = F.cross_entropy(model(x), labels)
+        scaler.scale(loss).backward()
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += scaler.get_scale() < before
+        losses.append(float(loss.detach()))
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert losses[-1] < 0.5 * losses[0]
+    assert skipped < 50
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(b.isfinite().all() for b in model.buffers())
+    assert any(isinstance(m, nn.BatchNorm2d) and m.num_batches_tracked == 200 for m in model.modules())
