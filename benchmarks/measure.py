@@ -39,7 +39,10 @@ class Setting:
 
     def place(self, model: nn.Module) -> nn.Module:
         """The network where and how it is run."""
-        model = model.to(self.device, memory_format=self.format)
+        model = model.to(self.device)
+        for parameter in model.parameters():  # not by .to(memory_format=...), which the original's 5-D ones refuse
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=self.format)
         if self.compiled:
             torch._dynamo.config.cache_size_limit = 64
             model.compile()
