@@ -27,7 +27,7 @@ MODELS = (
     'harm_seresnext101_32x4d',
     'harm_vgg16_bn',
 )
-# The first of a device is measured for all networks, the others for the first two.
+# The first of a device is measured for all networks, the others for the first ones (--variants).
 SETTINGS = {
     'cpu': [
         Setting('cpu'),
@@ -50,7 +50,7 @@ GROWTH = {
         *(('eval', batch, 224) for batch in (1, 4, 16, 64, 256)),
         *(('eval', 8, side) for side in SIDES),
         *(('train', batch, 224) for batch in (2, 4, 8, 16, 32)),
-        *(('train', 8, side) for side in SIDES),
+        *(('train', 8, side) for side in SIDES if side != 224),
     ],
     'cuda': [
         *(('eval', batch, 224) for batch in (1, 4, 16, 64, 256)),
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__.partition('\n')[0])
     parser.add_argument('--device', choices=sorted(SETTINGS), default=device)
     parser.add_argument('--models', nargs='+', default=list(MODELS), metavar='NAME')
-    parser.add_argument('--variants', type=int, default=2, metavar='N', help='networks measured in all settings')
+    parser.add_argument('--variants', type=int, default=1, metavar='N', help='networks measured in all settings')
     parser.add_argument('--settings', type=int, metavar='N', help='how many of the settings are measured')
     parser.add_argument('--eval-batch', type=int, nargs='*', metavar='N', help='batch sizes in evaluation')
     parser.add_argument('--train-batch', type=int, nargs='*', metavar='N', help='batch sizes in training')

@@ -119,13 +119,16 @@ def _resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def compare(candidates: dict[str, Callable[[], Any]], device: str, budget: float) -> dict[str, dict[str, float]]:
+def compare(
+    candidates: dict[str, Callable[[], Any]], device: str, budget: float, least: int = 5
+) -> dict[str, dict[str, float]]:
     """Seconds of each candidate, and its ratio to the one named 'plain' of the same round.
 
     Args:
         candidates: Name -> what to run; 'plain' must be among them.
         device: To wait for.
-        budget: Seconds that all rounds may take together; there are 5 rounds at least, and 31 at most.
+        budget: Seconds that all rounds may take together; there are 31 rounds at most.
+        least: Rounds that there are even so.
 
     Returns:
         Name -> median seconds, median and quartiles of the ratio, and the number of rounds.
@@ -140,10 +143,9 @@ def compare(candidates: dict[str, Callable[[], Any]], device: str, budget: float
 
     for run in candidates.values():
         run()
-    once = sum(clock(run) for run in candidates.values())
-    rounds = int(min(31, max(5, budget / once)))
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    seconds = {name: [clock(run)] for name, run in candidates.items()}
+    rounds = int(min(31, max(least, budget / sum(map(sum, seconds.values())))))
+    for _ in range(rounds - 1):
         for name, run in candidates.items():
             seconds[name].append(clock(run))
     result = {}
@@ -208,7 +210,7 @@ def growth(
         of_mode = {k: m for k, m in models.items() if mode == 'eval' or k != 'fused'}
         make = evaluation if mode == 'eval' else training
         candidates = {key: make(model, setting, batch, size) for key, model in of_mode.items()}
-        runs = compare(candidates, setting.device, budget)
+        runs = compare(candidates, setting.device, budget, least=3)
         rows.append(dict(model=name, mode=mode, batch=batch, size=size, **asdict(setting), runs=runs))
         bar.update()
     return rows

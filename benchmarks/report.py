@@ -107,7 +107,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
             {row[other] for row in report['growth']},
             key=lambda v: sum(row[other] == v and row['mode'] == mode for row in report['growth']),
         )
-        line = sorted((r for r in report['growth'] if r['mode'] == mode and r[other] == common), key=lambda r: r[along])
+        of_curve = {r[along]: r for r in report['growth'] if r['mode'] == mode and r[other] == common}
+        line = [of_curve[key] for key in sorted(of_curve)]
         for key, color in colors.items():
             runs = [row['runs'].get(key) for row in line]
             if all(runs):

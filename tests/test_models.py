@@ -319,7 +319,10 @@ def test_vgg_classifier_starts_as_the_authors_linear_layers():
 
 @pytest.mark.parametrize('name', ['harm_resnet50', 'harm_resnet50_avgpool', 'harm_vgg11_bn'])
 def test_nothing_more_is_kept_for_the_backward_pass(name):
-    """Against the plain network with the same root: only the composed filters, which do not grow with the batch."""
+    """Against the plain network: the composed filters and a few numbers beside them, which do not grow with the batch.
+
+    The root included, which keeps no response.
+    """
 
     def saved_bytes(model, batch):
         kept = {}
@@ -338,10 +341,11 @@ def test_nothing_more_is_kept_for_the_backward_pass(name):
 
     torch.manual_seed(0)
     plain = tiny(name, harmonic_stem=False, harmonic_blocks=False).train()
-    ours = tiny(name, harmonic_stem=False).train()
+    ours = tiny(name).train()
     filters = sum(4 * m.filters().numel() for m in harmonic(ours).values())
-    for batch in (2, 8):
-        assert saved_bytes(ours, batch) - saved_bytes(plain, batch) == filters
+    more = [saved_bytes(ours, batch) - saved_bytes(plain, batch) for batch in (2, 8)]
+    assert more[0] == more[1]
+    assert filters <= more[0] < filters + 500_000  # the root's, in float64, and bases
 
 
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50_avgpool', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])
