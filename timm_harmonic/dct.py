@@ -102,7 +102,8 @@ def synthesize(coefficients: Tensor, basis: Tensor) -> Tensor:
         # channels_last, in memory (O, P, I): (k * k, P) @ (O, P, I), where a convolution wants (O, k, k, I)
         filters = functions.t() @ coefficients.squeeze(-1).transpose(1, 2)
         return filters.reshape(out_channels, side, side, in_channels).permute(0, 3, 1, 2)
-    if count <= 25 and out_channels * in_channels % 2 == 0:
+    # A trace knows its sizes as tensors, which decide nothing.
+    if not torch.jit.is_tracing() and count <= 25 and out_channels * in_channels % 2 == 0:
         # Two rows at a time: so thin a matrix product takes half the time on a CPU; larger ones are fast as they are.
         size = functions.shape[1]
         functions = torch.cat([F.pad(functions, (0, size)), F.pad(functions, (size, 0))])
