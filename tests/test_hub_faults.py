@@ -462,6 +462,14 @@ def test_two_processes_at_once(hub, published, source, tmp_path):
     assert len(blobs) == 1
 
 
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: a process that was started in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt(handler):
     """Ctrl-C in the middle of an upload: the body has come, and no answer goes."""
     os.kill(os.getpid(), signal.SIGINT)
@@ -470,7 +478,7 @@ def interrupt(handler):
 
 
 @pytest.mark.parametrize('step', ['/upload/', '/commit/'])
-def test_interrupted_upload(hub, folder, monkeypatch, capsys, step):
+def test_interrupted_upload(hub, folder, ctrl_c, monkeypatch, capsys, step):
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     hub.fail('PUT POST', step, interrupt)
     assert cli.main(['publish', str(folder), '--repo', ID]) == 130
@@ -478,7 +486,7 @@ def test_interrupted_upload(hub, folder, monkeypatch, capsys, step):
     assert hub.repositories == {}
 
 
-def test_interrupted_upload_to_a_repository_that_was_there(hub, folder, monkeypatch):
+def test_interrupted_upload_to_a_repository_that_was_there(hub, folder, ctrl_c, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     before = dict(hub.add(ID, {}).branches['main'])
     hub.fail('PUT', '/upload/', interrupt)
