@@ -39,6 +39,17 @@ def _loopback_only(monkeypatch):
     monkeypatch.setattr(socket, 'getaddrinfo', guarded)
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    """For small networks, which gain little from more, and suffer when other processes need the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The stand-in Hub and release page, empty, with empty caches and no waiting between attempts."""

@@ -10,14 +10,12 @@ import reference
 import timm
 import torch
 
+from benchmarks import __main__ as command
+from benchmarks.measure import Setting, compare, networks, peak_bytes
+from benchmarks.original import OriginalBlock, OriginalConv, original
+from benchmarks.report import plot, table
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the benchmark is beside the package, not in it
-
-from benchmarks import __main__ as command  # noqa: E402
-from benchmarks.measure import Setting, compare, networks, peak_bytes  # noqa: E402
-from benchmarks.original import OriginalBlock, OriginalConv, original  # noqa: E402
-from benchmarks.report import plot, table  # noqa: E402
-
 SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 
 

@@ -202,6 +202,20 @@ def test_batch_norm_in_evaluation_within_training(monkeypatch):
     torch.testing.assert_close(layer.bn.state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('size', [(1, 1), (3, 3), (2, 40)])
+def test_images_smaller_than_the_stride(size):
+    dense, other = pair()
+    same_training(dense, other, torch.randn(4, 3, *size, dtype=torch.float64), 1e-10)
+
+
+def test_what_has_no_statistics_goes_the_explicit_way():
+    """As before a batch: an empty one gives an empty output, and an image without a batch is refused by torch."""
+    layer, _ = pair()
+    assert layer(torch.randn(0, 3, 16, 16, dtype=torch.float64)).shape == (0, 6, 4, 4)
+    with pytest.raises(RuntimeError, match='rank 4'):
+        layer(torch.randn(3, 16, 16, dtype=torch.float64))
+
+
 def test_one_response_is_too_few():
     layer, _ = pair(stride=1, padding=0)
     with pytest.raises(ValueError, match='more than 1'):

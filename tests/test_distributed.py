@@ -25,20 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without distributed')
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason='torch was built without distributed'),
+    pytest.mark.usefixtures('one_thread'),  # as the processes have it
+]
 
 CONFIG = Path(__file__).resolve().parents[1] / 'train_configs' / 'harm_resnet50.yaml'
 TIMEOUT = 120  # seconds, for processes that need a few
 EXACT = dict(rtol=1e-10, atol=1e-10)  # float64, sums in another order
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    """As the processes have it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -82,12 +82,8 @@ each_export = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    """Networks this small gain little from more, and suffer when other programs need the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _caches(one_thread):
     yield
-    torch.set_num_threads(threads)
     for cached in (network, images, expected, exported, onnx_model):
         cached.cache_clear()
 

@@ -64,8 +64,8 @@ class HarmonicBlock2d(HarmonicLayer):
     (arXiv:2001.06570).
 
     Every input channel is filtered by every DCT function; the C * P responses are batch-normalised without affine
-    parameters, then mixed by a 1 x 1 convolution. When the normalisation uses running statistics, all of it is one
-    convolution with the normalisation folded in.
+    parameters, then mixed by a 1 x 1 convolution. All of it is one convolution with the normalisation folded in, by
+    running statistics or, in training, by those of the batch, unless the input needs a gradient.
 
     Takes the arguments of `HarmonicConv2d`, and has the same attributes.
 
@@ -101,10 +101,11 @@ class HarmonicBlock2d(HarmonicLayer):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Filters (O, C / groups, k, k) and bias (O,) with the running statistics folded in, differentiable."""
+        return self._folded_by(self.bn.running_mean, self.bn.running_var)
+
+    def _folded_by(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         bn = self.bn
-        filters, bias = _fold(
-            self.weight, self.basis, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, self.groups
-        )
+        filters, bias = _fold(self.weight, self.basis, mean, var, bn.weight, bn.bias, bn.eps, self.groups)
         if self.bias is not None:
             bias = bias + self.bias
         return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
@@ -127,22 +128,20 @@ class HarmonicBlock2d(HarmonicLayer):
     def _is_dense(self, x: Tensor) -> bool:
         """Whether training can use one dense convolution: the normalisation is our own, and x needs no gradient.
 
-        With a gradient for x it would be right as well, but the responses would have to be kept.
+        With a gradient for x it would be right as well, but the responses would have to be kept. The explicit form
+        also takes what has no statistics: an empty batch, and an image without a batch, which it refuses.
         """
-        traced = isinstance(x, torch.fx.Proxy)
-        return type(self.bn) is nn.BatchNorm2d and self.bn.training and not traced and not x.requires_grad
+        if isinstance(x, torch.fx.Proxy) or type(self.bn) is not nn.BatchNorm2d or not self.bn.training:
+            return False
+        return x.ndim == 4 and len(x) > 0 and not x.requires_grad
 
     @torch.jit.unused
     def _folded_by_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Filters and bias with the statistics of this batch folded in; updates the running ones as nn.BatchNorm2d."""
-        bn = self.bn
         with outside_autocast(x.device.type):
             mean, var, count = self._response_statistics(x.to(torch.promote_types(x.dtype, torch.float32)))
             self._update_running_statistics(mean.detach(), var.detach(), count)
-            filters, bias = _fold(self.weight, self.basis, mean, var, bn.weight, bn.bias, bn.eps, self.groups)
-        if self.bias is not None:
-            bias = bias + self.bias
-        return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
+            return self._folded_by(mean, var)
 
     def _response_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and biased variance (C * P,) of the responses over batch and positions, and how many there are.
@@ -153,11 +152,11 @@ class HarmonicBlock2d(HarmonicLayer):
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
         functions = self.basis.to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
         images = x.reshape(-1, 1, height, width)
-        positions = height * width // (self.stride[0] * self.stride[1])
+        positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
         small = x.device.type == 'cpu' and not torch.compiler.is_compiling()  # a compiled graph has all pieces in it
         piece = _PIECE_CPU if small else _PIECE
         means, variances, count = [], [], 0
-        for part in images.split(max(1, piece // (positions * functions.shape[0]))):
+        for part in images.split(max(1, piece // (positions * len(functions)))):
             responses = self._convolve(part, functions, None, 1)
             mean = responses.mean((2, 3), keepdim=True)
             count = responses.shape[2] * responses.shape[3]
