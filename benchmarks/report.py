@@ -118,7 +118,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.axhline(1, color='gray', linewidth=1)
         axis.set_xscale('log', base=2)
         axis.set_xticks([row[along] for row in line], [str(row[along]) for row in line])
-        axis.set_title(f'{mode}, {other} {common}: along {along}', fontsize=10)
+        axis.set_title(f'{line[0]["model"]}, {mode}, {other} {common}: along {along}', fontsize=10)
         axis.set_ylabel('time / plain twin')
     for axis in [*axes[0][len(panels) :], *(axes[-1][len(curves) :] if curves else [])]:
         axis.set_axis_off()

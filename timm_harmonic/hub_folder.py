@@ -1,5 +1,6 @@
 """From a checkpoint to the folder of a repository on the Hugging Face Hub."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -145,7 +146,7 @@ def _provenance(path: Path, content: StateDict, model_name: str, use_ema: bool) 
             run = yaml.safe_load(options.read_text(encoding='utf-8'))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise HubError(f'{options} is damaged: {first_line(error)}') from error
-    elif 'args' in content:
+    elif isinstance(content.get('args'), argparse.Namespace):
         run = vars(content['args'])
     if not isinstance(run, dict):
         raise HubError(f'{options} holds no options, but a {type(run).__name__}.')
