@@ -99,6 +99,10 @@ class HarmonicBlock2d(HarmonicLayer):
         """Whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
         return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None
 
+    def _check_foldable(self, purpose: str) -> None:
+        if not self.is_foldable():
+            raise ValueError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics.')
+
     def folded(self) -> tuple[Tensor, Tensor]:
         """Filters (O, C / groups, k, k) and bias (O,) with the running statistics folded in, differentiable."""
         return self._folded_by(self.bn.running_mean, self.bn.running_var)
@@ -109,6 +113,32 @@ class HarmonicBlock2d(HarmonicLayer):
         if self.bias is not None:
             bias = bias + self.bias
         return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
+
+    def mixing(self) -> Tensor:
+        """Factors (O, C / groups, P, 1) of the DCT functions in the filters of evaluation.
+
+        Raises:
+            ValueError: If `bn` has been replaced by a module without running statistics.
+        """
+        self._check_foldable('weigh frequencies')
+        bn = self.bn
+        scale = torch.rsqrt(bn.running_var.to(self.basis.dtype) + bn.eps)
+        if bn.weight is not None:
+            scale = scale * bn.weight
+        # (groups, O / groups, I, P) * (groups, 1, I, P)
+        grouped = (self.groups, -1, *self.weight.shape[1:3])
+        return (self.weight.to(scale.dtype).reshape(grouped) * scale.reshape(grouped)).reshape(self.weight.shape)
+
+    def _keep(self, kept: list[int]) -> None:
+        bn, count = self.bn, self.weight.shape[2]
+        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or next(bn.children(), None) is not None:
+            raise ValueError(f'cannot truncate: it is not known how {type(bn).__name__} leaves out responses.')
+        index = torch.arange(bn.num_features, device=self.weight.device).reshape(-1, count)[:, kept].flatten()
+        for tensor in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
+            if tensor is not None:
+                tensor.data = tensor.data[index]
+        bn.num_features = len(index)
+        super()._keep(kept)
 
     def filters(self) -> Tensor:
         """The filters (O, C / groups, k, k) of evaluation, differentiable."""
@@ -186,6 +216,5 @@ class HarmonicBlock2d(HarmonicLayer):
         Raises:
             ValueError: If `bn` has been replaced by a module without running statistics.
         """
-        if not self.is_foldable():
-            raise ValueError(f'cannot fuse: {type(self.bn).__name__} has no running statistics to fold into filters.')
+        self._check_foldable('fuse')
         return self._plain(*self.folded())

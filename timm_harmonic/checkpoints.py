@@ -4,7 +4,7 @@ import argparse
 import os
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .conv import HarmonicConv2d
 __all__ = [
     'CheckpointError',
     'StateDict',
+    'check_fit',
     'convert_state_dict',
     'first_line',
     'read_checkpoint',
@@ -139,7 +140,7 @@ def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[s
         state[key] = value
     if root in layers:
         _adapt_root(state, root, layers[root], norm, model.pretrained_cfg['input_size'][0])
-    _check_fit(state, target, model.pretrained_cfg['classifier'], root)
+    check_fit(state, target, model.pretrained_cfg['classifier'], root)
     return state
 
 
@@ -208,28 +209,46 @@ def _adapt_root(state: StateDict, root: str, layer: nn.Module, norm: str, declar
     state[f'{root}.bn.running_var'] = variances.reshape(-1).clone()
 
 
-def _check_fit(state: StateDict, target: StateDict, classifier: str, root: str) -> None:
-    """Every key and shape must fit, but for those that timm adapts: the classifier, and the root's input channels."""
-    head = (f'{classifier}.weight', f'{classifier}.bias')
+Names = str | Sequence[str] | None
+
+
+def check_fit(state: StateDict, target: StateDict, classifiers: Names, roots: Names) -> None:
+    """Every key and shape must fit, but for those that timm adapts: classifiers, and the roots' input channels.
+
+    Args:
+        state: State dict to load.
+        target: State dict of the network.
+        classifiers: Name or names of the network's last layers, as in timm's configs.
+        roots: Name or names of its first ones.
+
+    Raises:
+        CheckpointError: If something does not fit, naming it.
+    """
+    heads = {f'{name}.{what}' for name in _names(classifiers) for what in ('weight', 'bias')}
+    stems = {f'{name}.weight' for name in _names(roots)}
 
     def misfit(key: str) -> bool:
         ours, theirs = list(target[key].shape), list(state[key].shape)
-        if key == f'{root}.weight' and len(ours) == len(theirs) == 4:
+        if key in stems and len(ours) == len(theirs) == 4:
             ours[1] = theirs[1] = 0
         return ours != theirs
 
     problems = {
-        'missing': [k for k in target if k not in state and k not in head and not k.endswith('num_batches_tracked')],
-        'unexpected': [k for k in state if k not in target and k not in head],
+        'missing': [k for k in target if k not in state and k not in heads and not k.endswith('num_batches_tracked')],
+        'unexpected': [k for k in state if k not in target and k not in heads],
         'wrong shape': [
             f'{k} {tuple(state[k].shape)} for {tuple(target[k].shape)}'
             for k in state
-            if k in target and k not in head and misfit(k)
+            if k in target and k not in heads and misfit(k)
         ],
     }
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
         raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.')
+
+
+def _names(names: Names) -> Sequence[str]:
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def _shorten(items: Iterable[str], limit: int = 5) -> str:

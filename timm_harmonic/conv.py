@@ -1,5 +1,6 @@
 """The harmonic layer: a convolution whose filters are learned combinations of fixed DCT functions."""
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,6 +57,8 @@ torch.fx.wrap('compose')
 class HarmonicLayer(nn.Module):
     """What both layers share: nn.Conv2d's arguments, the coefficients and the basis they refer to."""
 
+    __jit_unused_properties__ = ('energy_kept', 'full_level')
+
     def __init__(
         self,
         in_channels: int,
@@ -97,6 +100,7 @@ class HarmonicLayer(nn.Module):
         self.level = level
         self.dc = dc
         self.normalization = normalization
+        self._energy_kept: float | None = None
         dd = {'device': device, 'dtype': dtype}
         count = len(dct_frequencies(self.kernel_size[0], level, dc))
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
@@ -115,9 +119,11 @@ class HarmonicLayer(nn.Module):
         That is the coefficients', but never below float32; and float64 where a filter sees few channels, on every
         device that has it: so short a sum would show the rounding of its filters, and there are few coefficients.
         """
-        weight = self.weight
+        self.basis = self._basis_for(self.weight)
+
+    def _basis_for(self, weight: Tensor) -> Tensor:
         few = weight.shape[1] <= _FEW and weight.device.type != 'mps'
-        self.basis = dct_basis(
+        return dct_basis(
             self.kernel_size[0],
             self.level,
             self.dc,
@@ -133,9 +139,68 @@ class HarmonicLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
+        self._energy_kept = None
         # With assign=True the coefficients may come to another device or dtype, as from the meta device.
         super()._load_from_state_dict(*args, **kwargs)
         self.init_non_persistent_buffers()
+
+    @property
+    def full_level(self) -> int:
+        """The lowest level that keeps all frequencies, 2k - 1."""
+        return 2 * self.kernel_size[0] - 1
+
+    @property
+    def energy_kept(self) -> float | None:
+        """Share of the filters' energy that truncation left; None if coefficients came without those that are missing,
+        as a new layer's or loaded ones."""
+        return 1.0 if self.level is None or self.level == self.full_level else self._energy_kept
+
+    def mixing(self) -> Tensor:
+        """Factors (O, C / groups, P, 1) of the DCT functions in the filters of evaluation: here, the coefficients."""
+        return self.weight
+
+    def energy(self) -> Tensor:
+        """Energy of the filters at each kept frequency, summed over all filters: (P,), float64, on the CPU.
+
+        DCT functions are orthogonal, so the energies add up to the squared norm of `filters()`.
+        """
+        functions = self.basis.detach().to('cpu', torch.float64).square().sum((1, 2))
+        return self.mixing().detach().to('cpu', torch.float64).square().sum((0, 1, 3)) * functions
+
+    def truncated(self, level: int | None) -> 'HarmonicLayer':
+        """A new layer without the frequencies i + j >= level, the best approximation of the filters in L2.
+
+        Args:
+            level: The paper's lambda; None, or one that is not below this layer's, drops nothing.
+
+        Returns:
+            Layer of the same kind; this one is left as it is.
+
+        Raises:
+            ValueError: If level < 1, if nothing would be left, or if responses are normalised in a way that cannot be
+                reduced.
+        """
+        layer = copy.deepcopy(self)
+        side, now = self.kernel_size[0], self.level or self.full_level
+        if level is None or level >= now:
+            return layer
+        present = dct_frequencies(side, self.level, self.dc)
+        kept = [present.index(pair) for pair in dct_frequencies(side, level, self.dc)]
+        layer._keep(kept)
+        layer.level = level
+        layer.init_non_persistent_buffers()
+        if self.energy_kept is not None and not self.weight.is_meta:
+            layer._energy_kept = self.energy_kept * layer._share_of(self.energy().sum())
+        return layer
+
+    def _share_of(self, energy: Tensor) -> float:
+        """Share of this energy that the filters have; of none they have all."""
+        return float(self.energy().sum() / energy) if energy != 0 else 1.0
+
+    def _keep(self, kept: list[int]) -> None:
+        weight = self.weight.detach()
+        form = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+        self.weight = nn.Parameter(weight[:, :, kept].contiguous(memory_format=form), self.weight.requires_grad)
 
     def extra_repr(self) -> str:
         """Arguments that differ from the defaults, in nn.Conv2d's manner."""
@@ -176,6 +241,9 @@ class HarmonicConv2d(HarmonicLayer):
     Equal to filtering every input channel by every DCT function and mixing the responses by a 1 x 1 convolution.
     Input (B, C, H, W), output as nn.Conv2d's, for any H and W.
 
+    A state dict may hold the filters (O, C / groups, k, k) of a plain convolution in the place of the coefficients:
+    they are projected, exactly at full level, else to the nearest in L2.
+
     Args:
         in_channels: Channels of the input, C.
         out_channels: Channels of the output, O.
@@ -206,6 +274,18 @@ class HarmonicConv2d(HarmonicLayer):
         nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Coefficients (O, C, P, 1) of filters (O, C, k, k), the nearest in L2; anything else is returned as it is."""
+        if weight.ndim != 4 or weight.shape[2:] != self.kernel_size or self.kernel_size[0] == 1:
+            return weight
+        return analyze(weight.detach(), self._basis_for(weight)).to(weight.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        key = f'{prefix}weight'
+        if key in state_dict:
+            state_dict = {**state_dict, key: self.project(state_dict[key])}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def filters(self) -> Tensor:
         """The filters (O, C / groups, k, k), differentiable, in the coefficients' dtype."""
@@ -244,4 +324,6 @@ class HarmonicConv2d(HarmonicLayer):
             if conv.bias is not None:
                 layer.bias.copy_(conv.bias)
                 layer.bias.requires_grad_(conv.bias.requires_grad)
+        if level is not None and not conv.weight.is_meta:
+            layer._energy_kept = layer._share_of(conv.weight.detach().to('cpu', torch.float64).square().sum())
         return layer.train(conv.training)

@@ -1,93 +1,202 @@
-"""From plain networks to harmonic ones: which convolutions are exchanged, by what, and the options that say so."""
+"""Any network made harmonic: with the same filters, or the nearest of lower level."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .block import HarmonicBlock2d
-from .conv import HarmonicConv2d, conv_args
+from .conv import HarmonicLayer
+from .swap import HARMONIC, harmonic_layers, replace_layers, swap_convs, why_not
 
-__all__ = ['check_channels', 'expand_levels', 'make_harmonic', 'swap_convs']
+__all__ = ['ARCHITECTURE', 'PatternLevels', 'Selection', 'apply', 'describe', 'harmonize', 'plan']
 
-Levels = int | Sequence[int | None] | None
+PatternLevels = Mapping[str, int | None]
+Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
-
-def swap_convs(model: nn.Module, make: Callable[[str, nn.Conv2d], nn.Module | None]) -> None:
-    """Replaces convolutions of a network, in place.
-
-    Every plain nn.Conv2d with square filters larger than 1 x 1 is offered. Subclasses are not: they change the
-    arithmetic (standardised weights, dynamic padding).
-
-    Args:
-        model: Network; itself not a convolution.
-        make: Called with a convolution's qualified name and the convolution; returns its replacement, or None
-            to leave it.
-    """
-    for name, conv in list(model.named_modules()):
-        if type(conv) is nn.Conv2d and conv.kernel_size[0] == conv.kernel_size[1] > 1:
-            layer = make(name, conv)
-            if layer is not None:
-                model.set_submodule(name, layer)
+ARCHITECTURE = 'harmonized'  # the registered one that builds any network of timm and harmonizes it
 
 
-def make_harmonic(
+def harmonize(
     model: nn.Module,
-    root: str,
-    level_of: Callable[[str], int | None],
     *,
-    within: str = '',
-    harmonic_stem: bool = True,
-    harmonic_blocks: bool = True,
+    level: int | None = None,
+    levels: PatternLevels | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
     normalization: str = 'l1',
-) -> None:
-    """Makes a newly built network harmonic, in place: the replaced layers start from their own initialisation.
+    inplace: bool = False,
+) -> nn.Module:
+    """Exchanges the k x k convolutions of any network, k > 1, for harmonic ones with the same filters.
+
+    At full level the network computes the same, in evaluation and in training, up to rounding; at a lower level each
+    filter becomes the nearest in L2. Grouped and depth-wise convolutions are exchanged as well, and timm's dynamically
+    padded ones; what is left alone, and why, is in `harmonic_report`. Layers that are harmonic already keep their
+    coefficients, and lose those above their level. A network of timm can be saved and published as it is then
+    (architecture `harmonized`). Based on arXiv:2001.06570, whose layers start from new coefficients instead.
 
     Args:
         model: Network.
-        root: Name of its first convolution, which becomes a `HarmonicBlock2d`.
-        level_of: Level of the layer that replaces the convolution of this name.
-        within: Beginning of the names of the convolutions that are considered.
-        harmonic_stem: Whether the root is replaced.
-        harmonic_blocks: Whether the other convolutions are replaced, by `HarmonicConv2d`.
+        level: The paper's lambda for all layers that `levels` says nothing about, None for all frequencies. A layer
+            whose filters are too small for it keeps all.
+        levels: Levels by patterns over qualified names (fnmatch), the first that matches counts.
+        include: Patterns, or a predicate of name and convolution: only these are exchanged.
+        exclude: Patterns, or a predicate: these are not.
+        normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
+        inplace: Whether the network itself is changed, rather than a copy.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If nothing can be exchanged, a pattern matches nothing, or a level is out of range.
+        TypeError: If a level is not an integer.
+    """
+    wanted = plan(model, level=level, levels=levels, include=include, exclude=exclude)
+    present = {name: layer.normalization for name, layer in harmonic_layers(model).items()}
+    if set(wanted) - set(present) and set(present.values()) - {normalization}:
+        raise ValueError(
+            f'normalization={normalization!r} would be mixed with that of the harmonic layers that are there: '
+            f'use {next(iter(present.values()))!r}.'
+        )
+    return apply(model if inplace else copy.deepcopy(model), wanted, normalization)
+
+
+def apply(model: nn.Module, wanted: Mapping[str, int | None], normalization: str = 'l1') -> nn.Module:
+    """Exchanges the convolutions of a plan that are in a network, in place; those that are not are passed over.
+
+    Args:
+        model: Network.
+        wanted: What `plan` returns for this network, or for one that it is a part of.
         normalization: 'l1' or 'ortho'.
+
+    Returns:
+        The network, with what `timm.create_model` needs to build it anew.
     """
 
     def make(name: str, conv: nn.Conv2d) -> nn.Module | None:
-        wanted = harmonic_stem if name == root else harmonic_blocks
-        if not wanted or not name.startswith(within):
+        if name not in wanted:
             return None
-        layer = HarmonicBlock2d if name == root else HarmonicConv2d
-        return layer(**conv_args(conv), level=level_of(name), normalization=normalization)
+        return HARMONIC[type(conv)].from_conv2d(conv, level=wanted[name], normalization=normalization)
 
+    lower = {name: layer.truncated(wanted[name]) for name, layer in harmonic_layers(model).items() if name in wanted}
     swap_convs(model, make)
+    replace_layers(model, lower)
+    return describe(model)
 
 
-def expand_levels(levels: Levels, stages: int) -> tuple[int | None, ...]:
-    """Levels of all stages from what the user gave: None, one integer for all, or one entry a stage.
+def plan(
+    model: nn.Module,
+    *,
+    level: int | None = None,
+    levels: PatternLevels | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+) -> dict[str, int | None]:
+    """Which layers `harmonize` makes harmonic, and their levels; None where a level keeps all frequencies.
 
-    Raises:
-        TypeError: If levels, or an entry, is neither an integer nor None.
-        ValueError: If the number of entries is not the number of stages.
+    Arguments and errors are those of `harmonize`.
     """
-    if levels is None or (isinstance(levels, int) and not isinstance(levels, bool)):
-        return (levels,) * stages
-    if isinstance(levels, (str, bool)) or not isinstance(levels, Sequence):
-        raise TypeError(f'levels must be None, an integer, or {stages} of (integer or None), got {levels!r}.')
-    if len(levels) != stages:
-        raise ValueError(f'levels must have {stages} entries, one a stage, got {len(levels)}: {levels!r}.')
-    for level in levels:
-        if level is not None and (not isinstance(level, int) or isinstance(level, bool)):
-            raise TypeError(f'each of levels must be an integer or None, got {level!r} in {levels!r}.')
-    return tuple(levels)
+    refused = why_not(model)
+    able = {n: m for n, m in model.named_modules() if isinstance(m, HarmonicLayer) or refused.get(n) == ''}
+    if '' in able:
+        raise ValueError(f'the network is itself a {type(model).__name__}: see HarmonicConv2d.from_conv2d.')
+    if not able:
+        raise ValueError(f'{type(model).__name__} has no convolution that can be harmonic: {_summary(refused)}.')
+    chosen = {
+        name: module
+        for name, module in able.items()
+        if (include is None or _selects(include, name, module))
+        and not (exclude is not None and _selects(exclude, name, module))
+    }
+    for what, selection in (('include', include), ('exclude', exclude)):
+        for pattern in _patterns(selection):
+            _check_pattern(what, pattern, able, refused)
+    if not chosen:
+        raise ValueError(f'include and exclude leave none of the {len(able)} convolutions that can be harmonic.')
+    if levels is not None and not isinstance(levels, Mapping):
+        raise TypeError(f'levels must map patterns of names to levels, got {levels!r}; level is one for all.')
+    for pattern in levels or {}:
+        _check_pattern('levels', pattern, chosen, refused)
+    full = {name: 2 * module.kernel_size[0] - 1 for name, module in chosen.items()}
+    for what, value in (('level', level), *(levels or {}).items()):
+        _check_level(what, value, max(full.values()))
+    found = {}
+    for name in chosen:
+        value = next((v for pattern, v in (levels or {}).items() if fnmatchcase(name, pattern)), level)
+        found[name] = None if value is None or value >= full[name] else value
+    return found
 
 
-def check_channels(num_classes: int, in_chans: int) -> None:
-    """Refuses sizes that torch would accept here and fail on later.
+def _patterns(selection: Selection | None) -> Sequence[str]:
+    if selection is None or callable(selection):
+        return ()
+    return (selection,) if isinstance(selection, str) else selection
 
-    Raises:
-        ValueError: If num_classes < 0 or in_chans < 1.
+
+def _selects(selection: Selection, name: str, module: nn.Module) -> bool:
+    if callable(selection):
+        return bool(selection(name, module))
+    return any(fnmatchcase(name, pattern) for pattern in _patterns(selection))
+
+
+def _check_pattern(what: str, pattern: str, able: Mapping[str, nn.Module], refused: Mapping[str, str]) -> None:
+    if any(fnmatchcase(name, pattern) for name in able):
+        return
+    for name, reason in refused.items():
+        if reason and fnmatchcase(name, pattern):
+            raise ValueError(f'{what}: {pattern!r} matches only what is left alone: {name}, {reason}.')
+    names = list(able)
+    raise ValueError(
+        f'{what}: {pattern!r} matches none of the {len(names)} convolutions, which are {names[0]!r} to {names[-1]!r}. '
+        "Patterns are matched against whole names, as 'layer1.*'."
+    )
+
+
+def _check_level(what: str, level: int | None, top: int) -> None:
+    if level is None:
+        return
+    if not isinstance(level, int) or isinstance(level, bool):
+        raise TypeError(f'{what}: a level must be an integer or None, got {level!r}.')
+    if not 1 <= level <= top:
+        raise ValueError(f'{what}: a level must be from 1 to {top}, which keeps all frequencies, got {level}.')
+
+
+def _summary(refused: Mapping[str, str]) -> str:
+    """How many convolutions there are for each reason."""
+    counts: dict[str, int] = {}
+    for reason in refused.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return '; '.join(f'{number} x {reason}' for reason, number in counts.items()) or 'it has no convolutions'
+
+
+def describe(model: nn.Module) -> nn.Module:
+    """Records in a network of timm that it is `harmonized` now, and with which arguments it can be built anew.
+
+    Args:
+        model: Network with harmonic layers; one that timm did not build is left as it is.
+
+    Returns:
+        The network.
     """
-    if num_classes < 0:
-        raise ValueError(f'num_classes must be 0 (no classifier) or more, got {num_classes}.')
-    if in_chans < 1:
-        raise ValueError(f'in_chans must be at least 1, got {in_chans}.')
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if not isinstance(cfg, dict) or not cfg.get('architecture'):
+        return model
+    args = dict(getattr(model, '_model_args', {}))
+    if cfg['architecture'] != ARCHITECTURE:
+        args = dict(base_model=cfg['architecture'], **args)
+        model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=ARCHITECTURE)
+    for option in ('level', 'levels', 'include', 'exclude', 'normalization'):
+        args.pop(option, None)
+    layers = harmonic_layers(model)
+    levels = {name: None if layer.level == layer.full_level else layer.level for name, layer in layers.items()}
+    common = max((level for level in levels.values() if level), default=None)
+    if common:
+        same = all((levels[n] or layer.full_level) == min(common, layer.full_level) for n, layer in layers.items())
+        args.update(dict(level=common) if same else dict(levels=levels))
+    if '' in why_not(model).values():  # others could be harmonic, and are not
+        args['include'] = list(layers)
+    if any(layer.normalization != 'l1' for layer in layers.values()):
+        args['normalization'] = next(iter(layers.values())).normalization
+    model._model_args = args
+    return model

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .block import HarmonicBlock2d
 from .checkpoints import convert_state_dict
 from .conv import HarmonicConv2d
-from .convert import Levels, check_channels, expand_levels, make_harmonic
 from .pretrained import REPOSITORY, TAG, build_model, paper_cfg, released_cfg
+from .swap import Levels, check_channels, expand_levels, make_harmonic
 
 __all__ = ['HarmonicResNet', 'checkpoint_filter_fn']
 

@@ -8,8 +8,8 @@ from timm.models.vgg import VGG, cfgs
 from torch import nn
 
 from .checkpoints import convert_state_dict
-from .convert import Levels, check_channels, expand_levels, make_harmonic
 from .pretrained import build_model, paper_cfg
+from .swap import Levels, check_channels, expand_levels, make_harmonic
 
 __all__ = ['HarmonicVGG', 'checkpoint_filter_fn']
 

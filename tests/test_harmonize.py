@@ -1,0 +1,420 @@
+"""harmonize: exact over networks of many families, folded back without a trace, and clear about what it refuses."""
+
+import copy
+import json
+
+import pytest
+import reference
+import timm
+import torch
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+from timm.models import reparameterize_model
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
+from timm_harmonic.dct import synthesize
+from timm_harmonic.same import HarmonicConv2dSame
+from timm_harmonic.swap import harmonic_layers, why_not
+
+# One of each family, and how many of its convolutions become harmonic.
+FAMILIES = {
+    'resnet18': 17,
+    'resnext50_32x4d': 17,
+    'seresnet18': 17,
+    'resnetv2_50': 17,
+    'regnety_002': 14,
+    'efficientnet_b0': 17,
+    'tf_efficientnet_lite0': 17,  # dynamic padding
+    'mobilenetv3_small_050': 12,
+    'mixnet_s': 44,
+    'convnext_atto': 16,
+    'densenet121': 59,
+    'dla34': 27,
+    'hrnet_w18_small': 65,
+    'res2net50_26w_4s': 49,
+    'repvgg_a0': 22,
+    'cspresnet50': 17,
+    'dpn48b': 17,
+    'xception41': 41,
+    'ese_vovnet19b_dw': 15,
+    'ghostnet_050': 42,
+    'mobileone_s0': 85,
+    'inception_v3': 20,
+    'rexnet_100': 17,
+    'vgg11_bn': 9,
+    'skresnet18': 25,
+    'repghostnet_050': 42,
+    'fastvit_t8': 29,
+}
+REFUSED = {
+    'inception_v3': {'not square (1 x 3)', 'not square (3 x 1)', 'not square (1 x 7)', 'not square (7 x 1)'},
+}
+# Blocks that fold conv and batch-norm by themselves; timm folds these in float32 only.
+FOLDING = {'repvit_m0_9': 28, 'efficientvit_m0': 46, 'tiny_vit_5m_224': 17}
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def network(name, seed=0, dtype=torch.float64, **kwargs):
+    """A network with random weights everywhere: several of timm's start with zeros that would hide differences."""
+    torch.manual_seed(seed)
+    if name == 'vgg11_bn':
+        kwargs = dict(kwargs, mlp_ratio=1 / 64)  # of its 7 x 7 classifier, a hundred million weights otherwise
+    model = timm.create_model(name, num_classes=10, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return reference.randomize_batch_norm(model).to(dtype)
+
+
+def images(model, batch=2):
+    side = 96 if 'Inception' in type(model).__name__ else 64
+    return torch.randn(batch, 3, side, side, dtype=next(model.parameters()).dtype)
+
+
+def outputs(model, x):
+    torch.manual_seed(1)  # dropout
+    y = model(x)
+    return y if isinstance(y, torch.Tensor) else y[0]
+
+
+def close(found, expected, tolerance=1e-9):
+    assert expected.isfinite().all()
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_exact_in_evaluation_and_folded_back(name):
+    plain = network(name).eval()
+    before = copy.deepcopy(plain.state_dict())
+    harmonic = harmonize(plain)
+    assert len(harmonic_layers(harmonic)) == FAMILIES[name]
+    assert set(why_not(harmonic).values()) - {'1 x 1'} == REFUSED.get(name, set())
+    x = images(plain)
+    with torch.no_grad():
+        expected = outputs(plain, x)
+        close(outputs(harmonic, x), expected)
+        folded, plainly = reparameterize_model(harmonic), reparameterize_model(plain)
+        close(outputs(folded, x), expected)
+    assert [type(module) for module in folded.modules()] == [type(module) for module in plainly.modules()]
+    assert list(folded.state_dict()) == list(plainly.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_exact_in_a_training_step(name):
+    plain = network(name).train()
+    harmonic = harmonize(plain)
+    x = images(plain, batch=4)
+    expected, found = outputs(plain, x), outputs(harmonic, x)
+    close(found, expected, 1e-8)
+    for y in (expected, found):
+        y.square().mean().backward()
+    layers, convs = harmonic_layers(harmonic), dict(plain.named_modules())
+    for key, parameter in harmonic.named_parameters():
+        name = key.rpartition('.')[0]
+        expected = plain.get_parameter(key).grad
+        if expected is None:
+            assert parameter.grad is None
+            continue
+        grad = parameter.grad
+        if name in layers and key.endswith('weight'):  # the chain rule, back from coefficients to filters
+            basis = layers[name].basis
+            assert convs[name].weight is plain.get_parameter(key)
+            grad = synthesize(grad / basis.square().sum((1, 2))[:, None], basis)
+        scale = max(1e-6 * max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None), 1e-30)
+        assert (grad - expected).abs().max() <= 1e-6 * expected.abs().max() + scale, key
+    for key, value in plain.named_buffers():
+        assert (harmonic.get_buffer(key) - value).abs().max() <= 1e-7 * value.abs().max(), key
+
+
+@pytest.mark.parametrize('name', FOLDING)
+def test_blocks_that_fold_themselves(name):
+    plain = network(name, dtype=torch.float32).eval()
+    harmonic = harmonize(plain)
+    assert len(harmonic_layers(harmonic)) == FOLDING[name]
+    x = images(plain)
+    with torch.no_grad():
+        expected = outputs(plain, x)
+        close(outputs(harmonic, x), expected, 1e-4)
+        for copied in (harmonic, copy.deepcopy(harmonic)):
+            folded = reparameterize_model(copied)
+            close(outputs(folded, x), expected, 1e-3)
+            assert list(folded.state_dict()) == list(reparameterize_model(plain).state_dict())
+        close(outputs(harmonic, x), expected, 1e-4)  # the copy was folded, not this
+        close(outputs(reparameterize_model(harmonic, inplace=True), x), expected, 1e-3)
+
+
+def test_twice_is_once():
+    plain = network('resnet18')
+    for options in (dict(), dict(level=3), dict(levels={'layer4.*': 2}), dict(include='layer1.*')):
+        once = harmonize(plain, **options)
+        twice = harmonize(once, **options)
+        assert str(once) == str(twice)
+        assert all(torch.equal(a, b) for a, b in zip(once.parameters(), twice.parameters(), strict=True))
+        assert twice._model_args == once._model_args
+
+
+def test_inplace_or_not():
+    plain = network('resnet18')
+    conv = plain.layer1[0].conv1
+    assert harmonize(plain) is not plain
+    assert plain.layer1[0].conv1 is conv
+    assert plain.pretrained_cfg['architecture'] == 'resnet18'
+    assert harmonize(plain, inplace=True) is plain
+    assert isinstance(plain.layer1[0].conv1, HarmonicConv2d)
+
+
+def test_levels_and_selections():
+    plain = network('resnet18')
+    harmonic = harmonize(plain, level=3, levels={'layer4.*': 2, 'layer*.conv1': None, 'conv1': 9})
+    levels = {name: layer.level for name, layer in harmonic_layers(harmonic).items()}
+    assert levels['conv1'] == 9
+    assert levels['layer4.0.conv1'] == 2  # the first pattern counts
+    assert levels['layer3.0.conv1'] is None
+    assert levels['layer3.0.conv2'] == 3
+    only = harmonize(plain, include=['layer1.*', 'layer2.*'], exclude=lambda name, conv: conv.stride == (2, 2))
+    names = set(harmonic_layers(only))
+    assert 'layer2.0.conv2' in names
+    assert not names & {'conv1', 'layer2.0.conv1', 'layer3.0.conv1'}
+    left = harmonize(network('convnext_atto'), level=5)  # too much for 4 x 4 and 2 x 2 filters, not for 7 x 7
+    assert {layer.kernel_size[0]: layer.level for layer in harmonic_layers(left).values()} == {2: None, 4: 5, 7: 5}
+
+
+def test_level_is_the_nearest_in_l2():
+    conv = network('resnet18').layer1[0].conv1
+    layer = harmonize(nn.Sequential(conv), level=2, normalization='l1')[0]
+    basis = harmonize(nn.Sequential(conv), normalization='ortho')[0]
+    kept = torch.tensor([0, 1, 3])  # (0, 0), (0, 1), (1, 0)
+    nearest = synthesize(basis.weight[:, :, kept], basis.basis[kept])
+    torch.testing.assert_close(layer.filters(), nearest.to(layer.weight))
+    share = nearest.detach().square().sum() / conv.weight.detach().square().sum()
+    assert layer.energy_kept == pytest.approx(float(share))
+
+
+def test_layers_keep_their_place():
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2, dtype=torch.float64),
+        nn.Conv2d(8, 8, 5, padding='same', padding_mode='reflect', groups=8, bias=False, dtype=torch.float64),
+        Conv2dSame(8, 6, 3, stride=2, dtype=torch.float64),
+        nn.Conv2d(6, 6, 2, dilation=2, dtype=torch.float64),
+    ).eval()
+    model[0].weight.requires_grad_(False)
+    harmonic = harmonize(model)
+    assert [type(m) for m in harmonic] == [HarmonicConv2d, HarmonicConv2d, HarmonicConv2dSame, HarmonicConv2d]
+    assert not harmonic[0].weight.requires_grad
+    assert harmonic[1].weight.requires_grad
+    assert not any(m.training for m in harmonic.modules())
+    for size in (17, 32):
+        x = torch.randn(2, 4, size, size + 3, dtype=torch.float64)
+        close(harmonic(x), model(x))
+        close(reparameterize_model(harmonic)(x), model(x))
+    assert [type(m) for m in reparameterize_model(harmonic)] == [type(m) for m in model]
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*is deprecated:FutureWarning')  # timm still scripts its models
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*is deprecated:DeprecationWarning')
+def test_same_padding_scripts_traces_and_compiles():
+    layer = HarmonicConv2dSame(3, 4, 3, stride=2)
+    x = torch.randn(1, 3, 15, 17)
+    for form in (torch.jit.script(layer), torch.fx.symbolic_trace(layer), torch.compile(layer, backend='eager')):
+        torch.testing.assert_close(form(x), layer(x))
+
+
+def test_one_layer_in_two_places():
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.ModuleDict(dict(a=conv, b=conv))
+    harmonic = harmonize(model)
+    assert harmonic['a'] is harmonic['b']
+    assert isinstance(harmonic['a'], HarmonicConv2d)
+
+
+def tied():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+def hooked():
+    conv = nn.Conv2d(3, 3, 3)
+    conv.register_forward_hook(lambda *args: None)
+    return nn.Sequential(conv)
+
+
+def old_weight_norm():
+    with pytest.warns(FutureWarning):
+        return nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 3, 3)))
+
+
+class Subclass(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ('make', 'reason'),
+    [
+        (lambda: nn.Sequential(nn.Conv1d(3, 3, 3)), '1-D'),
+        (lambda: nn.Sequential(nn.Conv3d(3, 3, 3)), '3-D'),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 3)), 'transposed'),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1)), '1 x 1'),
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, (3, 5))), r'not square \(3 x 5\)'),
+        (lambda: nn.Sequential(StdConv2d(3, 3, 3)), r'standardised \(StdConv2d\)'),
+        (lambda: nn.Sequential(ScaledStdConv2d(3, 3, 3)), r'standardised \(ScaledStdConv2d\)'),
+        (lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 3, 3))), 'its weight is computed'),
+        (old_weight_norm, 'its weight is computed'),
+        (lambda: nn.Sequential(Subclass(3, 3, 3)), 'Subclass may compute something else'),
+        (tied, 'shares its weight with 1'),
+        (hooked, 'has hooks'),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), 'it has no convolutions'),
+        (lambda: timm.create_model('nfnet_l0'), r'28 x its weights are standardised \(ScaledStdConv2d\)'),
+        (lambda: timm.create_model('vit_tiny_patch16_224'), 'patch embedding'),
+        (lambda: timm.create_model('mixer_s32_224'), 'patch embedding'),
+    ],
+)
+def test_refused(make, reason):
+    model = make()
+    with pytest.raises(ValueError, match=f'no convolution that can be harmonic.*{reason}'):
+        harmonize(model, inplace=True)
+    assert not harmonic_layers(model)
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'words'),
+    [
+        (dict(level=0), ValueError, 'from 1 to 13.*got 0'),
+        (dict(level=14), ValueError, 'from 1 to 13.*got 14'),
+        (dict(level=2.0), TypeError, 'integer'),
+        (dict(level=True), TypeError, 'integer'),
+        (dict(levels={'layer1.*': 0}), ValueError, r'layer1\.\*: a level must be from 1'),
+        (dict(levels={'layer9.*': 2}), ValueError, r"levels: 'layer9\.\*' matches none of the 17 .*'layer1\.\*'"),
+        (dict(levels=[3, 2, 2, 1]), TypeError, 'must map patterns'),
+        (dict(include='layer9'), ValueError, "include: 'layer9' matches none"),
+        (dict(exclude=['layer1.*', 'head*']), ValueError, r"exclude: 'head\*' matches none"),
+        (dict(include='*.downsample.*'), ValueError, 'matches only what is left alone: layer2.0.downsample.0, 1 x 1'),
+        (dict(exclude='*'), ValueError, 'leave none of the 17'),
+        (dict(include=lambda name, conv: False), ValueError, 'leave none of the 17'),
+        (dict(normalization='l2'), ValueError, 'normalization'),
+    ],
+)
+def test_bad_options_change_nothing(options, error, words):
+    model = timm.create_model('resnet18')
+    with pytest.raises(error, match=words):
+        harmonize(model, inplace=True, **options)
+    assert not harmonic_layers(model)
+    assert model.pretrained_cfg['architecture'] == 'resnet18'
+
+
+def test_a_convolution_is_no_network():
+    with pytest.raises(ValueError, match='from_conv2d'):
+        harmonize(nn.Conv2d(3, 3, 3))
+
+
+def test_normalizations_do_not_mix():
+    part = harmonize(network('resnet18'), include='layer1.*', normalization='ortho')
+    with pytest.raises(ValueError, match="use 'ortho'"):
+        harmonize(part)
+    whole = harmonize(part, normalization='ortho')
+    assert harmonize(whole)._model_args == whole._model_args  # nothing new: the default does not matter
+
+
+def test_our_own_networks():
+    """Layers that are harmonic stay, and lose the frequencies above the level."""
+    model = network('harm1_resnet50').eval()
+    harmonic = harmonize(model)
+    assert isinstance(harmonic.conv1, HarmonicBlock2d)
+    assert len(harmonic_layers(harmonic)) == 17
+    x = images(model)
+    with torch.no_grad():
+        close(harmonic(x), model(x))
+    assert harmonize(model, level=3).conv1.weight.shape[2] == 6
+    assert harmonize(model, level=3)._model_args == dict(base_model='harm1_resnet50', num_classes=10, level=3)
+
+
+def test_on_the_meta_device():
+    with torch.device('meta'):
+        model = timm.create_model('resnet18')
+    harmonic = harmonize(model, level=3)
+    assert harmonic.layer1[0].conv1.weight.is_meta
+    assert harmonic_report(harmonic).parameters == sum(p.numel() for p in harmonic.parameters())
+    assert truncate(harmonic, level=2).layer1[0].conv1.weight.shape[2] == 3
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_networks(dtype):
+    model = timm.create_model('resnet18').to(dtype)
+    harmonic = harmonize(model)
+    assert {p.dtype for p in harmonic.parameters()} == {dtype}
+    found = harmonic.layer1[0].conv1.filters()
+    torch.testing.assert_close(found, model.layer1[0].conv1.weight, rtol=0.02, atol=1e-3)
+
+
+def test_plain_weights_are_projected_when_loaded():
+    plain = network('resnet18').eval()
+    full, low = harmonize(network('resnet18', seed=1)), harmonize(network('resnet18', seed=1), level=2)
+    state = plain.state_dict()
+    keys = {key: value.clone() for key, value in state.items()}
+    for harmonic in (full, low):
+        harmonic.load_state_dict(state)
+    assert all(torch.equal(value, keys[key]) for key, value in state.items())
+    x = images(plain)
+    with torch.no_grad():
+        close(full.eval()(x), plain(x))
+    expected = harmonize(plain, level=2)
+    assert all(torch.equal(a, b) for a, b in zip(low.parameters(), expected.parameters(), strict=True))
+
+
+def test_coefficients_do_not_load_into_a_plain_network():
+    plain, harmonic = network('resnet18'), harmonize(network('resnet18', seed=1), level=2)
+    with pytest.raises(RuntimeError, match=r'size mismatch for layer1\.0\.conv1\.weight'):
+        plain.load_state_dict(harmonic.state_dict())
+
+
+# --- the report
+
+
+def test_report():
+    model = harmonize(network('inception_v3', aux_logits=False), level=3, exclude='Mixed_7*')
+    report = harmonic_report(model)
+    by_name = {conv.name: conv for conv in report.convolutions}
+    assert len(by_name) == sum(isinstance(m, (nn.Conv2d, HarmonicConv2d)) for m in model.modules())
+    first = by_name['Conv2d_1a_3x3.conv']
+    assert (first.kernel_size, first.groups, first.level, first.kept, first.frequencies) == ((3, 3), 1, 3, 6, 9)
+    assert (first.parameters_before, first.parameters, first.reason) == (32 * 3 * 9, 32 * 3 * 6, '')
+    assert 0 < first.energy_kept < 1
+    left = by_name['Mixed_6b.branch7x7_2.conv']
+    assert (left.level, left.reason) == (None, 'not square (1 x 7)')
+    assert by_name['Mixed_7a.branch3x3_2.conv'].reason == ''
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    plain = timm.create_model('inception_v3', aux_logits=False, num_classes=10)
+    assert report.parameters_before == sum(p.numel() for p in plain.parameters())
+    assert json.loads(json.dumps(report.to_dict()))['model'] == 'inception_v3'
+    printed = str(report)
+    assert len(printed.splitlines()) == len(by_name) + 2
+    assert 'not square (1 x 7)' in printed
+    assert 'not asked for' in printed
+    assert max(map(len, printed.splitlines())) <= 140
+    markdown = report.to_markdown()
+    assert markdown.count('\n| ') == len(by_name) + 2
+
+
+def test_report_of_other_networks():
+    report = harmonic_report(nn.Sequential(nn.Linear(2, 2)))
+    assert (report.convolutions, report.model, report.parameters) == ((), 'Sequential', 6)
+    assert '0 of 0' in str(report)
+    own = harmonic_report(timm.create_model('harm_resnet50_progressive'))
+    energies = {conv.name: conv.energy_kept for conv in own.convolutions}
+    assert energies['layer1.0.conv2'] == 1
+    assert energies['layer4.0.conv2'] is None  # initialised at its level
+    assert own.parameters_before == sum(p.numel() for p in timm.create_model('harm_resnet50_avgpool').parameters())
+
+
+def test_energy_kept_is_the_product_of_truncations():
+    plain = network('resnet18')
+    at_once = harmonize(plain, level=2)
+    in_steps = truncate(truncate(harmonize(plain), level=4), level=2)
+    for name, layer in harmonic_layers(at_once).items():
+        assert harmonic_layers(in_steps)[name].energy_kept == pytest.approx(layer.energy_kept)
+    at_once.load_state_dict(in_steps.state_dict())
+    assert at_once.conv1.energy_kept is None  # of coefficients that were loaded, nothing is known

@@ -1,0 +1,270 @@
+"""Dropping high frequencies: which levels the layers of a network keep, and what that costs."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .conv import HarmonicLayer
+from .convert import PatternLevels, describe, plan
+from .dct import dct_frequencies
+from .swap import harmonic_layers, replace_layers
+
+__all__ = ['Losses', 'choose_levels', 'losses_by_response', 'losses_by_weight', 'parameters_at', 'truncate']
+
+# For each layer by name: the share of its energy that is lost by each possible level, from the present one downwards.
+Losses = dict[str, dict[int, float]]
+
+
+def truncate(
+    model: nn.Module,
+    *,
+    level: int | None = None,
+    levels: PatternLevels | None = None,
+    energy: float | None = None,
+    max_params: int | None = None,
+    ratio: float | None = None,
+    data: Iterable[Any] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Drops the high frequencies of a network's harmonic layers: of each filter, the nearest in L2 is left.
+
+    How much is said in one of four ways. With `energy`, each layer gets the lowest level that keeps this share of its
+    energy. With `max_params` or `ratio`, levels are chosen over all layers together, see `choose_levels`: greedy by the
+    energy lost per parameter saved, where a layer's energy counts as one, because normalisation after a layer makes its
+    scale meaningless.
+
+    Energy is that of the filters, or, with `data`, that of the responses which the frequencies cause: what a layer's
+    output loses on these images, everything before it being complete. Multiply-adds stay the same.
+
+    Args:
+        model: Network with harmonic layers, see `harmonize`.
+        level: The paper's lambda for all layers that `levels` says nothing about.
+        levels: Levels by patterns over qualified names (fnmatch), the first that matches counts.
+        energy: Share of each layer's present energy to keep, in (0, 1].
+        max_params: Parameters that the network may have, all its layers counted.
+        ratio: The same as a share of the present parameters, in (0, 1].
+        data: Batches of images (B, C, H, W), alone or first in a tuple or list, for `energy`, `max_params` and `ratio`.
+        inplace: Whether the network itself is changed, rather than a copy.
+
+    Returns:
+        The network, with fewer parameters.
+
+    Raises:
+        ValueError: If there is nothing harmonic, an argument is out of range or missing, a pattern matches nothing, a
+            layer has weights that are not finite, or the network cannot be made as small as that.
+        TypeError: If a level or a number has another type.
+    """
+    layers = harmonic_layers(model)
+    if not layers:
+        raise ValueError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
+    by_level = dict(level=level, levels=levels)
+    by_energy = dict(energy=energy, max_params=max_params, ratio=ratio)
+    given = [name for name, value in {**by_level, **by_energy}.items() if value is not None]
+    if len(given) != 1 and given != ['level', 'levels']:
+        raise ValueError(
+            f'say in one way how much is dropped: level and levels, energy, max_params or ratio; '
+            f'got {" and ".join(given) or "none"}.'
+        )
+    if given[0] in by_level:
+        if data is not None:
+            raise ValueError('data weigh frequencies for energy, max_params and ratio: they mean nothing for levels.')
+        chosen = plan(model, level=level, levels=levels, include=lambda name, layer: name in layers)
+    else:
+        budget = _budget(model, **by_energy)
+        losses = losses_by_weight(model) if data is None else losses_by_response(model, data)
+        if budget is None:
+            chosen = {name: min(lv for lv, lost in of.items() if lost <= 1 - energy) for name, of in losses.items()}
+        else:
+            chosen = choose_levels(model, losses, budget)
+    return _with_levels(model if inplace else copy.deepcopy(model), chosen)
+
+
+def _with_levels(model: nn.Module, levels: Mapping[str, int | None]) -> nn.Module:
+    layers = harmonic_layers(model)
+    replace_layers(model, {name: layers[name].truncated(level) for name, level in levels.items()})
+    return describe(model)
+
+
+def _budget(model: nn.Module, energy: float | None, max_params: int | None, ratio: float | None) -> int | None:
+    """How many parameters the network may have; None if a share of energy says it."""
+    for name, share in (('energy', energy), ('ratio', ratio)):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f'{name} must be above 0 and at most 1, got {share!r}.')
+    if energy is not None:
+        return None
+    present = sum(p.numel() for p in model.parameters())
+    if ratio is not None:
+        return int(ratio * present)
+    if not isinstance(max_params, int) or isinstance(max_params, bool):
+        raise TypeError(f'max_params must be an integer, got {max_params!r}.')
+    return max_params
+
+
+def parameters_at(layer: HarmonicLayer, level: int) -> int:
+    """Coefficients that a layer has at a level."""
+    count = len(dct_frequencies(layer.kernel_size[0], level, layer.dc))
+    return layer.weight.numel() // layer.weight.shape[2] * count
+
+
+def _levels_of(layer: HarmonicLayer) -> range:
+    """Levels that a layer can have, from the present one downwards."""
+    return range(layer.level or layer.full_level, 0 if layer.dc else 1, -1)
+
+
+def losses_by_weight(model: nn.Module) -> Losses:
+    """Share of the energy of each harmonic layer's filters that is lost by each level below its own.
+
+    Args:
+        model: Network with harmonic layers. A layer whose filters are all zero has no energy to judge by: any lower
+            level counts as a loss of all.
+
+    Returns:
+        The losses, which are 0 at the present level.
+
+    Raises:
+        ValueError: If a layer's weights are not finite.
+    """
+    found = {}
+    for name, layer in harmonic_layers(model).items():
+        energy = layer.energy()
+        sums = torch.tensor([i + j for i, j in dct_frequencies(layer.kernel_size[0], layer.level, layer.dc)])
+        lost = {level: float(energy[sums >= level].sum()) for level in _levels_of(layer)}
+        found[name] = _shares(name, lost, float(energy.sum()))
+    return found
+
+
+def losses_by_response(model: nn.Module, data: Iterable[Any]) -> Losses:
+    """Share of the energy of each harmonic layer's responses to data that is lost by each level below its own.
+
+    The network is in evaluation meanwhile. A layer that the data do not reach is judged by its weights.
+
+    Args:
+        model: Network with harmonic layers.
+        data: Batches of images (B, C, H, W), alone or first in a tuple or list.
+
+    Returns:
+        The losses, which are 0 at the present level.
+
+    Raises:
+        ValueError: If there are no batches, or responses are not finite.
+    """
+    layers = harmonic_layers(model)
+    lower = {
+        name: {level: layer.truncated(level).eval() for level in _levels_of(layer)[1:]}
+        for name, layer in layers.items()
+    }
+    lost: Losses = {name: dict.fromkeys(_levels_of(layer), 0.0) for name, layer in layers.items()}
+    total = dict.fromkeys(layers, 0.0)
+
+    def watch(name: str) -> Any:
+        def hook(layer: HarmonicLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            responses = output if layer.bias is None else output - layer.bias.reshape(-1, 1, 1)
+            total[name] += _energy(responses)
+            for level, truncated in lower[name].items():
+                lost[name][level] += _energy(output - truncated(inputs[0]))
+
+        return hook
+
+    parameter = next(model.parameters())
+    with _evaluating(model), torch.no_grad():
+        handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+        try:
+            for batch in data:
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                model(images.to(parameter))
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not any(total.values()):
+        raise ValueError('data have no batches, or cause no responses at all: give at least one batch of images.')
+    by_weight = losses_by_weight(model)
+    return {name: _shares(name, lost[name], total[name]) if total[name] else by_weight[name] for name in layers}
+
+
+def _energy(responses: Tensor) -> float:
+    return float(torch.linalg.vector_norm(responses, dtype=torch.promote_types(responses.dtype, torch.float32))) ** 2
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Any:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _shares(name: str, lost: dict[int, float], total: float) -> dict[int, float]:
+    if not torch.tensor(total).isfinite():
+        raise ValueError(f'{name} has weights or responses that are not finite: its frequencies cannot be weighed.')
+    present = max(lost)
+    return {level: (part / total if total else float(level < present)) for level, part in lost.items()}
+
+
+def choose_levels(model: nn.Module, losses: Losses, max_params: int) -> dict[str, int]:
+    """Levels for all layers together, such that the network has at most so many parameters.
+
+    Greedy: of all layers' steps to lower levels, that with the least energy lost per parameter saved comes first, steps
+    being those along the lower convex hull of (parameters, loss) of each layer. So far no other choice with as few
+    parameters has a smaller sum of losses. The last step may save more than was asked for: what fits is then given
+    back, to the layer that gains most by it, which is a heuristic.
+
+    Args:
+        model: Network with harmonic layers.
+        losses: Of `losses_by_weight` or `losses_by_response`.
+        max_params: Parameters that the network may have, all its layers counted.
+
+    Returns:
+        Levels by name.
+
+    Raises:
+        ValueError: If even the lowest levels leave more parameters than that.
+    """
+    layers = harmonic_layers(model)
+    sizes = {name: {level: parameters_at(layers[name], level) for level in of} for name, of in losses.items()}
+    chosen = {name: max(of) for name, of in losses.items()}
+    now = sum(p.numel() for p in model.parameters())
+    least = now - sum(sizes[name][level] - sizes[name][min(sizes[name])] for name, level in chosen.items())
+    if max_params < least:
+        raise ValueError(
+            f'max_params={max_params:,} cannot be reached: the network has {now:,} parameters, and {least:,} are left '
+            'when every layer has its lowest level.'
+        )
+    steps = [
+        (slope, place, name, level)
+        for place, name in enumerate(losses)
+        for slope, level in _hull(sizes[name], losses[name])
+    ]
+    for _, _, name, level in sorted(steps, key=lambda step: step[:2]):
+        if now <= max_params:
+            break
+        now -= sizes[name][chosen[name]] - sizes[name][level]
+        chosen[name] = level
+    while True:
+        raises = [
+            (losses[name][chosen[name]] - lost, name, level)
+            for name, of in losses.items()
+            for level, lost in of.items()
+            if lost < of[chosen[name]] and 0 < sizes[name][level] - sizes[name][chosen[name]] <= max_params - now
+        ]
+        if not raises:
+            return chosen
+        _, name, level = max(raises, key=lambda step: step[0])
+        now += sizes[name][level] - sizes[name][chosen[name]]
+        chosen[name] = level
+
+
+def _hull(sizes: dict[int, int], losses: dict[int, float]) -> list[tuple[float, int]]:
+    """Steps down the lower convex hull from the highest level: (loss per parameter saved, level), slopes ascending."""
+    steps, level = [], max(sizes)
+    while lower := [lv for lv in sizes if lv < level]:
+        slopes = {lv: (losses[lv] - losses[level]) / (sizes[level] - sizes[lv]) for lv in lower}
+        level = min(lower, key=lambda lv: (slopes[lv], lv))
+        steps.append((slopes[level], level))
+    return steps
