@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 from timm_harmonic.photographs import cut, draw_patches, load_photographs
-from timm_harmonic.quickstart import NETWORK, RECIPE
+from timm_harmonic.training import NETWORK, RECIPE
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 TINY_VGG = dict(mlp_ratio=0.02)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
-from timm_harmonic import cli, photographs, quickstart
+from timm_harmonic import cli, photographs, quickstart, training
 from timm_harmonic.photographs import PATCH_SIZE, QuickstartError, draw_patches, export_patches, load_photographs
 
 # timm's ImageDataset leaves the closing of each image to the garbage collector.
@@ -170,13 +170,13 @@ def test_same_seed_same_result_and_global_state_is_left_alone(run_cli):
 
 def test_models_see_the_same_images_in_the_same_order(run_cli, monkeypatch):
     seen = []
-    loss = quickstart.F.cross_entropy
+    loss = training.F.cross_entropy
 
     def spy(outputs, labels, **kwargs):
         seen.append(labels.tolist())
         return loss(outputs, labels, **kwargs)
 
-    monkeypatch.setattr(quickstart.F, 'cross_entropy', spy)
+    monkeypatch.setattr(training.F, 'cross_entropy', spy)
     run_cli('--models', 'harm0,harm')
     half = len(seen) // 2
     assert half > 0

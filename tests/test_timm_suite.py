@@ -27,6 +27,7 @@ SELECTION = [
     'harm_seresnext50_32x4d',
     'harm_vgg11',
     'harm_vgg11_bn',
+    'harmonized',
 ]
 # What timm asks of every model of its own, and the arguments after the model's name.
 EVERY_MODEL = {
@@ -62,6 +63,8 @@ def pytest_generate_tests(metafunc):
     cases = []
     for model in MODELS if metafunc.config.getoption('--every-model') else SELECTION:
         tests = EVERY_MODEL if 'vgg' in model else {**EVERY_MODEL, **RESNETS_ONLY}
+        if model == 'harmonized':  # its class is timm's own, whose module has no filter for checkpoints
+            tests = {test: args for test, args in tests.items() if test != 'test_headless_checkpoint_reload'}
         for test, arguments in tests.items():
             for args in arguments:
                 cases.append(pytest.param(test, (model, *args), id='-'.join([model, test, *map(str, args)])))

@@ -118,12 +118,17 @@ def test_layers_with_little_high_frequency_pay_first(network):
     assert len(set(order)) > 1
 
 
+def total(losses, chosen):
+    """What is made small: the shares that are kept multiply."""
+    return sum(-np.log1p(-losses[name][level]) for name, level in chosen.items())
+
+
 def exact(sizes, losses, budget):
-    """The least sum of losses by integer programming: one level for each layer."""
+    """The least total by integer programming: one level for each layer."""
     cost, size, owner = [], [], []
     for place, name in enumerate(losses):
         for level, lost in losses[name].items():
-            cost.append(lost)
+            cost.append(-np.log1p(-lost))
             size.append(sizes[name][level])
             owner.append(place)
     one = np.array([[float(o == place) for o in owner] for place in range(len(losses))])
@@ -145,7 +150,7 @@ def test_greedy_is_near_the_optimum(network, ratio):
     budget = int(ratio * count(network))
     chosen = choose_levels(network, losses, budget)
     assert others + sum(sizes[name][level] for name, level in chosen.items()) <= budget
-    found = sum(losses[name][level] for name, level in chosen.items())
+    found = total(losses, chosen)
     best = exact(sizes, losses, budget - others)
     assert best - 1e-6 <= found <= 1.05 * best + 1e-6
 
@@ -159,14 +164,14 @@ def test_greedy_is_optimal_for_what_it_saves(data):
     losses = {}
     for name, layer in layers.items():
         drops = data.draw(st.lists(st.floats(0.001, 1), min_size=layer.full_level - 1, max_size=layer.full_level - 1))
-        lost = [0.0, *np.cumsum(drops)]
+        lost = [0.0, *(np.cumsum(drops) / (1 + np.sum(drops)))]
         losses[name] = {layer.full_level - i: value for i, value in enumerate(lost)}
     sizes = {name: {level: parameters_at(layers[name], level) for level in of} for name, of in losses.items()}
     others = count(model) - sum(layer.weight.numel() for layer in layers.values())
     start = choose_levels(model, losses, data.draw(st.integers(others + 60, count(model))))
     budget = sum(sizes[name][level] for name, level in start.items())
     chosen = choose_levels(model, losses, budget + others)
-    found = sum(losses[name][level] for name, level in chosen.items())
+    found = total(losses, chosen)
     assert sum(sizes[name][level] for name, level in chosen.items()) <= budget
     assert found >= exact(sizes, losses, budget) - 1e-6
 
@@ -185,18 +190,37 @@ def test_data_measure_what_the_output_loses():
     losses = losses_by_response(model, ((batch, torch.zeros(4)) for batch in batches))['0']
     with torch.no_grad():
         x = torch.cat(batches)
-        whole = nn.functional.conv2d(x, conv.weight, None, 2, 1)
+        whole = conv(x)
         for level in range(1, 5):
-            part = HarmonicConv2d.from_conv2d(conv, level=level)(x) - conv.bias.reshape(-1, 1, 1)
-            assert losses[level] == pytest.approx(float((whole - part).square().sum() / whole.square().sum()))
+            error = whole - HarmonicConv2d.from_conv2d(conv, level=level)(x)
+            ratio = (error.square().mean((0, 2, 3)) / whole.var((0, 2, 3), correction=0)).mean()
+            assert losses[level] == pytest.approx(float(ratio / (1 + ratio)))
     assert losses[5] == 0
     by_weight = losses_by_weight(model)['0']
     assert losses[3] < by_weight[3]  # the images are smooth: high frequencies cause little
 
 
+def test_scales_do_not_matter(network):
+    """Of a layer, and, by data, of a channel: what normalises them afterwards takes the scale away."""
+    scaled = copy.deepcopy(network)
+    with torch.no_grad():
+        for i, layer in enumerate(harmonic_layers(scaled).values()):
+            layer.weight *= 10.0 ** (i % 5 - 2)
+    assert levels(truncate(scaled, ratio=0.5)) == levels(truncate(network, ratio=0.5))
+    conv = nn.Conv2d(3, 8, 3)
+    loud = copy.deepcopy(conv)
+    with torch.no_grad():
+        loud.weight[2] *= 1000
+        loud.bias += 5
+    of = [losses_by_response(harmonize(nn.Sequential(layer)), smooth())['0'] for layer in (conv, loud)]
+    assert list(of[0].values()) == pytest.approx(list(of[1].values()), rel=1e-3)
+
+
 def test_data_choose_levels(network):
-    by_data = truncate(network, energy=0.99, data=smooth())
-    assert count(by_data) < count(truncate(network, energy=0.99))
+    by_data, losses = truncate(network, energy=0.95, data=smooth()), losses_by_response(network, smooth())
+    for name, level in levels(by_data).items():
+        assert losses[name][level] <= 0.05
+        assert level == 1 or min(losses[name][lower] for lower in range(1, level)) > 0.05
     low = truncate(network, ratio=0.5, data=[(batch, None) for batch in smooth()])
     assert count(low) <= 0.5 * count(network)
     assert levels(low) != levels(truncate(network, ratio=0.5))

@@ -22,6 +22,7 @@ __all__ = [
     'check_fit',
     'convert_state_dict',
     'first_line',
+    'names_of',
     'read_checkpoint',
     'rename_keys',
     'unwrap',
@@ -224,8 +225,8 @@ def check_fit(state: StateDict, target: StateDict, classifiers: Names, roots: Na
     Raises:
         CheckpointError: If something does not fit, naming it.
     """
-    heads = {f'{name}.{what}' for name in _names(classifiers) for what in ('weight', 'bias')}
-    stems = {f'{name}.weight' for name in _names(roots)}
+    heads = {f'{name}.{what}' for name in names_of(classifiers) for what in ('weight', 'bias')}
+    stems = {f'{name}.weight' for name in names_of(roots)}
 
     def misfit(key: str) -> bool:
         ours, theirs = list(target[key].shape), list(state[key].shape)
@@ -247,7 +248,8 @@ def check_fit(state: StateDict, target: StateDict, classifiers: Names, roots: Na
         raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.')
 
 
-def _names(names: Names) -> Sequence[str]:
+def names_of(names: Names) -> Sequence[str]:
+    """One name, several or none, as timm's configs have them, as a sequence."""
     return (names,) if isinstance(names, str) else names or ()
 
 

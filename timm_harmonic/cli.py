@@ -169,6 +169,85 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_compress(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        'compress',
+        help='make any convolutional network of timm harmonic, and drop its high frequencies',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            'Exchanges the k x k convolutions of a network for harmonic ones with the same filters, drops their high\n'
+            'frequencies, and writes the folder of a Hub repository, which timm loads by local-dir:DIR. With it come\n'
+            'a report (compression.md, compression.json) and a picture (compression.png). Multiply-adds stay.'
+        ),
+    )
+    parser.add_argument('model', metavar='MODEL', help='any name that timm takes, hf-hub: and local-dir: included')
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write, new or empty')
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument('--checkpoint', type=Path, metavar='FILE', help='its weights: .pth, .pth.tar or .safetensors')
+    weights.add_argument('--pretrained', action='store_true', help='take the weights that timm has for it')
+    amount = parser.add_mutually_exclusive_group(required=True)
+    amount.add_argument('--level', type=int, metavar='L', help='keep the frequencies with i + j < L in every layer')
+    amount.add_argument('--energy', type=float, metavar='E', help='keep this share of the energy of each layer')
+    amount.add_argument('--ratio', type=float, metavar='R', help='keep this share of all parameters')
+    amount.add_argument('--max-params', type=int, metavar='N', help='keep at most so many parameters')
+    parser.add_argument(
+        '--include', nargs='+', metavar='PATTERN', help="only these convolutions, as 'layer3.*' (default: all that can)"
+    )
+    parser.add_argument('--exclude', nargs='+', metavar='PATTERN', help='not these')
+    parser.add_argument('--normalization', default='l1', metavar='N', help="of the DCT functions: 'l1' or 'ortho'")
+    parser.add_argument(
+        '--model-kwargs', nargs='+', type=_option, default=[], metavar='NAME=VALUE', help='options of the network'
+    )
+    parser.add_argument(
+        '--data',
+        type=Path,
+        metavar='DIR',
+        help='image folder: weigh frequencies by what they cause there',
+    )
+    parser.add_argument('--batches', type=_positive, default=8, metavar='N', help='so many of --data (default: 8)')
+    parser.add_argument('--batch-size', type=_positive, default=32, metavar='N', help='of images (default: 32)')
+    parser.add_argument('--evaluate', type=Path, metavar='DIR', help='image folder: measure accuracy before and after')
+    parser.add_argument('--split', default='validation', help='of --evaluate (default: validation)')
+    parser.add_argument(
+        '--repo', default='', metavar='ORG/NAME', help='where it is going to be published, for the card'
+    )
+    parser.add_argument('--license', default='', metavar='ID', help="of the weights (default: the network's)")
+    parser.set_defaults(run=_compress)
+
+
+def _compress(args: argparse.Namespace) -> int:
+    from .compression import compress
+
+    if args.energy is None and args.ratio is None and args.max_params is None and args.data:
+        raise ValueError(
+            '--data weighs frequencies for --energy, --ratio and --max-params: it means nothing for --level.'
+        )
+    report = compress(
+        args.model,
+        args.out,
+        checkpoint=args.checkpoint,
+        pretrained=args.pretrained,
+        model_kwargs=dict(args.model_kwargs),
+        level=args.level,
+        energy=args.energy,
+        ratio=args.ratio,
+        max_params=args.max_params,
+        include=args.include,
+        exclude=args.exclude,
+        normalization=args.normalization,
+        data=args.data,
+        batches=args.batches,
+        batch_size=args.batch_size,
+        evaluate=args.evaluate,
+        split=args.split,
+        repo_id=args.repo,
+        license=args.license,
+    )
+    print(report)
+    print(f'\nWrote {args.out}: timm.create_model("local-dir:{args.out}", pretrained=True)')
+    return 0
+
+
 def _add_publish(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         'publish',
@@ -220,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-harmonic', description='Harmonic networks as timm models.')
     parser.add_argument('--version', action='version', version=f'timm-harmonic {version("timm-harmonic")}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for add in (_add_quickstart, _add_list, _add_convert, _add_publish):
+    for add in (_add_quickstart, _add_list, _add_compress, _add_convert, _add_publish):
         add(commands)
     return parser
 

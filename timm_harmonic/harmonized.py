@@ -178,6 +178,10 @@ def _feature_cfg(template: nn.Module, plain: nn.Module) -> dict[str, Any]:
     return dict(cfg, flatten_sequential=any(name not in own for name, _ in template.named_children()))
 
 
+# The authors published no such network: there are no names but ours.
+KEY_NAMES: dict[str, str] = {}
+
+
 def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
     """Brings a state dict of a harmonized network, or of its plain base, into the network's layout.
 

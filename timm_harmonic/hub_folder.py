@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,30 @@ from timm.models import get_pretrained_cfg, list_pretrained, model_entrypoint, s
 from torch import nn
 from tqdm import tqdm
 
-from .checkpoints import CheckpointError, StateDict, first_line, read_checkpoint, rename_keys, unwrap
+from .checkpoints import CheckpointError, StateDict, first_line, names_of, read_checkpoint, rename_keys, unwrap
 from .model_card import Provenance, model_card
-from .pretrained import ORGANISATION, TAG, WEIGHTS_NAME, pinned_sha256, sha256_of
+from .pretrained import ORGANISATION, REPOSITORY, TAG, WEIGHTS_NAME, pinned_sha256, sha256_of
 
-__all__ = ['FILES', 'LICENSE', 'REQUIRED', 'HubError', 'convert']
+__all__ = [
+    'FILES',
+    'LICENSE',
+    'REPORTS',
+    'REQUIRED',
+    'HubError',
+    'build_loaded',
+    'check_new',
+    'convert',
+    'key_names',
+    'provenance',
+    'write_folder',
+]
 
 LICENSE = 'bsd-3-clause'
 
 REQUIRED = (WEIGHTS_NAME, 'config.json', 'README.md')
 _OPTIONAL = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # in a run's folder, in a repository
-FILES = (*REQUIRED, *_OPTIONAL.values())
+REPORTS = ('compression.json', 'compression.md', 'compression.png')  # of a network that was compressed
+FILES = (*REQUIRED, *_OPTIONAL.values(), *REPORTS)
 
 
 class HubError(RuntimeError):
@@ -56,7 +70,7 @@ def convert(
 
     Args:
         checkpoint: The file.
-        model_name: Architecture.
+        model_name: Architecture, or `local-dir:` and `hf-hub:` with the network that was trained on from there.
         out: Folder to write, which must be new or empty.
         repo_id: Where the folder is going to be, for the card; our organisation and the name of `out` if empty.
         use_ema: Whether to take averaged weights.
@@ -73,25 +87,88 @@ def convert(
         CheckpointError: If the checkpoint cannot be read or does not fit.
         FileNotFoundError: If there is no checkpoint.
     """
-    names = _key_names(model_name)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise HubError(f'{str(out)!r} exists and is not an empty folder: name another.')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    steps = tqdm(total=4, desc='read', unit='step', leave=False)
-    with steps, tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
+    names = key_names(model_name) if ':' in model_name or timm.is_model(model_name) else None
+    if names is None:
+        raise HubError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
+    check_new(out)
+    with tqdm(total=4, desc='read', unit='step', leave=False) as steps:
         content = read_checkpoint(checkpoint)
         state = unwrap(content, use_ema)
-        source = _provenance(checkpoint, content, model_name, use_ema)
+        source = provenance(checkpoint, content, model_name, use_ema)
         steps.set_description('build')
         steps.update()
-        model = _build(model_name, rename_keys(state, names), source, model_kwargs or {})
-        _check_class_names(class_names, model)
+        model = build_loaded(model_name, rename_keys(state, names), source, model_kwargs or {})
         if source.url:
             class_names, dataset = ImageNetInfo().label_names(), dataset or 'imagenet-1k'
             repo_id = repo_id or f'{ORGANISATION}/{model_name}.{TAG}'
-        repo_id = repo_id or f'{ORGANISATION}/{out.name}'
+
+        def add_run(folder: Path) -> None:
+            for theirs, ours in _OPTIONAL.items():
+                if source.run and (checkpoint.parent / theirs).is_file():
+                    shutil.copyfile(checkpoint.parent / theirs, folder / ours)
+
+        return write_folder(
+            model,
+            out,
+            source,
+            steps,
+            repo_id=repo_id,
+            class_names=class_names,
+            license=license,
+            dataset=dataset,
+            add=add_run,
+        )
+
+
+def check_new(out: Path) -> None:
+    """Refuses a folder with files in it.
+
+    Raises:
+        HubError: If it is one, or no folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise HubError(f'{str(out)!r} exists and is not an empty folder: name another.')
+
+
+def write_folder(
+    model: nn.Module,
+    out: Path,
+    source: Provenance,
+    steps: tqdm,
+    *,
+    repo_id: str = '',
+    class_names: list[str] | None = None,
+    license: str = LICENSE,
+    dataset: str = '',
+    add: Callable[[Path], None] = lambda folder: None,
+) -> list[Path]:
+    """Writes the folder of a Hub repository from a network, loads it again and compares the outputs.
+
+    The folder is there as a whole in the end, or not at all.
+
+    Args:
+        model: Network that timm has built, in evaluation.
+        out: Folder to write, which must be new or empty.
+        source: Where its weights are from.
+        steps: Progress bar, which is moved by three.
+        repo_id: Where the folder is going to be, for the card; our organisation and the name of `out` if empty.
+        class_names: Names of the classes in their order, for config.json.
+        license: Identifier of the weights' licence.
+        dataset: Identifier of the training data on the Hub.
+        add: Writes more files into the folder.
+
+    Returns:
+        The files written.
+
+    Raises:
+        HubError: If `out` is not new, or the folder does not give the network's outputs.
+    """
+    check_new(out)
+    _check_class_names(class_names, model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
         steps.set_description('write')
         steps.update()
         save_for_hf(
@@ -102,13 +179,12 @@ def convert(
             data_config=source.run,
         )
         _say_classes_once(folder / 'config.json')
-        for theirs, ours in _OPTIONAL.items():
-            if source.run and (checkpoint.parent / theirs).is_file():
-                shutil.copyfile(checkpoint.parent / theirs, folder / ours)
+        add(folder)
         steps.set_description('compare')
         steps.update()
         loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
         _compare(model, loaded)
+        repo_id = repo_id or f'{ORGANISATION}/{out.name}'
         card = model_card(loaded, repo_id, source, license, dataset, version('timm-harmonic'))
         card.save(folder / 'README.md')
         steps.update()
@@ -118,22 +194,24 @@ def convert(
     return sorted(out.iterdir())
 
 
-def _key_names(model_name: str) -> dict[str, str]:
-    """The authors' names of an architecture's parameters."""
-    module = sys.modules[model_entrypoint(model_name).__module__] if timm.is_model(model_name) else None
-    if not hasattr(module, 'KEY_NAMES'):
-        raise HubError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
-    return module.KEY_NAMES
+def key_names(model_name: str) -> dict[str, str] | None:
+    """The authors' names of an architecture's parameters; None if it is not one of ours.
+
+    A repository or a folder has parameters by our names.
+    """
+    if ':' in model_name:
+        return {}
+    return getattr(sys.modules[model_entrypoint(model_name).__module__], 'KEY_NAMES', None)
 
 
-def _provenance(path: Path, content: StateDict, model_name: str, use_ema: bool) -> Provenance:
+def provenance(path: Path, content: StateDict, model_name: str, use_ema: bool | None) -> Provenance:
     """What is known of a checkpoint: by its hash if it is a released one, else by the run that it lies beside."""
     digest = sha256_of(path)
     source = Provenance(path.name, digest)
     for name in list_pretrained(['harm*', f'{model_name}.*']):
         cfg = get_pretrained_cfg(name)
         found = re.search(r'-([0-9a-f]{8,})\.pth$', cfg.url or '')
-        if found and digest.startswith(found.group(1)):
+        if found and digest.startswith(found.group(1)) and cfg.origin_url == REPOSITORY:
             if cfg.architecture != model_name:
                 raise HubError(f'{path.name} is the released {name}, not {model_name}.')
             notes = tuple(note for note in cfg.notes if not pinned_sha256(note))
@@ -163,36 +241,55 @@ def _provenance(path: Path, content: StateDict, model_name: str, use_ema: bool) 
     return dataclasses.replace(source, epoch=epoch, averaged=averaged, run=run, summary=row)
 
 
-def _build(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
-    """The network that the parameters are of, loaded with them. Classes and channels are those of their shapes."""
+def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
+    """The network that parameters are of, loaded with them. Classes and channels are those of their shapes.
+
+    Args:
+        model_name: Any name that timm takes.
+        state: Its parameters.
+        source: Where they are from.
+        model_kwargs: Options of the architecture, before those of the training run.
+
+    Returns:
+        The network, in evaluation.
+
+    Raises:
+        CheckpointError: If the parameters do not fit.
+        HubError: If an option contradicts them.
+    """
     kwargs = dict(source.run.get('model_kwargs') or {}, **model_kwargs)
     if source.run.get('gp'):
         kwargs.setdefault('global_pool', source.run['gp'])
-    blank = timm.create_model(model_name, device='meta', **kwargs)
+    with torch.device('meta'):
+        blank = timm.create_model(model_name, **kwargs)
     cfg = blank.pretrained_cfg
-    root = blank.get_submodule(cfg['first_conv'])
-    classifier = state.get(f'{cfg["classifier"]}.weight')
-    statistics = state.get(f'{cfg["first_conv"]}.bn.running_mean')
-    weight = state.get(f'{cfg["first_conv"]}.weight')
+    (first, *_), (last, *_) = names_of(cfg['first_conv']), names_of(cfg['classifier'])
+    root = blank.get_submodule(first)
+    classifier = state.get(f'{last}.weight')
+    statistics = state.get(f'{first}.bn.running_mean')
+    weight = state.get(f'{first}.weight')
     if statistics is not None and hasattr(root, 'basis'):
         channels = statistics.numel() // root.basis.shape[0]
     elif weight is not None:
         channels = weight.shape[1] * root.groups
     else:
-        raise CheckpointError(f'{source.file} has no {cfg["first_conv"]}.weight: it is not a {model_name}.')
+        raise CheckpointError(f'{source.file} has no {first}.weight: it is not a {model_name}.')
     shapes = dict(num_classes=len(classifier) if classifier is not None else 0, in_chans=channels)
     for key, value in shapes.items():
         if kwargs.setdefault(key, value) != value:
             raise HubError(f'{source.file} has {key}={value}, not {kwargs[key]}.')
     overlay = dict(
         state_dict=state,
+        source=None,
         num_classes=shapes['num_classes'],
         input_size=(channels, *cfg['input_size'][1:]),
         notes=source.notes or None,
     )
     if not source.url:
         overlay.update(tag=None, url=None, hf_hub_id=None, origin_url=None)
-    return timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    model.pretrained_cfg.pop('state_dict', None)
+    return model.eval()
 
 
 def _say_classes_once(path: Path) -> None:

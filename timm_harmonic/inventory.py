@@ -11,20 +11,21 @@ from torch import nn
 
 from .block import HarmonicBlock2d
 from .conv import HarmonicConv2d
+from .convert import ARCHITECTURE
 from .pretrained import pinned_sha256
 
 __all__ = ['inventory', 'print_inventory']
 
 
 def inventory() -> list[dict[str, Any]]:
-    """One entry per registered model.
+    """One entry per registered model, but for `harmonized`, which is any model.
 
     Returns:
         Dictionaries with the model's name, its parameters, its root (kernel/stride and pool), the levels of its stages
         (None keeps all frequencies; empty if only the root is harmonic, or nothing), and its weights: name, repository
         on the Hub, url, and whether a SHA-256 is pinned.
     """
-    return [_entry(name) for name in timm.list_models('harm*')]
+    return [_entry(name) for name in timm.list_models('harm*', exclude_filters=ARCHITECTURE)]
 
 
 def print_inventory(as_json: bool = False) -> None:
@@ -51,6 +52,7 @@ def print_inventory(as_json: bool = False) -> None:
     console.print(
         '\nroot: kernel/stride and pool; the responses are normalised unless it is plain.\n'
         'levels: one a stage; level L keeps the frequencies with i + j < L.\n'
+        f'{ARCHITECTURE}: any convolutional network of timm, by base_model=NAME and level= or levels=.\n'
     )
     for weights in (w for entry in entries for w in entry['weights']):
         pinned = ', pinned' if weights['pinned'] else ''

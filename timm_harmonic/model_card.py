@@ -34,7 +34,7 @@ class Provenance:
     """Where weights come from.
 
     Attributes:
-        file: Name of the source file.
+        file: Name of the source file, empty if there was none.
         sha256: Of the source file, 64 hex digits.
         url: Where the source file was released; empty if it is not a released one.
         notes: What the paper says about them.
@@ -42,16 +42,18 @@ class Provenance:
         averaged: Whether the file's averaged weights were taken.
         run: The training run's options; empty if there was none beside the file.
         summary: The run's figures of that epoch, by the names in its summary.csv.
+        base: The weights of timm that were compressed; empty if there was a file.
     """
 
-    file: str
-    sha256: str
+    file: str = ''
+    sha256: str = ''
     url: str = ''
     notes: tuple[str, ...] = ()
     epoch: int | None = None
     averaged: bool = False
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
     summary: dict[str, str] = dataclasses.field(default_factory=dict)
+    base: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +152,9 @@ def _description(model: nn.Module, source: Provenance) -> str:
     trained = 'Trained with timm. ' if source.run else ''
     if source.url:
         trained = 'Trained by the authors of the paper on ImageNet-1k. '
+    base = f' (`base_model={model._model_args["base_model"]!r}`)' if 'base_model' in model._model_args else ''
     parts = [
-        f'Weights of `{cfg["architecture"]}`, a {kind}. {trained}Converted by '
+        f'Weights of `{cfg["architecture"]}`{base}, a {kind}. {trained}Converted by '
         '[timm-harmonic](https://pypi.org/project/timm-harmonic), which registers the architecture in timm.'
     ]
     kept, full = coefficients(model)
@@ -186,10 +189,12 @@ def _details(model: nn.Module, source: Provenance, license: str, dataset: str, v
         '  - Harmonic Networks for Image Classification (BMVC 2019)',
     ]
     if options := {k: v for k, v in model._model_args.items() if k not in ('num_classes', 'in_chans', 'global_pool')}:
-        lines.append(f'- **Options:** {", ".join(f"`{k}={v!r}`" for k, v in options.items())}')
+        lines.append(f'- **Options:** {", ".join(_option(k, v) for k, v in options.items())}')
     if dataset:
         lines.append(f'- **Dataset:** {dataset}')
-    lines += [f'- **Source:** {source.url or source.file}', f'  - SHA-256: `{source.sha256}`']
+    lines.append(f'- **Source:** {source.url or source.file or source.base}')
+    if source.sha256:
+        lines.append(f'  - SHA-256: `{source.sha256}`')
     if source.url:
         lines.append(f"  - converted from the authors' release ({REPOSITORY})")
         lines.append("- **Results on ImageNet-1k:** the figures are the paper's")
@@ -206,6 +211,12 @@ def _details(model: nn.Module, source: Provenance, license: str, dataset: str, v
             lines.append('  - these are not the weights in this repository, which were not averaged')
     lines.append(f'- **License:** {license}')
     return lines
+
+
+def _option(name: str, value: Any) -> str:
+    """An option as in Python; one that names every layer only says so."""
+    listed = isinstance(value, (dict, list)) and len(value) > 4
+    return f'`{name}` of {len(value)} layers, in config.json' if listed else f'`{name}={value!r}`'
 
 
 def _layers(model: nn.Module) -> str:

@@ -4,12 +4,9 @@ import importlib.util
 import json
 import os
 import platform
-import random
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +15,15 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
-from timm.data import create_dataset, create_loader
 from timm.models import reparameterize_model
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
-from torch import Tensor, nn
-from torchvision.transforms import Compose, RandomCrop
+from torch import Tensor
 
 from .photographs import PATCH_SIZE, TEST_PER_CLASS, QuickstartError, export_patches, load_photographs
 from .quickstart_figure import draw, energy_by_frequency
+from .training import NETWORK, RECIPE, accuracy_on, fit, loader, reasonable_threads
 
-__all__ = ['MODELS', 'NETWORK', 'RECIPE', 'export', 'quickstart']
+__all__ = ['MODELS', 'export', 'quickstart']
 
 # What makes each model: options of harm_resnet18 on top of NETWORK.
 MODELS: dict[str, dict[str, Any]] = {
@@ -39,27 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     'harm': {},
     'harm_ortho': dict(normalization='ortho'),
 }
-NETWORK = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), stem_pool='max', in_chans=1)
-# One recipe for all models, chosen by trials in which the plain network was tuned and the harmonic ones were not. The
-# augmentation matters: among those tried, shifts gave the plain network its best accuracy; with crops that zoom, which
-# resample the training patches and not the test patches, the plain network came out ahead of the harmonic ones.
-RECIPE = dict(
-    batch_size=32,
-    opt='adamw',
-    lr=5e-3,
-    weight_decay=0.05,
-    sched='cosine',
-    warmup_share=0.1,  # of all updates
-    smoothing=0.0,
-    shift=4,  # pixels, each way
-    crop_scale=(1.0, 1.0),  # share of the patch's area
-    crop_ratio=(1.0, 1.0),
-    hflip=0.5,
-    mean=(0.449,),
-    std=(0.226,),
-)
 _EXTRAS = ('matplotlib', 'rich', 'skimage', 'sklearn', 'tqdm')
-_THREADS = 1  # a network this small gains little from more, and suffers when other programs need the cores
 _EVALUATIONS = 15  # points of a learning curve
 
 
@@ -155,7 +128,7 @@ def quickstart(
         raise QuickstartError('at least two training patches are needed.')
     out = _make_folder(out)
     runs: dict[str, list[Run]] = {name: [] for name in models}
-    with _reasonable_threads() as threads, tqdm(total=seeds * len(models) * epochs, unit='epoch') as bar:
+    with reasonable_threads() as threads, tqdm(total=seeds * len(models) * epochs, unit='epoch') as bar:
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:
                 export_patches(folder, photographs, train_per_class, test_per_class, seed)
@@ -186,48 +159,6 @@ def quickstart(
     return results
 
 
-@contextmanager
-def _reasonable_threads() -> Iterator[int]:
-    """Fixes torch's threads, so that results do not depend on the number of cores, and restores all global state."""
-    threads, state, np_state = torch.get_num_threads(), random.getstate(), np.random.get_state()
-    torch.set_num_threads(_THREADS)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield _THREADS
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(state)
-        np.random.set_state(np_state)
-
-
-def _loader(folder: str, split: str) -> Any:
-    """timm's loader of one split; every part of RECIPE that concerns images is here."""
-    training = split == 'train'
-    dataset = create_dataset('', folder, split=split, is_training=training, input_img_mode='L')
-    loader = create_loader(
-        dataset,
-        (1, PATCH_SIZE, PATCH_SIZE),
-        # Training drops a last batch that is not full: with few patches, one batch holds them all.
-        min(RECIPE['batch_size'], len(dataset)) if training else len(dataset),
-        is_training=training,
-        scale=RECIPE['crop_scale'],
-        ratio=RECIPE['crop_ratio'],
-        hflip=RECIPE['hflip'],
-        color_jitter=None,
-        mean=RECIPE['mean'],
-        std=RECIPE['std'],
-        crop_pct=1.0,
-        num_workers=0,
-        device=torch.device('cpu'),
-        use_prefetcher=False,
-        persistent_workers=False,
-    )
-    if training:
-        shift = RandomCrop(PATCH_SIZE, padding=RECIPE['shift'], padding_mode='reflect')
-        dataset.transform = Compose([shift, dataset.transform])
-    return loader
-
-
 def _evaluated_epochs(epochs: int) -> list[int]:
     """Epochs after which the test accuracy is measured, the last one included."""
     return sorted({max(1, round(epochs * i / _EVALUATIONS)) for i in range(1, _EVALUATIONS + 1)})
@@ -236,52 +167,25 @@ def _evaluated_epochs(epochs: int) -> list[int]:
 def _train(name: str, seed: int, epochs: int, folder: str, num_classes: int, bar: Any) -> Run:
     random_seed(seed)
     model = timm.create_model('harm_resnet18', num_classes=num_classes, **NETWORK, **MODELS[name])
-    train, (test,) = _loader(folder, 'train'), list(_loader(folder, 'validation'))
-    optimizer = create_optimizer_v2(
-        model, opt=RECIPE['opt'], lr=RECIPE['lr'], weight_decay=RECIPE['weight_decay'], momentum=0.9
-    )
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=RECIPE['sched'],
-        num_epochs=epochs,
-        warmup_epochs=RECIPE['warmup_share'] * epochs,
-        warmup_lr=0.0,
-        step_on_epochs=False,
-        updates_per_epoch=len(train),
-    )
-    random_seed(seed)  # again: the models draw different numbers of initial weights
+    train, (test,) = loader(folder, 'train'), list(loader(folder, 'validation'))
     curve: list[float] = []
-    seconds, updates = 0.0, 0
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
-        model.train()
-        for images, labels in train:
-            scheduler.step_update(updates)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=RECIPE['smoothing'])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            updates += 1
-        seconds += time.perf_counter() - start
+
+    def after(epoch: int) -> None:
         if epoch in _evaluated_epochs(epochs):
-            curve.append(_accuracy(model, *test))
+            curve.append(accuracy_on(model, *test))
             bar.set_postfix_str(f'accuracy {curve[-1]:.1f} %')
         bar.update()
+
+    seconds = fit(model, train, seed, epochs, after_epoch=after)
     fused = reparameterize_model(model)
     return Run(
         curve=curve,
         accuracy=curve[-1],
-        fused_accuracy=_accuracy(fused, *test),
+        fused_accuracy=accuracy_on(fused, *test),
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=seconds,
         root=fused.conv1.weight.detach(),
     )
-
-
-@torch.inference_mode()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    predictions = model.eval()(images).argmax(1)
-    return 100 * (predictions == labels).float().mean().item()
 
 
 def _environment(threads: int) -> dict[str, Any]:

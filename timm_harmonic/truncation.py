@@ -1,6 +1,7 @@
 """Dropping high frequencies: which levels the layers of a network keep, and what that costs."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,20 @@ from .convert import PatternLevels, describe, plan
 from .dct import dct_frequencies
 from .swap import harmonic_layers, replace_layers
 
-__all__ = ['Losses', 'choose_levels', 'losses_by_response', 'losses_by_weight', 'parameters_at', 'truncate']
+__all__ = [
+    'Losses',
+    'choose_levels',
+    'losses_by_response',
+    'losses_by_weight',
+    'parameters_at',
+    'parameters_of',
+    'truncate',
+]
 
 # For each layer by name: the share of its energy that is lost by each possible level, from the present one downwards.
 Losses = dict[str, dict[int, float]]
+
+_LEAST = 1e-12  # share of energy; a layer that keeps nothing is worse than any other, not infinitely bad
 
 
 def truncate(
@@ -33,12 +44,11 @@ def truncate(
     """Drops the high frequencies of a network's harmonic layers: of each filter, the nearest in L2 is left.
 
     How much is said in one of four ways. With `energy`, each layer gets the lowest level that keeps this share of its
-    energy. With `max_params` or `ratio`, levels are chosen over all layers together, see `choose_levels`: greedy by the
-    energy lost per parameter saved, where a layer's energy counts as one, because normalisation after a layer makes its
-    scale meaningless.
+    energy. With `max_params` or `ratio`, levels are chosen over all layers together, greedy by the energy lost per
+    parameter saved, see `choose_levels`.
 
-    Energy is that of the filters, or, with `data`, that of the responses which the frequencies cause: what a layer's
-    output loses on these images, everything before it being complete. Multiply-adds stay the same.
+    Energy is that of the filters, or, with `data`, of what the filters do with these images, see `losses_by_response`.
+    Always as a share of a layer's own: normalisation after a layer makes its scale meaningless. Multiply-adds stay.
 
     Args:
         model: Network with harmonic layers, see `harmonize`.
@@ -110,6 +120,13 @@ def parameters_at(layer: HarmonicLayer, level: int) -> int:
     return layer.weight.numel() // layer.weight.shape[2] * count
 
 
+def parameters_of(model: nn.Module, levels: Mapping[str, int]) -> int:
+    """Parameters that a network has, all its layers counted, with its harmonic layers at these levels."""
+    layers = harmonic_layers(model)
+    present = sum(p.numel() for p in model.parameters())
+    return present - sum(layers[n].weight.numel() - parameters_at(layers[n], level) for n, level in levels.items())
+
+
 def _levels_of(layer: HarmonicLayer) -> range:
     """Levels that a layer can have, from the present one downwards."""
     return range(layer.level or layer.full_level, 0 if layer.dc else 1, -1)
@@ -133,14 +150,19 @@ def losses_by_weight(model: nn.Module) -> Losses:
         energy = layer.energy()
         sums = torch.tensor([i + j for i, j in dct_frequencies(layer.kernel_size[0], layer.level, layer.dc)])
         lost = {level: float(energy[sums >= level].sum()) for level in _levels_of(layer)}
-        found[name] = _shares(name, lost, float(energy.sum()))
+        total, present = float(energy.sum()), max(lost)
+        found[name] = _finite(name, {lv: part / total if total else float(lv < present) for lv, part in lost.items()})
     return found
 
 
 def losses_by_response(model: nn.Module, data: Iterable[Any]) -> Losses:
-    """Share of the energy of each harmonic layer's responses to data that is lost by each level below its own.
+    """Share of what each harmonic layer puts out on data that is error, at each level below its own.
 
-    The network is in evaluation meanwhile. A layer that the data do not reach is judged by its weights.
+    The layer's input is complete, so this is the error that the layer itself makes: by the input's covariance, a
+    frequency that is rare in the input, or that cancels between channels, weighs little. With e the error and y the
+    complete output, the ratio E[e^2] / Var[y], averaged over output channels because normalisation divides each by its
+    own deviation, is brought into [0, 1) as ratio / (1 + ratio). The network is in evaluation meanwhile. A layer that
+    the data do not reach is judged by its weights.
 
     Args:
         model: Network with harmonic layers.
@@ -157,15 +179,14 @@ def losses_by_response(model: nn.Module, data: Iterable[Any]) -> Losses:
         name: {level: layer.truncated(level).eval() for level in _levels_of(layer)[1:]}
         for name, layer in layers.items()
     }
-    lost: Losses = {name: dict.fromkeys(_levels_of(layer), 0.0) for name, layer in layers.items()}
-    total = dict.fromkeys(layers, 0.0)
+    outputs = {name: _Moments() for name in layers}
+    errors = {name: {level: _Moments() for level in of} for name, of in lower.items()}
 
     def watch(name: str) -> Any:
         def hook(layer: HarmonicLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            responses = output if layer.bias is None else output - layer.bias.reshape(-1, 1, 1)
-            total[name] += _energy(responses)
+            outputs[name].add(output)
             for level, truncated in lower[name].items():
-                lost[name][level] += _energy(output - truncated(inputs[0]))
+                errors[name][level].add(output - truncated(inputs[0]))
 
         return hook
 
@@ -179,14 +200,36 @@ def losses_by_response(model: nn.Module, data: Iterable[Any]) -> Losses:
         finally:
             for handle in handles:
                 handle.remove()
-    if not any(total.values()):
-        raise ValueError('data have no batches, or cause no responses at all: give at least one batch of images.')
-    by_weight = losses_by_weight(model)
-    return {name: _shares(name, lost[name], total[name]) if total[name] else by_weight[name] for name in layers}
+    if not any(output.count for output in outputs.values()):
+        raise ValueError('data have no batches: give at least one batch of images.')
+    found = losses_by_weight(model)
+    for name, output in outputs.items():
+        if output.count:
+            variance = output.variance()
+            alive = variance > 1e-12 * variance.max()  # a channel that never changes has nothing to lose
+            ratios = {level: float((of.square[alive] / variance[alive]).mean()) for level, of in errors[name].items()}
+            shares = {level: ratio / (1 + ratio) for level, ratio in ratios.items()}
+            found[name] = _finite(name, {max(found[name]): 0.0, **shares} if alive.any() else found[name])
+    return found
 
 
-def _energy(responses: Tensor) -> float:
-    return float(torch.linalg.vector_norm(responses, dtype=torch.promote_types(responses.dtype, torch.float32))) ** 2
+class _Moments:
+    """Mean and mean square of each channel, (C,) in float64, over everything that was added."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, responses: Tensor) -> None:
+        values = responses.transpose(0, 1).flatten(1)  # (C, B * H * W)
+        variance, mean = torch.var_mean(values.to(torch.promote_types(values.dtype, torch.float32)), 1, correction=0)
+        variance, mean = variance.cpu().double(), mean.cpu().double()
+        self.count += values.shape[1]
+        share = values.shape[1] / self.count
+        self.mean = self.mean + (mean - self.mean) * share
+        self.square = self.square + (variance + mean.square() - self.square) * share
+
+    def variance(self) -> Tensor:
+        return (self.square - self.mean.square()).clamp_min(0)
 
 
 @contextmanager
@@ -200,20 +243,20 @@ def _evaluating(model: nn.Module) -> Any:
             module.training = True
 
 
-def _shares(name: str, lost: dict[int, float], total: float) -> dict[int, float]:
-    if not torch.tensor(total).isfinite():
+def _finite(name: str, losses: dict[int, float]) -> dict[int, float]:
+    if not torch.tensor(list(losses.values())).isfinite().all():
         raise ValueError(f'{name} has weights or responses that are not finite: its frequencies cannot be weighed.')
-    present = max(lost)
-    return {level: (part / total if total else float(level < present)) for level, part in lost.items()}
+    return losses
 
 
 def choose_levels(model: nn.Module, losses: Losses, max_params: int) -> dict[str, int]:
     """Levels for all layers together, such that the network has at most so many parameters.
 
-    Greedy: of all layers' steps to lower levels, that with the least energy lost per parameter saved comes first, steps
-    being those along the lower convex hull of (parameters, loss) of each layer. So far no other choice with as few
-    parameters has a smaller sum of losses. The last step may save more than was asked for: what fits is then given
-    back, to the layer that gains most by it, which is a heuristic.
+    What is kept shall be large as a product over the layers, since each passes on what the one before has left: the
+    sum of -ln(1 - loss) is made small. Greedy: of all layers' steps to lower levels, that with the least increase per
+    parameter saved comes first, steps being those along the lower convex hull of each layer's (parameters, -ln(1 -
+    loss)). So far no other choice with as few parameters has a smaller sum. The last step may save more than was asked
+    for: what fits is then given back, to the layer that gains most by it, which is a heuristic.
 
     Args:
         model: Network with harmonic layers.
@@ -228,9 +271,12 @@ def choose_levels(model: nn.Module, losses: Losses, max_params: int) -> dict[str
     """
     layers = harmonic_layers(model)
     sizes = {name: {level: parameters_at(layers[name], level) for level in of} for name, of in losses.items()}
+    costs = {
+        name: {level: -math.log(max(1 - loss, _LEAST)) for level, loss in of.items()} for name, of in losses.items()
+    }
     chosen = {name: max(of) for name, of in losses.items()}
-    now = sum(p.numel() for p in model.parameters())
-    least = now - sum(sizes[name][level] - sizes[name][min(sizes[name])] for name, level in chosen.items())
+    now = parameters_of(model, chosen)
+    least = parameters_of(model, {name: min(of) for name, of in losses.items()})
     if max_params < least:
         raise ValueError(
             f'max_params={max_params:,} cannot be reached: the network has {now:,} parameters, and {least:,} are left '
@@ -239,7 +285,7 @@ def choose_levels(model: nn.Module, losses: Losses, max_params: int) -> dict[str
     steps = [
         (slope, place, name, level)
         for place, name in enumerate(losses)
-        for slope, level in _hull(sizes[name], losses[name])
+        for slope, level in _hull(sizes[name], costs[name])
     ]
     for _, _, name, level in sorted(steps, key=lambda step: step[:2]):
         if now <= max_params:
@@ -248,10 +294,10 @@ def choose_levels(model: nn.Module, losses: Losses, max_params: int) -> dict[str
         chosen[name] = level
     while True:
         raises = [
-            (losses[name][chosen[name]] - lost, name, level)
-            for name, of in losses.items()
-            for level, lost in of.items()
-            if lost < of[chosen[name]] and 0 < sizes[name][level] - sizes[name][chosen[name]] <= max_params - now
+            (of[chosen[name]] - cost, name, level)
+            for name, of in costs.items()
+            for level, cost in of.items()
+            if cost < of[chosen[name]] and 0 < sizes[name][level] - sizes[name][chosen[name]] <= max_params - now
         ]
         if not raises:
             return chosen
@@ -260,11 +306,11 @@ def choose_levels(model: nn.Module, losses: Losses, max_params: int) -> dict[str
         chosen[name] = level
 
 
-def _hull(sizes: dict[int, int], losses: dict[int, float]) -> list[tuple[float, int]]:
-    """Steps down the lower convex hull from the highest level: (loss per parameter saved, level), slopes ascending."""
+def _hull(sizes: dict[int, int], costs: dict[int, float]) -> list[tuple[float, int]]:
+    """Steps down the lower convex hull from the highest level: (cost per parameter saved, level), slopes ascending."""
     steps, level = [], max(sizes)
     while lower := [lv for lv in sizes if lv < level]:
-        slopes = {lv: (losses[lv] - losses[level]) / (sizes[level] - sizes[lv]) for lv in lower}
+        slopes = {lv: (costs[lv] - costs[level]) / (sizes[level] - sizes[lv]) for lv in lower}
         level = min(lower, key=lambda lv: (slopes[lv], lv))
         steps.append((slopes[level], level))
     return steps

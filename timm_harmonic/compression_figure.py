@@ -1,0 +1,85 @@
+"""The picture of a compression: where the energy of each layer is, what is kept of it, and what that costs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .truncation import Losses
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ['draw']
+
+_FONTS = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
+_NAMED = 48  # layers whose names are readable side by side; of more, some are left out
+
+
+def draw(
+    path: Path,
+    title: str,
+    losses: Losses,
+    levels: Mapping[str, int],
+    curve: Sequence[tuple[int, float]],
+    chosen: tuple[int, float],
+) -> None:
+    """Draws the figure and saves it as a PNG.
+
+    Args:
+        path: File to write, whatever its suffix.
+        title: First line of the picture.
+        losses: Share of energy lost by level, for each layer, of `losses_by_weight`.
+        levels: The levels that were chosen.
+        curve: Parameters of the network and mean share of energy kept, for budgets over all layers together.
+        chosen: The same of the network that was made.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_FONTS):
+        height = max(4.0, min(12.0, 1.6 + 0.16 * len(losses)))
+        figure = Figure(figsize=(12, height), layout='constrained')
+        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
+        figure.suptitle(title, x=0.01, ha='left', fontsize=11)
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        _draw_energy(left, losses, levels)
+        _draw_curve(right, curve, chosen)
+        figure.savefig(path, format='png', dpi=130)
+
+
+def _draw_energy(axes: 'Axes', losses: Losses, levels: Mapping[str, int]) -> None:
+    from matplotlib.colors import LogNorm
+
+    names, top = list(losses), max(max(of) for of in losses.values())
+    shares = np.full((len(names), top), np.nan)
+    for row, name in enumerate(names):
+        lost = {0: 1.0, min(losses[name]) - 1: 1.0, **losses[name]}
+        for total in range(max(losses[name])):
+            shares[row, total] = 100 * (lost.get(total, 1.0) - lost[total + 1]) if total + 1 in lost else np.nan
+    norm = LogNorm(vmin=0.05, vmax=100, clip=True)
+    image = axes.imshow(shares, aspect='auto', cmap='viridis', norm=norm, interpolation='nearest')
+    edges = np.array([levels[name] - 0.5 for name in names])
+    axes.step([*edges, edges[-1]], np.arange(len(names) + 1) - 0.5, where='pre', color='#D55E00', linewidth=2)
+    every = -(-len(names) // _NAMED)
+    axes.set_yticks(range(0, len(names), every), names[::every])
+    axes.set_xticks(range(top))
+    axes.set(xlabel='frequency i + j', title="share of the energy of a layer's filters; kept: left of the line")
+    axes.tick_params(length=2)
+    axes.figure.colorbar(image, ax=axes, label='share of energy (%)', shrink=0.8, pad=0.02)
+
+
+def _draw_curve(axes: 'Axes', curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> None:
+    parameters, kept = zip(*curve, strict=True)
+    label = 'levels chosen over all layers together'
+    axes.plot(np.array(parameters) / 1e6, 100 * np.array(kept), color='#0072B2', marker='.', label=label)
+    label = f'this network: {chosen[0] / 1e6:.2f} M, {chosen[1]:.2%}'
+    axes.plot(chosen[0] / 1e6, 100 * chosen[1], color='#D55E00', marker='o', markersize=8, linestyle='', label=label)
+    axes.set(xlabel='parameters of the network (millions)', ylabel='energy kept, mean over layers (%)', xlim=(0, None))
+    axes.set_title('parameters against energy')
+    axes.grid(color='0.92')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(loc='lower right', frameon=False)
