@@ -212,6 +212,9 @@ def _add_compress(commands: argparse._SubParsersAction) -> None:
         '--repo', default='', metavar='ORG/NAME', help='where it is going to be published, for the card'
     )
     parser.add_argument('--license', default='', metavar='ID', help="of the weights (default: the network's)")
+    parser.add_argument('--img-size', type=_positive, metavar='N', help="side of the images (default: the network's)")
+    parser.add_argument('--mean', type=float, nargs='+', metavar='M', help='of the images, one a channel')
+    parser.add_argument('--std', type=float, nargs='+', metavar='S', help='of the images, one a channel')
     parser.set_defaults(run=_compress)
 
 
@@ -240,6 +243,7 @@ def _compress(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         evaluate=args.evaluate,
         split=args.split,
+        data_config={key: value for key in ('img_size', 'mean', 'std') if (value := getattr(args, key)) is not None},
         repo_id=args.repo,
         license=args.license,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import parse_model_name
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ def compress(
     batch_size: int = 32,
     evaluate: Path | None = None,
     split: str = 'validation',
+    data_config: dict[str, Any] | None = None,
     repo_id: str = '',
     license: str = '',
 ) -> HarmonicReport:
@@ -66,6 +67,8 @@ def compress(
         batch_size: Of these, and of the evaluation.
         evaluate: Image folder on which accuracies before and after are measured.
         split: Of the evaluation.
+        data_config: How images are prepared, by timm's names (img_size, mean, std, crop_pct, interpolation), where it
+            is not as the network's config or its training run says.
         repo_id: Where the folder is going to be, for the card.
         license: Identifier of the weights' licence; the base's if empty, and 'other' if that is not known.
 
@@ -86,14 +89,15 @@ def compress(
         whole.to(device)
         _say(steps, 'truncate')
         amount = dict(level=level, levels=levels, energy=energy, max_params=max_params, ratio=ratio)
-        weighed = None if data is None else _calibration(whole, data, batches, batch_size)
+        config = _data_config(whole, {**source.run, **(data_config or {})})
+        weighed = None if data is None else _calibration(_loader(whole, data, 'train', batch_size, config), batches)
         small = truncate(whole, **amount, data=weighed)
         report = harmonic_report(small)
         _say(steps, 'evaluate')
         measured = {}
         if evaluate is not None:
             for when, model in (('before', whole), ('after', small)):
-                measured[when] = _evaluate(model, evaluate, split, batch_size)
+                measured[when] = _evaluate(model, _loader(model, evaluate, split, batch_size, config))
         losses = losses_by_weight(whole)
         record = dict(
             timm_harmonic=version('timm-harmonic'),
@@ -110,7 +114,7 @@ def compress(
         def add(folder: Path) -> None:
             _write_report(folder, record, report, whole, small, losses)
 
-        write_folder(small.cpu(), out, source, steps, repo_id=repo_id, license=license, add=add)
+        write_folder(small.cpu(), out, source, steps, data_config=config, repo_id=repo_id, license=license, add=add)
     return report
 
 
@@ -156,14 +160,24 @@ def _check_kind(path: Path, state: dict[str, Any], model_name: str, kwargs: dict
         check_fit(state, model.state_dict(), cfg['classifier'], cfg['first_conv'])
 
 
-def _loader(model: nn.Module, folder: Path, split: str, batch_size: int) -> Any:
+def _data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """How images are prepared for a network; a mean and deviation of other channels become their averages."""
+    config = resolve_data_config(dict(given, in_chans=model.in_chans), model=model)
+    channels = config['input_size'][0]
+    for key in ('mean', 'std'):
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any]) -> Any:
     """timm's loader of an image folder, with the transforms of the network's evaluation."""
     if not folder.is_dir():
         raise HubError(f'{str(folder)!r} is no folder of images.')
-    config = resolve_model_data_config(model)
-    dataset = create_dataset(
-        '', str(folder), split=split, input_img_mode='L' if config['input_size'][0] == 1 else 'RGB'
-    )
+    mode = {1: 'L', 3: 'RGB'}.get(config['input_size'][0])
+    if mode is None:
+        raise HubError(f'images of {config["input_size"][0]} channels cannot be read from {str(folder)!r}.')
+    dataset = create_dataset('', str(folder), split=split, input_img_mode=mode)
     classes = len(getattr(dataset.reader, 'class_to_idx', ()))
     if classes > model.num_classes:
         raise HubError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
@@ -183,12 +197,11 @@ def _loader(model: nn.Module, folder: Path, split: str, batch_size: int) -> Any:
     )
 
 
-def _calibration(model: nn.Module, folder: Path, batches: int, batch_size: int) -> Iterator[Any]:
-    """Some images of the training split, drawn at random but always the same."""
-    dataset = _loader(model, folder, 'train', batch_size).dataset
+def _calibration(loader: Any, batches: int) -> Iterator[Any]:
+    """Some images, drawn at random but always the same."""
+    dataset, size = loader.dataset, loader.batch_size
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    some = DataLoader(Subset(dataset, order[: batches * batch_size].tolist()), batch_size)
-    return _shown(some, 'weigh')
+    return _shown(DataLoader(Subset(dataset, order[: batches * size].tolist()), size), 'weigh')
 
 
 def _shown(loader: Iterable[Any], what: str) -> Iterator[Any]:
@@ -196,12 +209,12 @@ def _shown(loader: Iterable[Any], what: str) -> Iterator[Any]:
 
 
 @torch.inference_mode()
-def _evaluate(model: nn.Module, folder: Path, split: str, batch_size: int) -> dict[str, float]:
+def _evaluate(model: nn.Module, loader: Any) -> dict[str, float]:
     """Accuracies in percent, of one crop."""
     model.eval()
     device = next(model.parameters()).device
     meters = {k: AverageMeter() for k in (1, 5) if k <= model.num_classes}
-    for images, labels in _shown(_loader(model, folder, split, batch_size), 'evaluate'):
+    for images, labels in _shown(loader, 'evaluate'):
         found = accuracy(model(images.to(device)), labels.to(device), topk=tuple(meters))
         for meter, value in zip(meters.values(), found, strict=True):
             meter.update(value.item(), len(labels))

@@ -105,22 +105,23 @@ def _create(
         variant=ARCHITECTURE,
         pretrained=pretrained and named,
         pretrained_cfg=cfg.to_dict(),
-        pretrained_filter_fn=ours.checkpoint_filter_fn if ours else checkpoint_filter_fn,
         cache_dir=cache_dir,
     )
+    filter_fn = ours.checkpoint_filter_fn if ours else checkpoint_filter_fn
 
     def make(**kwargs: Any) -> nn.Module:
         model = timm.create_model(base_model, **from_base, **kwargs)
         return _bare(apply(model, choose(model), normalization))
 
     if not kwargs.pop('features_only', False):
-        return build(make, **kwargs)
+        return build(make, pretrained_filter_fn=filter_fn, **kwargs)
 
     features = {key: kwargs.pop(key) for key in ('out_indices', 'feature_cls') if key in kwargs}
     template = timm.create_model(base_model, features_only=True, **features, **kwargs)
     if type(template).__name__ in _WRAPPERS:
         plain = timm.create_model(base_model, **kwargs)
-        return build(make, features_only=True, feature_cfg=_feature_cfg(template, plain), **kwargs)
+        wrap = dict(features_only=True, feature_cfg=_feature_cfg(template, plain))
+        return build(make, pretrained_filter_fn=filter_fn, **wrap, **kwargs)
 
     def make_features(**kwargs: Any) -> nn.Module:
         # A class of its own, which lacks parts of the network: what is harmonic is decided on all of it.
@@ -128,7 +129,8 @@ def _create(
         model = timm.create_model(base_model, **from_base, features_only=True, **features, **kwargs)
         return _bare(apply(model, wanted, normalization))
 
-    model = build(make_features, pretrained_strict=False, **kwargs)
+    filter_fn = partial(checkpoint_filter_fn, part=True)
+    model = build(make_features, pretrained_filter_fn=filter_fn, pretrained_strict=False, **kwargs)
     model.pretrained_cfg = model.default_cfg = {
         key: value for key, value in model.pretrained_cfg.items() if key not in ('num_classes', 'classifier')
     }
@@ -182,12 +184,13 @@ def _feature_cfg(template: nn.Module, plain: nn.Module) -> dict[str, Any]:
 KEY_NAMES: dict[str, str] = {}
 
 
-def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
+def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module, part: bool = False) -> StateDict:
     """Brings a state dict of a harmonized network, or of its plain base, into the network's layout.
 
     Args:
         checkpoint: What was saved; filters in the place of coefficients are projected.
         model: Network to load into, with its `pretrained_cfg`.
+        part: Whether it is only a part of the network, so that the checkpoint may hold more.
 
     Returns:
         State dict in the model's layout.
@@ -209,7 +212,7 @@ def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
             )
     target = model.state_dict()
     cfg = model.pretrained_cfg
-    if not hasattr(model, 'num_classes') or model.num_classes == 0 or cfg.get('classifier') is None:
+    if part:
         state = {key: value for key, value in state.items() if key in target}
     check_fit(state, target, cfg.get('classifier'), model._traits.get('first_conv', cfg.get('first_conv')))
     return state

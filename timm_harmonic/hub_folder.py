@@ -140,6 +140,7 @@ def write_folder(
     class_names: list[str] | None = None,
     license: str = LICENSE,
     dataset: str = '',
+    data_config: dict[str, Any] | None = None,
     add: Callable[[Path], None] = lambda folder: None,
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a network, loads it again and compares the outputs.
@@ -155,6 +156,7 @@ def write_folder(
         class_names: Names of the classes in their order, for config.json.
         license: Identifier of the weights' licence.
         dataset: Identifier of the training data on the Hub.
+        data_config: How images are prepared, by timm's names; as the training run did if None.
         add: Writes more files into the folder.
 
     Returns:
@@ -176,7 +178,7 @@ def write_folder(
             str(folder),
             safe_serialization=True,
             model_config=dict(label_names=class_names, pretrained_cfg=dict(license=license)),
-            data_config=source.run,
+            data_config=source.run if data_config is None else data_config,
         )
         _say_classes_once(folder / 'config.json')
         add(folder)

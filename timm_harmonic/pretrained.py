@@ -14,7 +14,13 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, get_pretrained_cfg, list_pretrained, resolve_pretrained_cfg
+from timm.models import (
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    is_model_pretrained,
+    list_pretrained,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
 from .checkpoints import CheckpointError, StateDict, first_line, read_checkpoint
@@ -208,7 +214,8 @@ def _what_is_named(variant: str, cfg: Any, overlay: dict[str, Any]) -> tuple[boo
 
     Notes that came with the weights cannot vouch for them, and the registered ones are about the registered place.
     """
-    registered = get_pretrained_cfg(f'{variant}.{cfg.tag}' if cfg.tag else variant)
+    tagged = f'{variant}.{cfg.tag}'
+    registered = get_pretrained_cfg(tagged if is_model_pretrained(tagged) else variant)
     known = {key: getattr(registered, key, None) for key in ('hf_hub_id', 'url', 'notes')}
     hub_named = bool(cfg.source or overlay.get('hf_hub_id') or (cfg.hf_hub_id and cfg.hf_hub_id != known['hf_hub_id']))
     url_named = bool(overlay.get('url') or (cfg.url and cfg.url != known['url']))

@@ -1,0 +1,332 @@
+"""The architecture `harmonized`: as its base in everything, with weights from anywhere, saved and loaded as timm's."""
+
+import json
+
+import pytest
+import reference
+import safetensors.torch
+import timm
+import torch
+from timm.models import load_checkpoint, reparameterize_model, resolve_model_input_args, save_for_hf
+from torch import nn
+
+from timm_harmonic import harmonize, truncate
+from timm_harmonic.checkpoints import CheckpointError
+from timm_harmonic.swap import harmonic_layers
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+BASE = 'mobilenetv3_small_050'
+HUB_ID = f'timm/{BASE}.lamb_in1k'
+# Every way in which timm takes features out of a network.
+FEATURES = [
+    'resnet18',
+    'densenet121',
+    'convnext_atto',
+    'xception41',
+    BASE,
+    'hrnet_w18_small',
+    'fastvit_t8',
+    'regnety_002',
+    'tf_efficientnet_lite0',
+]
+
+
+def build(name, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return reference.randomize_batch_norm(timm.create_model(name, **kwargs)).eval()
+
+
+def images(channels=3, side=64):
+    return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def same(first, second, channels=3):
+    x = images(channels)
+    with torch.inference_mode():
+        return all(torch.equal(a, b) for a, b in zip(each(first(x)), each(second(x)), strict=True))
+
+
+def each(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else outputs
+
+
+@pytest.fixture
+def base_on_hub(hub):
+    """The base's weights where timm looks for them."""
+    base = build(BASE)
+    hub.add(HUB_ID, {'model.safetensors': safetensors.torch.save(base.state_dict()), 'config.json': b'{}'})
+    return base
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A compressed network, and the folder that timm saved it in."""
+    model = truncate(harmonize(build('regnety_002', num_classes=7)), ratio=0.95)
+    save_for_hf(model, tmp_path / 'folder', safe_serialization=True)
+    return model, tmp_path / 'folder'
+
+
+def test_bare_name_is_a_resnet50():
+    model = timm.create_model('harmonized', device='meta')
+    assert len(harmonic_layers(model)) == 17
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
+    cfg = model.pretrained_cfg
+    assert cfg['architecture'] == 'harmonized'
+    assert 'description' not in cfg
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'tf_efficientnet_lite0', 'inception_v3', 'vgg11'])
+def test_config_is_the_bases(name):
+    with torch.device('meta'):
+        base = timm.create_model(name)
+        model = timm.create_model('harmonized', base_model=name)
+    for key, value in base.pretrained_cfg.items():
+        assert model.pretrained_cfg[key] == ('harmonized' if key == 'architecture' else value), key
+    assert timm.data.resolve_data_config(model=model) == timm.data.resolve_data_config(model=base)
+    # As train.py asks, which sees the registered config first.
+    resolved = resolve_model_input_args('harmonized', base_model=name)
+    again = timm.create_model(**resolved, device='meta') if name == 'resnet18' else None
+    assert again is None or again.pretrained_cfg == model.pretrained_cfg
+
+
+def test_behaves_as_the_base():
+    kwargs = dict(num_classes=5, in_chans=4, drop_rate=0.1, drop_path_rate=0.1)
+    base, model = (
+        build('regnety_002', **kwargs),
+        build('harmonized', base_model='regnety_002', level=2, **kwargs),
+    )
+    assert type(model) is type(base)
+    assert model(images(4)).shape == (2, 5)
+    assert model.group_matcher(coarse=True) == base.group_matcher(coarse=True)
+    groups = [timm.models.group_parameters(m, m.group_matcher()) for m in (base, model)]
+    assert groups[0] == groups[1]
+    assert model.get_classifier() is model.head.fc
+    model.reset_classifier(3)
+    assert model(images(4)).shape == (2, 3)
+    model.set_grad_checkpointing()
+    model.train()(images(4)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.forward_features(images(4)).shape == base.forward_features(images(4)).shape
+    assert len(model.forward_intermediates(images(4), intermediates_only=True)) == 5
+
+
+@pytest.mark.parametrize('name', FEATURES)
+def test_features_are_the_bases(name):
+    """At full level with the base's weights the maps are equal; a level reaches every layer that is left."""
+    base = build(name, features_only=True, in_chans=4)
+    model = timm.create_model('harmonized', base_model=name, features_only=True, in_chans=4).eval()
+    assert type(model) is type(base)
+    assert model.feature_info.get_dicts() == base.feature_info.get_dicts()
+    model.load_state_dict(base.state_dict())  # plain filters are projected
+    with torch.inference_mode():
+        for found, expected in zip(model(images(4)), base(images(4)), strict=True):
+            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    some = timm.create_model('harmonized', base_model=name, level=2, features_only=True, out_indices=(0, 2))
+    assert some.feature_info.reduction() == [base.feature_info.reduction()[i] for i in (0, 2)]
+    assert {layer.level or 2 for layer in harmonic_layers(some).values()} == {2}
+    assert 'classifier' not in some.pretrained_cfg
+
+
+@pytest.mark.parametrize('kind', ['list', 'dict', 'hook', 'getter'])
+def test_features_of_every_kind(kind):
+    base = build('resnet18', features_only=True, feature_cls=kind)
+    model = build('harmonized', base_model='resnet18', features_only=True, feature_cls=kind)
+    assert type(model) is type(base)
+    assert len(model(images())) == len(base(images()))
+
+
+@pytest.mark.parametrize('name', [BASE, 'hrnet_w18_small', 'resnet18'])
+def test_features_of_a_saved_network(name, tmp_path):
+    model = truncate(harmonize(build(name)), levels={'*': 2})
+    save_for_hf(model, tmp_path / 'folder', safe_serialization=True)
+    whole = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()
+    features = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True, features_only=True).eval()
+    plain = timm.create_model(name, features_only=True).eval()
+    fused = {**reparameterize_model(whole).state_dict()}
+    plain.load_state_dict({key: fused[key] for key in plain.state_dict()})
+    with torch.inference_mode():
+        for found, expected in zip(features(images()), plain(images()), strict=True):
+            assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_options_per_layer_are_json(saved):
+    model, folder = saved
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['architecture'] == 'harmonized'
+    assert config['model_args']['base_model'] == 'regnety_002'
+    assert config['model_args']['levels'] == {name: layer.level for name, layer in harmonic_layers(model).items()}
+    assert len(set(config['model_args']['levels'].values())) > 1
+
+
+def test_saved_by_timm_and_loaded(saved, hub):
+    model, folder = saved
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert same(again, model)
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+    hub.add('org/small', {path.name: path.read_bytes() for path in folder.iterdir()})
+    assert same(timm.create_model('hf-hub:org/small', pretrained=True).eval(), model)
+    # Once more, from what was loaded.
+    save_for_hf(again, folder.parent / 'second', safe_serialization=True)
+    first, second = (json.loads((path / 'config.json').read_text()) for path in (folder, folder.parent / 'second'))
+    assert first == second
+
+
+def test_saved_and_adapted(saved):
+    model, folder = saved
+    name = f'local-dir:{folder}'
+    assert timm.create_model(name, pretrained=True, num_classes=3)(images()).shape == (2, 3)
+    gray = timm.create_model(name, pretrained=True, in_chans=1).eval()
+    x = images(1)
+    with torch.inference_mode():
+        torch.testing.assert_close(gray(x), model(x.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
+    assert timm.create_model(name, pretrained=True, in_chans=4)(images(4)).shape == (2, 7)
+    headless = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    with torch.inference_mode():
+        assert torch.equal(headless(images()), model.forward_head(model.forward_features(images()), pre_logits=True))
+    assert all(torch.equal(a, b) for a, b in zip(headless.parameters(), model.parameters(), strict=False))
+
+
+def test_saved_after_folding(saved, tmp_path):
+    """A folded network is still loaded as what it was: its filters have no energy above the levels."""
+    model, _ = saved
+    save_for_hf(reparameterize_model(model), tmp_path / 'folded', safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path / "folded"}', pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(again(images()), model(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_our_own_network_with_levels_of_every_layer(tmp_path):
+    kwargs = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_pool='avg', normalization='ortho', num_classes=3)
+    model = truncate(build('harm_resnet18', **kwargs), ratio=0.6)
+    save_for_hf(model, tmp_path / 'folder', safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()
+    assert same(again, model)
+    assert timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True, in_chans=1)(images(1)).shape == (2, 3)
+
+
+def test_pretrained_takes_the_bases_weights(base_on_hub):
+    model = timm.create_model('harmonized', base_model=BASE, pretrained=True, level=3).eval()
+    assert same(model, harmonize(base_on_hub, level=3))
+    tagged = timm.create_model('harmonized', base_model=f'{BASE}.lamb_in1k', pretrained=True, level=3).eval()
+    assert same(tagged, model)
+    assert model.pretrained_cfg['tag'] == 'lamb_in1k'
+    other = timm.create_model('harmonized', base_model=BASE, pretrained=True, num_classes=4, in_chans=1).eval()
+    expected = harmonize(timm.create_model(BASE, pretrained=True, num_classes=4, in_chans=1).eval())
+    expected.classifier.load_state_dict(other.classifier.state_dict())
+    assert same(other, expected, channels=1)
+    features = timm.create_model('harmonized', base_model=BASE, pretrained=True, features_only=True).eval()
+    plain = timm.create_model(BASE, pretrained=True, features_only=True).eval()
+    assert same(features, harmonize(plain))
+
+
+def test_pretrained_features_of_a_wrapped_base(hub):
+    base = build('resnet18')
+    hub.add('timm/resnet18.a1_in1k', {'model.safetensors': safetensors.torch.save(base.state_dict())})
+    features = timm.create_model('harmonized', base_model='resnet18', pretrained=True, features_only=True).eval()
+    with torch.inference_mode():
+        expected = harmonize(base).forward_intermediates(images(), intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(features(images()), expected, strict=True))
+
+
+def test_weights_that_are_not_there(hub):
+    with pytest.raises(Exception, match=r'timm/mobilenetv3_small_050\.lamb_in1k|Repository Not Found'):
+        timm.create_model('harmonized', base_model=BASE, pretrained=True)
+    with pytest.raises(RuntimeError, match='Invalid pretrained tag'):
+        timm.create_model('harmonized', base_model=f'{BASE}.nonsense')
+
+
+@pytest.mark.parametrize('way', ['overlay', 'checkpoint_path', 'load_checkpoint'])
+def test_checkpoint_of_the_plain_base(way, tmp_path):
+    """Users will do that: it is loaded and projected."""
+    base = build('resnet18', num_classes=5)
+    path = tmp_path / 'plain.pth.tar'
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in base.state_dict().items()}, epoch=3), path)
+    kwargs = dict(base_model='resnet18', num_classes=5, level=3)
+    if way == 'overlay':
+        overlay = dict(file=str(path), num_classes=5)
+        model = timm.create_model('harmonized', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        assert model.pretrained_cfg['mean'] == base.pretrained_cfg['mean']
+    elif way == 'checkpoint_path':
+        model = timm.create_model('harmonized', checkpoint_path=path, **kwargs)
+    else:
+        model = timm.create_model('harmonized', **kwargs)
+        load_checkpoint(model, str(path))
+    assert same(model.eval(), harmonize(base, level=3))
+
+
+def test_checkpoint_of_other_channels_and_classes(tmp_path):
+    base = build('resnet18', num_classes=5)
+    path = tmp_path / 'plain.pth'
+    torch.save(base.state_dict(), path)
+    overlay = dict(file=str(path), num_classes=-1)  # as train.py --pretrained-path
+    model = timm.create_model(
+        'harmonized', pretrained=True, pretrained_cfg_overlay=overlay, base_model='resnet18', num_classes=2, in_chans=1
+    ).eval()
+    expected = harmonize(base)
+    expected.conv1.weight = nn.Parameter(expected.conv1.weight.sum(1, keepdim=True))
+    torch.testing.assert_close(model.conv1.weight, expected.conv1.weight)
+    assert torch.equal(model.layer4[1].conv2.weight, expected.layer4[1].conv2.weight)
+    assert model(images(1)).shape == (2, 2)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    base = build('resnet18', num_classes=5)
+
+    def load(state, **kwargs):
+        overlay = dict(state_dict=state, num_classes=5)
+        kwargs = dict(base_model='resnet18', num_classes=5) | kwargs
+        return timm.create_model('harmonized', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+    low = truncate(harmonize(base), level=2).state_dict()
+    assert torch.equal(load(low, level=2).conv1.weight, low['conv1.weight'])
+    with pytest.raises(CheckpointError, match=r'conv1\.weight of the checkpoint has 3 coefficients.*level 3.*build it'):
+        load(low, level=3)
+    with pytest.raises(CheckpointError, match=r'missing: layer1\.0\.conv1\.weight'):
+        load({key: value for key, value in low.items() if key != 'layer1.0.conv1.weight'}, level=2)
+    with pytest.raises(CheckpointError, match='unexpected'):
+        load(build('resnet34', num_classes=5).state_dict())
+    with pytest.raises(CheckpointError, match='wrong shape'):
+        load(base.state_dict(), base_model='resnet50')
+    # The other way round the error is timm's and torch's; it names the layers and both shapes.
+    overlay = dict(state_dict=low, num_classes=5)
+    with pytest.raises(RuntimeError, match=r'layer1\.0\.conv1\.weight.*\[64, 64, 3, 1\].*\[64, 64, 3, 3\]'):
+        timm.create_model('resnet18', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'error', 'words'),
+    [
+        (dict(base_model='harmonized'), ValueError, "cannot be 'harmonized' itself"),
+        (dict(base_model='resnet51'), ValueError, "'resnet51' is no model of timm; close are .*resnet50"),
+        (dict(base_model='qqqq'), ValueError, 'see timm.list_models'),
+        (dict(base_model=50), TypeError, 'must be the name'),
+        (dict(base_model='vit_tiny_patch16_224'), ValueError, 'patch embedding'),
+        (dict(base_model='nfnet_l0'), ValueError, 'standardised'),
+        (dict(base_model='resnet18', level=0), ValueError, 'from 1 to 13'),
+        (dict(base_model='resnet18', levels={'blocks*': 2}), ValueError, 'matches none'),
+        (dict(base_model='resnet18', nonsense=1), TypeError, 'nonsense'),
+    ],
+)
+def test_bad_options(kwargs, error, words):
+    with pytest.raises(error, match=words):
+        timm.create_model('harmonized', **kwargs)
+
+
+def test_selection_and_normalization_are_kept(tmp_path):
+    model = build('harmonized', base_model='resnet18', include=['layer4.*'], level=2, normalization='ortho')
+    assert set(harmonic_layers(model)) == {f'layer4.{i}.conv{j}' for i in (0, 1) for j in (1, 2)}
+    assert model.layer4[0].conv1.normalization == 'ortho'
+    save_for_hf(model, tmp_path / 'a', safe_serialization=True)
+    assert same(timm.create_model(f'local-dir:{tmp_path / "a"}', pretrained=True).eval(), model)
+    lower = truncate(model, level=1)
+    save_for_hf(lower, tmp_path / 'b', safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path / "b"}', pretrained=True).eval()
+    assert same(again, lower)
+    assert str(again) == str(lower)
+
+
+def test_a_network_that_timm_did_not_build():
+    """It is harmonized as well, without a word about how timm would build it."""
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)))
+    assert not hasattr(model, '_model_args')
