@@ -1,0 +1,290 @@
+"""timm-harmonic compress: the folder, the report, the picture, and what it refuses."""
+
+import json
+
+import pytest
+import reference
+import safetensors.torch
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from timm_harmonic import cli, harmonize, truncate
+from timm_harmonic.checkpoints import CheckpointError
+from timm_harmonic.compression import compress
+from timm_harmonic.hub import publish
+from timm_harmonic.hub_folder import HubError, convert
+from timm_harmonic.swap import harmonic_layers
+
+pytestmark = [
+    pytest.mark.usefixtures('one_thread'),
+    # timm's data set leaves closing the files to Python.
+    pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning'),
+]
+
+NAME = 'resnet18'
+KWARGS = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
+FILES = ['README.md', 'compression.json', 'compression.md', 'compression.png', 'config.json', 'model.safetensors']
+
+
+def build(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return reference.randomize_batch_norm(timm.create_model(NAME, **{**KWARGS, 'num_classes': 3, **kwargs})).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = build()
+    path = tmp_path / 'plain.pth'
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """An image folder of three classes and two splits."""
+    folder = tmp_path_factory.mktemp('pictures')
+    generator = torch.Generator().manual_seed(0)
+    for split in ('train', 'validation'):
+        for label in 'abc':
+            (folder / split / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / split / label / f'{i}.png')
+    return folder
+
+
+def same(first, second, channels=3):
+    x = torch.randn(2, channels, 64, 64)
+    with torch.inference_mode():
+        return torch.equal(first.eval()(x), second.eval()(x))
+
+
+def test_folder(checkpoint, tmp_path):
+    report = compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, ratio=0.5)
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == FILES
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    expected = truncate(harmonize(build()), ratio=0.5)
+    assert same(model, expected)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    record = json.loads((tmp_path / 'out' / 'compression.json').read_text())
+    assert record['options'] == dict(ratio=0.5)
+    assert record['report']['parameters'] == report.parameters
+    assert {c['name']: c['level'] for c in record['report']['convolutions'] if c['level']} == {
+        name: layer.level or layer.full_level for name, layer in harmonic_layers(model).items()
+    }
+    markdown = (tmp_path / 'out' / 'compression.md').read_text()
+    assert 'Weights: plain.pth. ratio=0.5' in markdown
+    assert '| layer2.0.downsample.0 | 1 x 1 |' in markdown
+    with Image.open(tmp_path / 'out' / 'compression.png') as picture:
+        picture.verify()
+    card = ModelCard.load(tmp_path / 'out' / 'README.md')
+    assert card.data.license == 'apache-2.0'  # of timm's network
+    assert "`harmonized` (`base_model='resnet18'`)" in card.text
+    assert '**Compressed:**' in card.text
+    assert '`levels` of 9 layers, in config.json' in card.text
+    assert 'plain.pth' in card.text
+
+
+@pytest.mark.parametrize('amount', [dict(level=2), dict(energy=0.9), dict(max_params=60_000), dict(levels={'*': 3})])
+def test_amounts(checkpoint, tmp_path, amount):
+    report = compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, **amount)
+    expected = truncate(harmonize(build()), **amount)
+    assert report.parameters == sum(p.numel() for p in expected.parameters())
+    assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), expected)
+
+
+def test_selection_and_normalization(checkpoint, tmp_path):
+    options = dict(include=['layer*'], exclude=['layer1.*'], normalization='ortho')
+    compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, level=2, **options)
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert set(harmonic_layers(model)) == {f'layer{i}.0.conv{j}' for i in (2, 3, 4) for j in (1, 2)}
+    assert same(model, truncate(harmonize(build(), **options), level=2))
+
+
+def test_data_and_evaluation(checkpoint, pictures, tmp_path):
+    options = dict(data_config=dict(img_size=32), checkpoint=checkpoint, model_kwargs=KWARGS, batch_size=4)
+    compress(NAME, tmp_path / 'a', ratio=0.5, data=pictures, batches=2, evaluate=pictures, **options)
+    compress(NAME, tmp_path / 'b', ratio=0.5, data=pictures, batches=2, evaluate=pictures, **options)
+    first, second = ((tmp_path / name / 'compression.json').read_text() for name in 'ab')
+    assert first == second  # the images are drawn alike
+    record = json.loads(first)
+    assert record['weighed_by'] == 'responses to 2 batches of 4 images'
+    assert set(record['accuracy']['before']) == {'top1'}  # of three classes, there is no top five
+    config = json.loads((tmp_path / 'a' / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
+
+    # The accuracies are those of the network.
+    model = timm.create_model(f'local-dir:{tmp_path / "a"}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    right = 0
+    for index, label in enumerate('abc'):
+        for path in (pictures / 'validation' / label).iterdir():
+            with Image.open(path) as image, torch.inference_mode():
+                right += int(model(transform(image.convert('RGB')).unsqueeze(0)).argmax()) == index
+    assert record['accuracy']['after']['top1'] == pytest.approx(100 * right / 12)
+    assert '| top1 |' in (tmp_path / 'a' / 'compression.md').read_text()
+
+
+def test_gray_images(pictures, tmp_path):
+    path = tmp_path / 'gray.pth'
+    torch.save(build(in_chans=1).state_dict(), path)
+    options = dict(checkpoint=path, model_kwargs=KWARGS, data_config=dict(img_size=32))
+    compress(NAME, tmp_path / 'out', energy=0.9, data=pictures, evaluate=pictures, **options)
+    cfg = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
+    assert cfg['input_size'] == [1, 32, 32]
+    assert cfg['mean'] == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 3)
+
+
+def test_a_run_of_timm_then_again_and_published(tmp_path, hub, monkeypatch):
+    """compress -> training of the folder's network -> convert -> publish -> hf-hub, and compressed once more."""
+    run = tmp_path / 'run'
+    run.mkdir()
+    torch.save(dict(state_dict=build().state_dict(), epoch=4), run / 'last.pth.tar')
+    listed = {key: list(value) for key, value in KWARGS.items()}
+    (run / 'args.yaml').write_text(yaml.safe_dump(dict(model=NAME, model_kwargs=listed, img_size=48, mean=[0.1] * 3)))
+    compress(NAME, tmp_path / 'small', checkpoint=run / 'last.pth.tar', ratio=0.6, repo_id='org/small')
+    cfg = json.loads((tmp_path / 'small' / 'config.json').read_text())['pretrained_cfg']
+    assert (cfg['input_size'], cfg['mean']) == ([3, 48, 48], [0.1] * 3)
+
+    model = timm.create_model(f'local-dir:{tmp_path / "small"}', pretrained=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    tuned = tmp_path / 'tuned'
+    tuned.mkdir()
+    torch.save(dict(state_dict=model.state_dict(), epoch=9), tuned / 'last.pth.tar')
+    (tuned / 'args.yaml').write_text(yaml.safe_dump(dict(model=f'local-dir:{tmp_path / "small"}', img_size=48)))
+    convert(
+        tuned / 'last.pth.tar',
+        f'local-dir:{tmp_path / "small"}',
+        tmp_path / 'final',
+        license='mit',
+        repo_id='org/final',
+    )
+    assert same(timm.create_model(f'local-dir:{tmp_path / "final"}', pretrained=True), model)
+
+    monkeypatch.setenv('HF_TOKEN', 'hf_' + 'S3cret' * 6)
+    for name, repo in (('small', 'org/small'), ('final', 'org/final')):
+        publish(tmp_path / name, repo)
+    assert 'compression.png' in hub.repositories['org/small'].branches['main']
+    assert same(timm.create_model('hf-hub:org/final', pretrained=True), model)
+
+    compress('hf-hub:org/final', tmp_path / 'smaller', level=2)
+    assert same(timm.create_model(f'local-dir:{tmp_path / "smaller"}', pretrained=True), truncate(model, level=2))
+
+
+def test_a_checkpoint_for_a_folder(tmp_path, checkpoint):
+    compress(NAME, tmp_path / 'small', checkpoint=checkpoint, model_kwargs=KWARGS, level=3)
+    other = truncate(harmonize(build(seed=1)), level=3)
+    torch.save(other.state_dict(), tmp_path / 'other.pth')
+    compress(f'local-dir:{tmp_path / "small"}', tmp_path / 'smaller', checkpoint=tmp_path / 'other.pth', level=2)
+    assert same(timm.create_model(f'local-dir:{tmp_path / "smaller"}', pretrained=True), truncate(other, level=2))
+
+
+def test_weights_of_timm(hub, tmp_path):
+    base = timm.create_model('mobilenetv3_small_050').eval()
+    weights = {'model.safetensors': safetensors.torch.save(base.state_dict()), 'config.json': b'{}'}
+    hub.add('timm/mobilenetv3_small_050.lamb_in1k', weights)
+    compress('mobilenetv3_small_050', tmp_path / 'out', pretrained=True, energy=0.8)
+    assert same(
+        timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), truncate(harmonize(base), energy=0.8)
+    )
+    assert "mobilenetv3_small_050.lamb_in1k (timm's weights)" in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_our_own_network_of_the_authors_layout(tmp_path):
+    kwargs = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
+    torch.manual_seed(0)
+    model = reference.randomize_batch_norm(timm.create_model('harm_resnet18', num_classes=3, **kwargs)).eval()
+    state = {f'module.{key.replace("conv1.", "harm1.")}': value for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / 'theirs.pth')
+    compress('harm_resnet18', tmp_path / 'out', checkpoint=tmp_path / 'theirs.pth', model_kwargs=kwargs, level=3)
+    assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), truncate(model, level=3))
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'words'),
+    [
+        (dict(level=0), ValueError, 'from 1 to 13'),
+        (dict(ratio=1.5), ValueError, 'at most 1'),
+        (dict(max_params=10), ValueError, 'cannot be reached'),
+        (dict(level=2, include=['nothing*']), ValueError, "'nothing\\*' matches none"),
+        (dict(level=2, model_kwargs={}), CheckpointError, 'nothing was loaded'),
+        (dict(level=2, model_name='vit_tiny_patch16_224', checkpoint=None), ValueError, 'patch embedding'),
+        (dict(level=2, model_name='nonsense', checkpoint=None), RuntimeError, 'Unknown model'),
+        (dict(ratio=0.5, data='nowhere'), HubError, 'no folder of images'),
+        (dict(ratio=0.5, evaluate='nowhere'), HubError, 'no folder of images'),
+    ],
+)
+def test_refused_without_a_trace(checkpoint, tmp_path, monkeypatch, options, error, words):
+    from pathlib import Path
+
+    monkeypatch.chdir(tmp_path)
+    arguments = dict(model_name=NAME, checkpoint=checkpoint, model_kwargs=KWARGS) | options
+    for key in ('data', 'evaluate'):
+        if key in arguments:
+            arguments[key] = Path(arguments[key])
+    if arguments['checkpoint'] is None:
+        arguments['model_kwargs'] = {}
+    with pytest.raises(error, match=words):
+        compress(arguments.pop('model_name'), tmp_path / 'out', **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ['plain.pth']
+
+
+def test_more_classes_than_the_network_has(pictures, tmp_path):
+    path = tmp_path / 'two.pth'
+    torch.save(build(num_classes=2).state_dict(), path)
+    with pytest.raises(HubError, match='3 classes, the network 2'):
+        compress(NAME, tmp_path / 'out', checkpoint=path, model_kwargs=KWARGS, level=2, evaluate=pictures)
+
+
+def test_harmonic_checkpoint_for_a_plain_network(tmp_path):
+    torch.save(harmonize(build(), level=2).state_dict(), tmp_path / 'harmonic.pth')
+    options = dict(checkpoint=tmp_path / 'harmonic.pth', model_kwargs=KWARGS, level=1)
+    with pytest.raises(CheckpointError, match=r'holds coefficients of a harmonic network.*conv1\.weight.*local-dir'):
+        compress(NAME, tmp_path / 'out', **options)
+
+
+def test_out_must_be_new(checkpoint, tmp_path):
+    with pytest.raises(HubError, match='not an empty folder'):
+        compress(NAME, tmp_path, checkpoint=checkpoint, model_kwargs=KWARGS, level=2)
+
+
+def test_command(checkpoint, pictures, tmp_path, capsys):
+    arguments = ['compress', NAME, '--checkpoint', str(checkpoint), '--ratio', '0.5', '--data', str(pictures)]
+    arguments += ['--batches', '1', '--batch-size', '4', '--evaluate', str(pictures), '--img-size', '32']
+    arguments += ['--model-kwargs', 'layers=(1,1,1,1)', 'channels=(8,16,32,64)', '--exclude', 'conv1']
+    assert cli.main([*arguments, '--out', str(tmp_path / 'out')]) == 0
+    printed = capsys.readouterr().out
+    assert 'layer4.0.conv2' in printed
+    assert '8 of 13 convolutions are harmonic' in printed
+    assert f'timm.create_model("local-dir:{tmp_path / "out"}", pretrained=True)' in printed
+    assert 'weigh' not in printed  # progress goes to the other stream
+    assert cli.main([*arguments, '--out', str(tmp_path / 'out')]) == 1
+    assert 'not an empty folder' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['compress', NAME, '--out', 'x'], 'one of the arguments --level --energy --ratio --max-params is required'),
+        (['compress', NAME, '--level', '2', '--ratio', '0.5', '--out', 'x'], 'not allowed with'),
+        (['compress', NAME, '--level', '2'], '--out'),
+        (['compress', NAME, '--level', 'two', '--out', 'x'], 'invalid int'),
+    ],
+)
+def test_bad_arguments(capsys, arguments, words):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_data_mean_nothing_for_a_level(capsys, tmp_path):
+    assert cli.main(['compress', NAME, '--level', '2', '--data', 'x', '--out', str(tmp_path / 'out')]) == 1
+    assert 'nothing for --level' in capsys.readouterr().err
