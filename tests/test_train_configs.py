@@ -20,7 +20,7 @@ import yaml
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-import timm_harmonic  # noqa: F401  registers the models
+from timm_harmonic import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'train_configs').glob('*.yaml'))
@@ -135,7 +135,7 @@ each_config = pytest.mark.parametrize('name', [path.stem for path in CONFIGS])
 
 
 def test_there_is_one_file_for_every_row():
-    assert {path.stem for path in CONFIGS} == {*PAPER, 'harm_resnet50_a3'}
+    assert {path.stem for path in CONFIGS} == {*PAPER, 'harm_resnet50_a3', 'finetune_truncated'}
 
 
 @each_config
@@ -175,7 +175,7 @@ def test_wrong_keys_and_values_are_noticed(key, value):
     assert key in problems({key: value}, json.loads(SNAPSHOT.read_text())['options'])
 
 
-@each_config
+@pytest.mark.parametrize('name', [path.stem for path in CONFIGS if path.stem != 'finetune_truncated'])
 def test_the_model_exists_and_is_the_one_of_the_file_name(name):
     config = load(name)
     assert config['device_modules'] == ['timm_harmonic']
@@ -239,6 +239,21 @@ def test_the_published_recipe_gives_the_papers_optimizer_and_rates():
         for update in range(10):
             scheduler.step_update(epoch * 10 + update)
         assert optimizer.param_groups[0]['lr'] == pytest.approx(0.1 * 0.1 ** (epoch // 30))
+
+
+def test_the_truncated_network_is_what_the_comment_makes(tmp_path, monkeypatch):
+    """The command of the comment writes the folder that the file reads, of another network here: weights are large."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / 'train_configs' / 'finetune_truncated.yaml').read_text()
+    command = re.search(r'^#   timm-harmonic (compress .+)$', text, re.MULTILINE).group(1).split()
+    assert (
+        cli.main(['resnet18' if part == 'resnet50.a1_in1k' else part for part in command if part != '--pretrained'])
+        == 0
+    )
+    config = load('finetune_truncated')
+    model = timm.create_model(config['model'], pretrained=config['pretrained'])
+    assert sum(p.numel() for p in model.parameters()) <= 0.75 * 11_689_512
+    assert model.layer4[1].conv2.normalization == 'ortho'
 
 
 def test_the_a3_recipe_is_the_published_one():

@@ -290,3 +290,86 @@ def test_a_run_becomes_a_hub_folder(workplace, small_run):
     trained.load_state_dict(workplace.checkpoint('small')['state_dict'])
     images = torch.rand(2, 3, 64, 64)
     assert torch.equal(model(images), trained(images))
+
+
+TRUNCATED = CONFIG.with_name('finetune_truncated.yaml')
+
+
+def command_line(workplace, *arguments):
+    return run(sys.executable, '-m', 'timm_harmonic', *arguments, cwd=workplace.folder)
+
+
+def test_truncate_fine_tune_validate_fold_export(workplace, small_run):
+    """The README's way, from a network that was trained here."""
+    onnx = pytest.importorskip('onnx', reason="timm's onnx_export.py writes ONNX")
+    last = workplace.folder / 'small' / 'last.pth.tar'
+    options = ('--normalization', 'ortho', '--ratio', 0.75, '--evaluate', workplace.images)
+    command_line(workplace, 'compress', 'harm_resnet50', '--checkpoint', last, *options, '--out', 'truncated')
+    record = json.loads((workplace.folder / 'truncated' / 'compression.json').read_text())
+    assert record['report']['parameters'] <= 0.75 * record['report']['parameters_before']
+    assert record['accuracy']['before']['top1'] == pytest.approx(float(small_run[0]['eval_top1']), abs=1e-3)
+
+    common = f'--num-classes {workplace.num_classes} --workers 0 --device cpu --batch-size 16'
+    tune = f'{common} --epochs 1 --amp-dtype bfloat16'  # in float16, a CPU takes minutes
+    paths = ('-c', TRUNCATED, '--data-dir', workplace.images, '--output', workplace.folder, '--experiment', 'tuned')
+    workplace.run('train.py', *paths, *tune.split())
+    with (workplace.folder / 'tuned' / 'summary.csv').open() as file:
+        trained = check_summary(list(csv.DictReader(file)))
+    state = workplace.checkpoint('tuned')['state_dict']
+    assert sum(value.numel() for key, value in state.items() if not key.endswith('num_batches_tracked')) < 20e6
+
+    checkpoint = workplace.folder / 'tuned' / 'last.pth.tar'
+    paths = ('--data-dir', workplace.images, '--split', 'validation', '--model', 'local-dir:truncated')
+    for reparam in ((), ('--reparam',)):
+        result = workplace.run('validate.py', *paths, '--checkpoint', checkpoint, *common.split(), *reparam)
+        found = json.loads(result.stdout.split('--result\n')[1])
+        assert found['img_size'] == 64  # what the network was saved with
+        # Trained in bfloat16, validated in float32.
+        assert found['top1'] == pytest.approx(trained['eval_top1'], abs=2.01 * workplace.one_image())
+
+    options = ('--num-classes', workplace.num_classes, '--img-size', 64, '--reparam', '--check-forward')
+    options = ('--model', 'local-dir:truncated', '--checkpoint', checkpoint, *options)
+    workplace.run('onnx_export.py', workplace.folder / 'truncated.onnx', *options)
+    operators = [node.op_type for node in onnx.load(workplace.folder / 'truncated.onnx').graph.node]
+    assert not {'MatMul', 'BatchNormalization', 'Einsum', 'Reshape'} & set(operators)
+
+    command_line(workplace, 'convert', checkpoint, '--model', 'local-dir:truncated', '--out', 'final')
+    model = timm.create_model(f'local-dir:{workplace.folder / "final"}', pretrained=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_harmonized_by_its_options(workplace):
+    """train.py builds and truncates by itself; validate.py takes the same options."""
+    kwargs = ('--model-kwargs', 'base_model=mobilenetv3_small_050', 'level=3', "levels={'blocks.4.*':2}")
+    common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu --batch-size 16'
+    paths = ('--data-dir', workplace.images, '--model', 'harmonized', *kwargs, *common.split())
+    outputs = ('--output', workplace.folder, '--experiment', 'harmonized', '--epochs', 1)
+    workplace.run('train.py', *paths, *outputs, '--model-ema', '--model-ema-decay', 0.5)
+    with (workplace.folder / 'harmonized' / 'summary.csv').open() as file:
+        trained = check_summary(list(csv.DictReader(file)))
+    state = workplace.checkpoint('harmonized')['state_dict']
+    assert state['blocks.3.0.conv_dw.weight'].shape[2:] == (6, 1)
+    assert state['blocks.4.0.conv_dw.weight'].shape[2:] == (3, 1)
+    checkpoint = ('--checkpoint', workplace.folder / 'harmonized' / 'last.pth.tar', '--use-ema')
+    result = workplace.run('validate.py', *paths, *checkpoint, '--split', 'validation')
+    found = json.loads(result.stdout.split('--result\n')[1])
+    assert found['top1'] == pytest.approx(trained['eval_top1'], abs=1e-3)
+
+
+def test_harmonized_from_weights_of_the_plain_base(workplace):
+    """Both ways in which the scripts take weights project those of the base."""
+    torch.manual_seed(0)
+    base = timm.create_model('mobilenetv3_small_050', num_classes=workplace.num_classes)
+    torch.save(base.state_dict(), workplace.folder / 'base.pth')
+    common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu --batch-size 16'
+    options = ('--model', 'harmonized', '--model-kwargs', 'base_model=mobilenetv3_small_050', 'level=3')
+    expected = timm_harmonic.harmonize(base, level=3)
+    for name, weights in (('path', ('--pretrained', '--pretrained-path')), ('initial', ('--initial-checkpoint',))):
+        paths = ('--data-dir', workplace.images, '--output', workplace.folder, '--experiment', f'from_{name}')
+        still = ('--epochs', 1, '--lr', 1e-12, '--opt', 'momentum', '--weight-decay', 0)
+        weights = (*weights, workplace.folder / 'base.pth')
+        workplace.run('train.py', *options, *paths, *common.split(), *still, *weights)
+        found = workplace.checkpoint(f'from_{name}')['state_dict']
+        for key, value in expected.named_parameters():
+            if key.endswith('conv_dw.weight'):
+                torch.testing.assert_close(found[key], value.detach(), rtol=0, atol=1e-6)
