@@ -366,7 +366,7 @@ def test_harmonized_from_weights_of_the_plain_base(workplace):
     expected = timm_harmonic.harmonize(base, level=3)
     for name, weights in (('path', ('--pretrained', '--pretrained-path')), ('initial', ('--initial-checkpoint',))):
         paths = ('--data-dir', workplace.images, '--output', workplace.folder, '--experiment', f'from_{name}')
-        still = ('--epochs', 1, '--lr', 1e-12, '--opt', 'momentum', '--weight-decay', 0)
+        still = ('--epochs', 1, '--lr', 1e-12, '--opt', 'momentum', '--weight-decay', 0, '--warmup-epochs', 0)
         weights = (*weights, workplace.folder / 'base.pth')
         workplace.run('train.py', *options, *paths, *common.split(), *still, *weights)
         found = workplace.checkpoint(f'from_{name}')['state_dict']
