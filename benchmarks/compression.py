@@ -166,8 +166,8 @@ def table(report: dict[str, Any]) -> str:
         f'Measured on {env["processor"]}, {env["threads"]} thread, torch {env["torch"]}, timm {env["timm"]}, '
         f'{env["date"]}: {options["seeds"]} seeds, each with its own training patches ({TRAIN} of each of '
         f'{options["classes"]} photographs), the same {TEST * options["classes"]} test patches. Plain network of the '
-        f'quickstart, {EPOCHS} epochs; then cut; then {MORE} more epochs at a rate of {MORE_LR}. Test accuracy in '
-        'percent, mean ± standard deviation over seeds.',
+        f'quickstart, {EPOCHS} epochs; then cut; then {MORE} more epochs at a rate of {MORE_LR}. Basis: '
+        f'{options["normalization"]}. Test accuracy in percent, mean ± standard deviation over seeds.',
         '',
         '| size | method | parameters | as it is | after fine-tuning |',
         '|---|---|---|---|---|',
@@ -211,7 +211,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.compression', description=__doc__.partition('\n')[0])
     parser.add_argument('--seeds', type=int, default=8, metavar='N')
-    parser.add_argument('--normalization', default='l1', choices=('l1', 'ortho'), help='of the truncated networks')
+    parser.add_argument('--normalization', default='ortho', choices=('l1', 'ortho'), help='of the truncated networks')
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for compression.json, .md and .png')
     parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
     args = parser.parse_args()

@@ -11,6 +11,7 @@ import timm
 import torch
 
 from benchmarks import __main__ as command
+from benchmarks import compression, conversion
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
@@ -108,3 +109,67 @@ def test_saved_results_are_complete(tmp_path):
     assert (folder / 'cpu.md').read_text() == table(report)
     plot(report, tmp_path / 'again.png')
     assert (tmp_path / 'again.png').stat().st_size > 10_000
+
+
+def test_pruning_takes_whole_filters():
+    """At the size asked for; what is left computes what the whole network does with those channels set to nothing."""
+    torch.manual_seed(0)
+    model = reference.randomize_batch_norm(compression.plain(5)).eval()
+    small = compression.without_filters(model, 150_000)
+    assert 140_000 < compression.count(small) <= 150_000
+    kept = [block.conv1.out_channels for block in compression.blocks(small)]
+    with torch.no_grad():
+        for block, number in zip(compression.blocks(model), kept, strict=True):
+            weakest = block.conv1.weight.abs().sum((1, 2, 3)).argsort(descending=True)[number:]
+            block.conv2.weight[:, weakest] = 0
+        x = torch.randn(2, 1, 48, 48)
+        torch.testing.assert_close(small(x), model(x))
+    small.train()(x).sum().backward()
+
+
+@pytest.mark.parametrize('parameters', [200_000, 50_000])
+def test_narrower_networks_have_the_size_asked_for(parameters):
+    assert 0.97 * parameters < compression.count(compression.narrower(17, parameters)) <= parameters
+
+
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # timm leaves that to Python
+def test_compression_is_measured(tmp_path, monkeypatch, capsys):
+    for name, value in dict(LEVELS=(2,), EPOCHS=1, MORE=1, TRAIN=2, TEST=1).items():
+        monkeypatch.setattr(compression, name, value)
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.compression', '--seeds', '2', '--out', str(tmp_path)])
+    compression.main()
+    assert {path.name for path in tmp_path.iterdir()} == {'compression.json', 'compression.md', 'compression.png'}
+    rows = json.loads((tmp_path / 'compression.json').read_text())['summary']
+    assert [row['method'] for row in rows] == ['none', *compression.METHODS]
+    sizes = {row['parameters'] for row in rows[1:]}
+    assert max(sizes) < 1.03 * min(sizes) < rows[0]['parameters']
+    assert rows[-1]['before'] is None
+    assert all(0 <= row['after'] <= 100 for row in rows)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.compression', '--show', str(tmp_path / 'compression.json')])
+    compression.main()
+    assert capsys.readouterr().out.rstrip('\n') == (tmp_path / 'compression.md').read_text().rstrip('\n')
+
+
+def test_conversion_is_measured(tmp_path, monkeypatch, capsys):
+    options = ['--models', 'resnet18', '--rounds', '1', '--out', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.conversion', *options])
+    threads = torch.get_num_threads()
+    conversion.main()
+    torch.set_num_threads(threads)
+    assert '| `resnet18` |' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'conversion.json').read_text())['rows'][0]['harmonize'][0] > 0
+
+
+def test_other_saved_results_are_complete():
+    folder = ROOT / 'benchmarks' / 'results'
+    report = json.loads((folder / 'compression.json').read_text())
+    assert report['options']['seeds'] >= 5
+    assert {(row['method'], row['level']) for row in report['summary']} == {
+        ('none', None),
+        *((method, level) for method in compression.METHODS for level in compression.LEVELS),
+    }
+    assert report['summary'] == compression.summary(report['rows'])
+    assert (folder / 'compression.md').read_text() == compression.table(report)
+    report = json.loads((folder / 'conversion.json').read_text())
+    assert (folder / 'conversion.md').read_text() == conversion.table(report)

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 import timm_harmonic
+from benchmarks import compression
 from timm_harmonic import cli
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,30 @@ def test_speed_is_the_saved_measurement():
         assert f'{min(again):.2f} to {max(again):.2f}' in README
 
 
+def test_cost_of_truncation_is_the_saved_measurement():
+    report = json.loads((ROOT / 'benchmarks' / 'results' / 'compression.json').read_text())
+    found = {(row['method'], row['level']): row for row in report['summary']}
+    for method, title in compression.METHODS.items():
+        rows = [found[method, level] for level in compression.LEVELS]
+        cells = [compression.cell(row[w], row[f'{w}_deviation']) for row in rows for w in ('before', 'after')]
+        assert f'| {title} | {" | ".join(cells)} |' in README
+    whole = found['none', None]
+    for when in ('before', 'after'):
+        assert compression.cell(whole[when], whole[f'{when}_deviation']) in README
+    for level in compression.LEVELS:
+        assert f' {100 * found["level", level]["parameters"] / whole["parameters"]:.0f} %: as cut' in README
+    assert f'over {report["options"]["seeds"]} seeds' in README
+
+
+@pytest.mark.parametrize(('name', 'share'), [('resnet50', 61), ('regnety_008', 91)])
+def test_networks_that_cannot_become_small(name, share):
+    with torch.device('meta'):
+        plain, low = timm.create_model(name), timm.create_model('harmonized', base_model=name, level=1)
+    left = sum(p.numel() for p in low.parameters()) / sum(p.numel() for p in plain.parameters())
+    assert round(100 * left) == share
+    assert f'{share} %' in README
+
+
 def test_cost_of_autoloading_is_the_saved_measurement():
     report = json.loads((ROOT / 'benchmarks' / 'results' / 'imports.json').read_text())
     assert f'takes {report["imports"]["entry_point_ms"]["median"]:.2f} ms' in README.replace('\n', ' ')
@@ -77,7 +102,7 @@ def test_cost_of_autoloading_is_the_saved_measurement():
 def test_commands_that_are_named_exist():
     """Every `timm-harmonic COMMAND ... --option` of the README, to the parser."""
     shown = ' '.join(README.replace('\\\n', ' ').split('\n'))
-    for command in ('list', 'convert', 'publish', 'quickstart'):
+    for command in ('list', 'compress', 'convert', 'publish', 'quickstart'):
         assert f'timm-harmonic {command}' in shown
     parser = cli._parser()
     for line in README.splitlines():

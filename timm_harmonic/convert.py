@@ -59,7 +59,10 @@ def harmonize(
             f'normalization={normalization!r} would be mixed with that of the harmonic layers that are there: '
             f'use {next(iter(present.values()))!r}.'
         )
-    return apply(model if inplace else copy.deepcopy(model), wanted, normalization)
+    if not inplace:
+        # What is going to be replaced is not copied: the copy has it in common with the network until then.
+        model = copy.deepcopy(model, {id(layer): layer for layer in map(model.get_submodule, wanted)})
+    return apply(model, wanted, normalization)
 
 
 def apply(model: nn.Module, wanted: Mapping[str, int | None], normalization: str = 'l1') -> nn.Module:

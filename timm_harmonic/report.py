@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from .swap import harmonic_layers, why_not
@@ -76,6 +74,9 @@ class HarmonicReport:
         )
 
     def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption_justify='left')
         for title in _COLUMNS:
             table.add_column(title, justify='left' if title in ('convolution', 'left alone') else 'right', no_wrap=True)

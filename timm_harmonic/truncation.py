@@ -90,12 +90,11 @@ def truncate(
             chosen = {name: min(lv for lv, lost in of.items() if lost <= 1 - energy) for name, of in losses.items()}
         else:
             chosen = choose_levels(model, losses, budget)
-    return _with_levels(model if inplace else copy.deepcopy(model), chosen)
-
-
-def _with_levels(model: nn.Module, levels: Mapping[str, int | None]) -> nn.Module:
-    layers = harmonic_layers(model)
-    replace_layers(model, {name: layers[name].truncated(level) for name, level in levels.items()})
+    truncated = {name: layer.truncated(chosen[name]) for name, layer in layers.items()}
+    if not inplace:
+        # What is going to be replaced is not copied: the copy has it in common with the network until then.
+        model = copy.deepcopy(model, {id(layer): layer for layer in layers.values()})
+    replace_layers(model, truncated)
     return describe(model)
 
 
