@@ -169,9 +169,9 @@ def table(report: dict[str, Any]) -> str:
         f'quickstart, {EPOCHS} epochs; then cut; then {MORE} more epochs at a rate of {MORE_LR}. Basis: '
         f'{options["normalization"]}. Test accuracy in percent, mean ± standard deviation over seeds.',
         '',
-        'Pruned filters: between the two convolutions of each block, those with the smallest l1 norm, the same share in '
-        'each block (arXiv:1608.08710). Narrower: all stages with fewer channels, trained from the start for as many '
-        f'epochs as the others together, {EPOCHS + MORE}.',
+        'Pruned filters: between the two convolutions of each block, those with the smallest l1 norm, the same share '
+        'in each block (arXiv:1608.08710). Narrower: all stages with fewer channels, trained from the start for as '
+        f'many epochs as the others together, {EPOCHS + MORE}.',
         '',
         '| size | method | parameters | as it is | after fine-tuning |',
         '|---|---|---|---|---|',

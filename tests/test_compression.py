@@ -255,6 +255,12 @@ def test_out_must_be_new(checkpoint, tmp_path):
         compress(NAME, tmp_path, checkpoint=checkpoint, model_kwargs=KWARGS, level=2)
 
 
+def test_without_matplotlib(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(HubError, match=r'timm-harmonic\[compress\]'):
+        compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, level=2)
+
+
 def test_command(checkpoint, pictures, tmp_path, capsys):
     arguments = ['compress', NAME, '--checkpoint', str(checkpoint), '--ratio', '0.5', '--data', str(pictures)]
     arguments += ['--batches', '1', '--batch-size', '4', '--evaluate', str(pictures), '--img-size', '32']

@@ -1,5 +1,6 @@
 """From any convolutional network of timm to the folder of a compressed one: `timm-harmonic compress`."""
 
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -81,6 +82,8 @@ def compress(
         ValueError: If `harmonize` or `truncate` refuses.
     """
     check_new(out)
+    if importlib.util.find_spec('matplotlib') is None:
+        raise HubError('the picture needs matplotlib: pip install "timm-harmonic[compress]"')
     with tqdm(total=7, desc='build', unit='step', leave=False) as steps:
         source, plain = _load(model_name, checkpoint, pretrained, model_kwargs or {})
         _say(steps, 'harmonize')
