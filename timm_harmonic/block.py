@@ -12,6 +12,14 @@ __all__ = ['HarmonicBlock2d']
 _PIECE_CPU, _PIECE = 2**19, 2**26
 
 
+def _scale(var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """What normalisation multiplies the responses (C * P,) by."""
+    scale = torch.rsqrt(var.to(dtype) + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    return scale
+
+
 def _fold(
     weight: Tensor,
     basis: Tensor,
@@ -36,9 +44,7 @@ def _fold(
         eps: Added to the variance.
         groups: Number of groups.
     """
-    scale = torch.rsqrt(var.to(basis.dtype) + eps)
-    if gamma is not None:
-        scale = scale * gamma
+    scale = _scale(var, gamma, eps, basis.dtype)
     shift = -mean * scale
     if beta is not None:
         shift = shift + beta
@@ -122,9 +128,7 @@ class HarmonicBlock2d(HarmonicLayer):
         """
         self._check_foldable('weigh frequencies')
         bn = self.bn
-        scale = torch.rsqrt(bn.running_var.to(self.basis.dtype) + bn.eps)
-        if bn.weight is not None:
-            scale = scale * bn.weight
+        scale = _scale(bn.running_var, bn.weight, bn.eps, self.basis.dtype)
         # (groups, O / groups, I, P) * (groups, 1, I, P)
         grouped = (self.groups, -1, *self.weight.shape[1:3])
         return (self.weight.to(scale.dtype).reshape(grouped) * scale.reshape(grouped)).reshape(self.weight.shape)
