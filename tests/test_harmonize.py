@@ -1,6 +1,7 @@
 """harmonize: exact over networks of many families, folded back without a trace, and clear about what it refuses."""
 
 import copy
+import io
 import json
 
 import pytest
@@ -220,6 +221,29 @@ def test_same_padding_scripts_traces_and_compiles():
     x = torch.randn(1, 3, 15, 17)
     for form in (torch.jit.script(layer), torch.fx.symbolic_trace(layer), torch.compile(layer, backend='eager')):
         torch.testing.assert_close(form(x), layer(x))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*is deprecated:FutureWarning')
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*is deprecated:DeprecationWarning')
+@pytest.mark.parametrize('name', ['repvgg_a0', 'tf_efficientnet_lite0'])
+def test_networks_script_export_compile_and_pickle(name):
+    """With blocks that fold themselves, and with dynamic padding."""
+    model = harmonize(network(name, dtype=torch.float32).eval(), level=3)
+    x = images(model)
+    content = io.BytesIO()
+    torch.save(model, content)
+    content.seek(0)
+    loaded = torch.load(content, weights_only=False)
+    forms = [
+        torch.jit.script(model),
+        torch.export.export(model, (x,)).module(),
+        torch.compile(model, backend='eager', fullgraph=True),
+        loaded,
+        reparameterize_model(loaded),
+    ]
+    with torch.no_grad():
+        for form in forms:
+            close(form(x), model(x), 1e-4)
 
 
 def test_one_layer_in_two_places():
