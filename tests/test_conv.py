@@ -416,3 +416,15 @@ def test_bad_arguments(cls, args, error, words):
 def test_from_conv2d_refuses_filters_that_are_not_square():
     with pytest.raises(ValueError, match='square'):
         HarmonicConv2d.from_conv2d(nn.Conv2d(3, 4, (1, 3)))
+
+
+def test_conversions_keep_the_memory_format():
+    """From channels_last to channels_last, so that a converted network is as fast as it was."""
+    conv = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    layer = HarmonicConv2d.from_conv2d(conv)
+    for found in (layer.weight, layer.filters(), layer.fuse().weight, layer.truncated(3).weight):
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert not found.is_contiguous()
+    plain = HarmonicConv2d.from_conv2d(torch.nn.Conv2d(4, 8, 3))
+    assert plain.weight.is_contiguous()
+    assert plain.fuse().weight.is_contiguous()

@@ -33,6 +33,10 @@ def conv_args(conv: nn.Module) -> dict[str, Any]:
     return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
+def _format_of(weight: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+
+
 def outside_autocast(device_type: str) -> AbstractContextManager:
     """Context in which autocast does not lower precision, on devices that have it (meta has none)."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -198,9 +202,8 @@ class HarmonicLayer(nn.Module):
         return float(self.energy().sum() / energy) if energy != 0 else 1.0
 
     def _keep(self, kept: list[int]) -> None:
-        weight = self.weight.detach()
-        form = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
-        self.weight = nn.Parameter(weight[:, :, kept].contiguous(memory_format=form), self.weight.requires_grad)
+        kept_weight = self.weight.detach()[:, :, kept].contiguous(memory_format=_format_of(self.weight))
+        self.weight = nn.Parameter(kept_weight, self.weight.requires_grad)
 
     def extra_repr(self) -> str:
         """Arguments that differ from the defaults, in nn.Conv2d's manner."""
@@ -232,7 +235,7 @@ class HarmonicLayer(nn.Module):
             if bias is not None:
                 conv.bias.copy_(bias)
                 conv.bias.requires_grad_((self.weight if self.bias is None else self.bias).requires_grad)
-        return conv.train(self.training)
+        return conv.to(memory_format=_format_of(self.weight)).train(self.training)
 
 
 class HarmonicConv2d(HarmonicLayer):
@@ -326,4 +329,4 @@ class HarmonicConv2d(HarmonicLayer):
                 layer.bias.requires_grad_(conv.bias.requires_grad)
         if level is not None and not conv.weight.is_meta:
             layer._energy_kept = layer._share_of(conv.weight.detach().to('cpu', torch.float64).square().sum())
-        return layer.train(conv.training)
+        return layer.to(memory_format=_format_of(conv.weight)).train(conv.training)
