@@ -2,13 +2,16 @@
 
     python -m benchmarks --out benchmarks/results
 
-A plain twin is the same network with nothing harmonic: the same root stride, pool and widths. All runs alternate in one
-process, so that a slow moment of the machine meets all of them; what is printed is the median of the ratios of
-neighbouring runs, with the quartiles, and the noise of the plain network against itself.
+A plain twin is the same network with nothing harmonic: the same root stride, pool and widths. All runs of a network
+alternate in one process, so that a slow moment of the machine meets all of them; what is printed is the median of the
+ratios of neighbouring runs, with the quartiles, and the noise of the plain network against itself. The next network has
+a process of its own: what the last one left in the allocator changes how long large temporaries take, of which the
+original formulation has many.
 """
 
 import argparse
 import json
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +87,27 @@ def parse() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole report."""
-    torch.set_num_threads(args.threads)
     evals = BATCHES[args.device]['eval'] if args.eval_batch is None else args.eval_batch
     trains = BATCHES[args.device]['train'] if args.train_batch is None else args.train_batch
     first, *others = SETTINGS[args.device][: args.settings]
     jobs = [(first, name) for name in args.models]
     jobs += [(setting, name) for setting in others for name in args.models[: args.variants]]
     points = [] if args.no_growth else GROWTH[args.device]
+    torch.set_num_threads(args.threads)  # here for the environment's sake
     report: dict[str, Any] = {'environment': environment(args.device), 'rows': [], 'growth': []}
-    with tqdm(total=len(jobs) * (len(evals) + len(trains)) + len(points)) as bar:
+    threads = dict(initializer=torch.set_num_threads, initargs=(args.threads,))
+    with (
+        get_context('spawn').Pool(1, maxtasksperchild=1, **threads) as fresh,
+        tqdm(total=len(jobs) + bool(points)) as bar,
+    ):
         for setting, name in jobs:
             bar.set_description(f'{name}, {setting}')
-            report['rows'] += measure(name, setting, evals, trains, args.size, args.budget, bar)
+            report['rows'] += fresh.apply(measure, (name, setting, evals, trains, args.size, args.budget))
+            bar.update()
         if points:
             bar.set_description('growth')
-            report['growth'] = growth(args.models[0], first, points, args.budget / 4, bar)
+            report['growth'] = fresh.apply(growth, (args.models[0], first, points, args.budget / 4))
+            bar.update()
     return report
 
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from timm.models import reparameterize_model
 from torch import nn
-from tqdm import tqdm
 
 from .original import check, original
 
@@ -173,7 +172,7 @@ def networks(name: str, setting: Setting) -> dict[str, nn.Module]:
 
 
 def measure(
-    name: str, setting: Setting, evals: list[int], trains: list[int], size: int, budget: float, bar: tqdm
+    name: str, setting: Setting, evals: list[int], trains: list[int], size: int, budget: float
 ) -> list[dict[str, Any]]:
     """All rows of one network in one setting."""
     rows = []
@@ -182,7 +181,6 @@ def measure(
     for batch in evals:
         candidates = {key: evaluation(model, setting, batch, size) for key, model in models.items()}
         rows.append(dict(about, mode='eval', batch=batch, runs=compare(candidates, setting.device, budget)))
-        bar.update()
     models.pop('fused')
     for batch in trains:
         candidates = {key: training(model, setting, batch, size) for key, model in models.items()}
@@ -194,14 +192,11 @@ def measure(
                 parameter.grad = None
             runs[key]['peak_bytes'] = kept + peak_bytes(run, setting.device)
         rows.append(dict(about, mode='train', batch=batch, runs=runs))
-        bar.update()
     torch.compiler.reset()
     return rows
 
 
-def growth(
-    name: str, setting: Setting, points: list[tuple[str, int, int]], budget: float, bar: tqdm
-) -> list[dict[str, Any]]:
+def growth(name: str, setting: Setting, points: list[tuple[str, int, int]], budget: float) -> list[dict[str, Any]]:
     """How cost grows: rows for (mode, batch, size), without the fused network in training."""
     rows = []
     models = networks(name, setting)
@@ -212,5 +207,4 @@ def growth(
         candidates = {key: make(model, setting, batch, size) for key, model in of_mode.items()}
         runs = compare(candidates, setting.device, budget, least=3)
         rows.append(dict(model=name, mode=mode, batch=batch, size=size, **asdict(setting), runs=runs))
-        bar.update()
     return rows
