@@ -225,6 +225,7 @@ def _evaluate(model: nn.Module, loader: Any) -> dict[str, float]:
 
 
 def _mean_kept(losses: Losses, levels: dict[str, int]) -> float:
+    """Share of energy that is kept at these levels, averaged over layers, as the picture shows it."""
     return 1 - sum(losses[name][level] for name, level in levels.items()) / len(levels)
 
 
@@ -253,7 +254,7 @@ def _write_report(
     (folder / 'compression.md').write_text('\n'.join(lines) + report.to_markdown())
 
     levels = {name: layer.level or layer.full_level for name, layer in harmonic_layers(small).items()}
-    present = sum(p.numel() for p in whole.parameters())
+    present = parameters_of(whole, {})
     least = parameters_of(whole, {name: min(of) for name, of in losses.items()})
     budgets = {least + round((present - least) * i / (_POINTS - 1)) for i in range(_POINTS)}
     curve = {}

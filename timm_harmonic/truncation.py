@@ -105,9 +105,8 @@ def _budget(model: nn.Module, energy: float | None, max_params: int | None, rati
             raise ValueError(f'{name} must be above 0 and at most 1, got {share!r}.')
     if energy is not None:
         return None
-    present = sum(p.numel() for p in model.parameters())
     if ratio is not None:
-        return int(ratio * present)
+        return int(ratio * parameters_of(model, {}))
     if not isinstance(max_params, int) or isinstance(max_params, bool):
         raise TypeError(f'max_params must be an integer, got {max_params!r}.')
     return max_params
@@ -120,7 +119,7 @@ def parameters_at(layer: HarmonicLayer, level: int) -> int:
 
 
 def parameters_of(model: nn.Module, levels: Mapping[str, int]) -> int:
-    """Parameters that a network has, all its layers counted, with its harmonic layers at these levels."""
+    """Parameters of a network, all its layers counted, with the harmonic layers that are named at these levels."""
     layers = harmonic_layers(model)
     present = sum(p.numel() for p in model.parameters())
     return present - sum(layers[n].weight.numel() - parameters_at(layers[n], level) for n, level in levels.items())
