@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from typing import Any
 
 __all__ = ['autoload']
 
@@ -50,12 +51,12 @@ def _warn(message: str) -> None:
 class _HostFinder:
     """Finds timm.models as the other finders do, and has the plugin imported after it."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _HOST:
             return None
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec: Any = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenPlugin(spec.loader)
         return spec
@@ -64,16 +65,16 @@ class _HostFinder:
 class _ThenPlugin:
     """A loader that executes a module by its own loader, gives that back its place, and imports the plugin."""
 
-    def __init__(self, loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self._loader = loader
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def create_module(self, spec):
+    def create_module(self, spec: Any) -> Any:
         return self._loader.create_module(spec)
 
-    def exec_module(self, module) -> None:
+    def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _import_plugin()

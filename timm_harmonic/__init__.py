@@ -2,15 +2,15 @@
 
 from importlib.metadata import version
 
-from . import harm_resnet, harm_vgg, harmonized
-from .block import HarmonicBlock2d
-from .conv import HarmonicConv2d
-from .convert import harmonize
-from .dct import dct_basis
-from .harm_resnet import HarmonicResNet
-from .harm_vgg import HarmonicVGG
-from .report import harmonic_report
-from .truncation import truncate
+from .conversion.harmonize import harmonize
+from .conversion.report import harmonic_report
+from .conversion.truncate import truncate
+from .layers.block import HarmonicBlock2d
+from .layers.conv import HarmonicConv2d
+from .layers.dct import dct_basis
+from .models import harm_resnet, harm_vgg, harmonized
+from .models.harm_resnet import HarmonicResNet
+from .models.harm_vgg import HarmonicVGG
 
 __version__ = version('timm-harmonic')
 __all__ = [

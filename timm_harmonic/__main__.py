@@ -13,11 +13,7 @@ from .cli import main
 
 
 def run_script(argv: list[str]) -> None:
-    """Runs a script as `python SCRIPT ARGS...` would; the package, and with it the models, are imported already.
-
-    Args:
-        argv: The script's path and its arguments.
-    """
+    """Runs a script as `python SCRIPT ARGS...` would, with the models registered by the import above."""
     sys.argv[:] = argv
     sys.path[0] = str(Path(argv[0]).resolve().parent)
     runpy.run_path(argv[0], run_name='__main__')

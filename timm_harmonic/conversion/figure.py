@@ -1,19 +1,14 @@
-"""The picture of a compression: where the energy of each layer is, what is kept of it, and what that costs."""
+"""The picture of a truncation: where the energy of each layer is, what is kept of it, and what that costs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from .truncation import Losses
+from .losses import Losses
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ['draw']
-
-_FONTS = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
+_FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
 _NAMED = 48  # layers whose names are readable side by side; of more, some are left out
 
 
@@ -25,15 +20,10 @@ def draw(
     curve: Sequence[tuple[int, float]],
     chosen: tuple[int, float],
 ) -> None:
-    """Draws the figure and saves it as a PNG.
+    """Draws a PNG: each layer's energy by frequency (from `losses_by_filters`) with its level, and a curve.
 
-    Args:
-        path: File to write, whatever its suffix.
-        title: First line of the picture.
-        losses: Share of energy lost by level, for each layer, of `losses_by_weight`.
-        levels: The levels that were chosen.
-        curve: Parameters of the network and mean share of energy kept, for budgets over all layers together.
-        chosen: The same of the network that was made.
+    The curve is the mean share of energy kept by the network's parameters, for budgets over all layers together;
+    `chosen` is its point for the network that was made.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,7 +40,7 @@ def draw(
         figure.savefig(path, format='png', dpi=130)
 
 
-def _draw_energy(axes: 'Axes', losses: Losses, levels: Mapping[str, int]) -> None:
+def _draw_energy(axes: Any, losses: Losses, levels: Mapping[str, int]) -> None:
     from matplotlib.colors import LogNorm
 
     names, top = list(losses), max(max(of) for of in losses.values())
@@ -71,10 +61,10 @@ def _draw_energy(axes: 'Axes', losses: Losses, levels: Mapping[str, int]) -> Non
     axes.figure.colorbar(image, ax=axes, label='share of energy (%)', shrink=0.8, pad=0.02)
 
 
-def _draw_curve(axes: 'Axes', curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> None:
-    parameters, kept = zip(*curve, strict=True)
+def _draw_curve(axes: Any, curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> None:
+    parameters, kept = (np.array(values) for values in zip(*curve, strict=True))
     label = 'levels chosen over all layers together'
-    axes.plot(np.array(parameters) / 1e6, 100 * np.array(kept), color='#0072B2', marker='.', label=label)
+    axes.plot(parameters / 1e6, 100 * kept, color='#0072B2', marker='.', label=label)
     label = f'this network: {chosen[0] / 1e6:.2f} M, {chosen[1]:.2%}'
     axes.plot(chosen[0] / 1e6, 100 * chosen[1], color='#D55E00', marker='o', markersize=8, linestyle='', label=label)
     axes.set(xlabel='parameters of the network (millions)', ylabel='energy kept, mean over layers (%)', xlim=(0, None))

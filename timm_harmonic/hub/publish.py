@@ -1,12 +1,12 @@
-"""From a folder that `convert` wrote to a repository on the Hugging Face Hub."""
+"""Uploading a folder to the Hugging Face Hub: checked before, in one commit, nothing half done."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import timm
@@ -14,12 +14,12 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils.sha import git_hash
 
-from .checkpoints import first_line
-from .hub_folder import FILES, REQUIRED, HubError
-from .pretrained import sha256_of
-
-__all__ = ['publish']
+from ..models.checkpoints import first_line
+from ..models.download import sha256_of
+from .folder import FILES, REQUIRED
+from .provenance import HubError
 
 
 def publish(
@@ -32,25 +32,12 @@ def publish(
     dry_run: bool = False,
     force: bool = False,
 ) -> str:
-    """Uploads a folder that `convert` wrote, in one commit.
+    """Uploads a folder to the repository `organisation/name`, in one commit. Returns its url, or the pull request's.
 
-    Args:
-        folder: The folder.
-        repo_id: `organisation/name`. The repository is made if there is none.
-        private: Whether a new repository is private.
-        revision: Branch, made if there is none; the main one if None.
-        create_pr: Whether to open a pull request rather than to commit.
-        dry_run: Whether to stop before anything is written.
-        force: Whether to replace what else the repository holds under these names.
-
-    Returns:
-        Url of the repository, or of the pull request.
-
-    Raises:
-        HubError: If the folder is not one to publish, the repository holds other files, or the token may not write.
-        HfHubHTTPError: What else the Hub answered.
+    Options are those of `timm-harmonic publish`. Raises HubError if the folder is not one to publish, the repository
+    holds other files, or the token may not write; HfHubHTTPError is what else the Hub answered.
     """
-    with _speaking_for_the_hub(repo_id):
+    with _explaining_errors(repo_id):
         files = _check_folder(folder, repo_id)
         api = HfApi(library_name='timm-harmonic', library_version=version('timm-harmonic'))
         exists = api.repo_exists(repo_id)
@@ -62,8 +49,8 @@ def publish(
 
 
 @contextmanager
-def _speaking_for_the_hub(repo_id: str) -> Iterator[None]:
-    """Says what to do about a token that may not write, and about a Hub that does not answer."""
+def _explaining_errors(repo_id: str) -> Iterator[None]:
+    """Says what to do if the token may not write, or the Hub does not answer."""
     try:
         yield
     except HfHubHTTPError as error:
@@ -85,24 +72,24 @@ def _speaking_for_the_hub(repo_id: str) -> Iterator[None]:
 def _upload(
     api: HfApi, folder: Path, repo_id: str, exists: bool, *, private: bool, revision: str | None, create_pr: bool
 ) -> str:
-    with _no_empty_repository(api, repo_id, exists):
+    try:
         if not exists:
             api.create_repo(repo_id, private=private)
         if revision and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(FILES),
-            commit_message=f'{folder.name} by timm-harmonic {version("timm-harmonic")}',
-            revision=revision,
-            create_pr=create_pr,
-        )
+        message = f'{folder.name} by timm-harmonic {version("timm-harmonic")}'
+        place: Any = dict(repo_id=repo_id, revision=revision, create_pr=create_pr, commit_message=message)
+        commit = api.upload_folder(folder_path=folder, allow_patterns=list(FILES), **place)
+    except BaseException:
+        # A repository that was made here goes away again if nothing got into it, whatever stopped that.
+        if not exists and api.repo_exists(repo_id) and set(api.list_repo_files(repo_id)) <= {'.gitattributes'}:
+            api.delete_repo(repo_id)
+        raise
     return commit.pr_url or f'{huggingface_hub.constants.ENDPOINT}/{repo_id}'
 
 
 def _check_folder(folder: Path, repo_id: str) -> list[Path]:
-    """The files to upload; raises unless they are a network that loads, and a card that the Hub takes."""
+    """The files to upload. Raises unless they are a network that loads and a card that the Hub accepts."""
     if not folder.is_dir():
         raise HubError(f'{str(folder)!r} is not a folder.')
     files = sorted(folder.iterdir())
@@ -122,7 +109,7 @@ def _check_folder(folder: Path, repo_id: str) -> list[Path]:
     named = {name for name in re.findall(r'hf-hub:([\w.-]+/[\w.-]+)', card.text) if name != repo_id}
     if named:
         raise HubError(
-            f'README.md loads {", ".join(sorted(named))}, but is to be published as {repo_id}: '
+            f'README.md loads {", ".join(sorted(named))}, but you publish it as {repo_id}: '
             f'convert with --repo {repo_id}, or edit it.'
         )
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
@@ -132,29 +119,29 @@ def _check_folder(folder: Path, repo_id: str) -> list[Path]:
     try:
         card.validate()
     except ValueError as error:
-        raise HubError(f'the Hub does not take the front matter of README.md: {error}') from error
+        raise HubError(f'the Hub does not accept the front matter of README.md: {error}') from error
     return files
 
 
 def _check_repository(
     api: HfApi, files: list[Path], repo_id: str, *, private: bool, revision: str | None, force: bool
 ) -> None:
-    """Raises if a repository holds anything that publishing could take for its own, unless forced."""
+    """Raises if publishing would replace files that are not the same, unless forced."""
     if private and not api.model_info(repo_id).private:
-        raise HubError(f'{repo_id} exists and is public: --private would not make it private.')
+        raise HubError(f'{repo_id} exists and is public: --private makes new repositories only private.')
     if force:
         return
     try:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
     except RevisionNotFoundError:
-        return  # a branch that is going to be made
+        return  # a branch that will be made
     ours = {path.name: path for path in files}
 
     def differs(entry: RepoSibling) -> bool:
         path = ours.get(entry.rfilename)
         if path is None:
-            return entry.rfilename != '.gitattributes'  # which the Hub makes by itself
-        return sha256_of(path) != entry.lfs.sha256 if entry.lfs else _git_blob_id(path) != entry.blob_id
+            return entry.rfilename != '.gitattributes'  # the Hub makes this file itself
+        return sha256_of(path) != entry.lfs.sha256 if entry.lfs else git_hash(path.read_bytes()) != entry.blob_id
 
     differing = sorted(entry.rfilename for entry in info.siblings or [] if differs(entry))
     if differing:
@@ -162,20 +149,3 @@ def _check_repository(
             f'{repo_id} holds other files: {", ".join(differing)}. Nothing was uploaded. '
             '--force replaces those of the same name, --create-pr proposes it.'
         )
-
-
-def _git_blob_id(path: Path) -> str:
-    """The name that git gives to a file's content (https://git-scm.com/book/en/v2/Git-Internals-Git-Objects)."""
-    content = path.read_bytes()
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
-
-@contextmanager
-def _no_empty_repository(api: HfApi, repo_id: str, existed: bool) -> Iterator[None]:
-    """Takes a repository that was made here away again if nothing got into it, whatever stopped that."""
-    try:
-        yield
-    except BaseException:
-        if not existed and api.repo_exists(repo_id) and set(api.list_repo_files(repo_id)) <= {'.gitattributes'}:
-            api.delete_repo(repo_id)
-        raise

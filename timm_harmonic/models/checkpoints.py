@@ -1,10 +1,10 @@
-"""Loading weights: the authors' parameter layout, other numbers of input channels, and files that are not weights."""
+"""Checkpoints: reading files as data, the authors' parameter layout, other numbers of input channels."""
 
 import argparse
 import os
 import pickle
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,43 +13,25 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from .block import HarmonicBlock2d
-from .conv import HarmonicConv2d
-
-__all__ = [
-    'CheckpointError',
-    'StateDict',
-    'check_fit',
-    'convert_state_dict',
-    'first_line',
-    'names_of',
-    'read_checkpoint',
-    'rename_keys',
-    'unwrap',
-]
+from ..conversion.convolutions import harmonic_layers
+from ..layers import HarmonicConv2d, HarmonicLayer
 
 StateDict = dict[str, Any]
+Names = str | Sequence[str] | None
 
-# Where training scripts keep the parameters in what they save: timm its averaged ones, and anyone the others.
+# Where training scripts keep parameters in what they save: timm its averaged ones, and everyone the last ones.
 _AVERAGED, _LAST = ('state_dict_ema', 'model_ema'), ('state_dict', 'model')
 
 
 class CheckpointError(RuntimeError):
-    """A file or a state dict that is not what the model needs; the message says in what."""
+    """A file or a state dict does not fit the model; the message says where."""
 
 
 def read_checkpoint(path: str | os.PathLike) -> StateDict:
-    """Reads a checkpoint as data: tensors and plain Python values, never code.
+    """What a file of safetensors or torch.save holds, on the CPU: tensors and plain Python values, never code.
 
-    Args:
-        path: A .safetensors file, or one that torch.save wrote.
-
-    Returns:
-        What the file holds, on the CPU.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it is a web page, damaged, not a checkpoint, or would run code.
+    Raises FileNotFoundError if there is no file, CheckpointError if it is a web page, damaged, not a checkpoint, or
+    would run code.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -77,22 +59,15 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
-    """The parameters in what a training script saved, without the prefixes of wrapped modules.
+    """The state dict in what a training script saved, without the prefixes of wrapped modules.
 
-    Args:
-        checkpoint: What was saved: a state dict, or a dictionary that holds one.
-        use_ema: Whether to take the averaged ones; None takes them where there are any, as timm does.
-
-    Returns:
-        The state dict.
-
-    Raises:
-        CheckpointError: If there are none of the kind that is asked for.
+    `use_ema` says whether to take averaged parameters; None takes them if there are any, as timm does. Raises
+    CheckpointError if there are none of the kind that is asked for.
     """
     averaged = [checkpoint[key] for key in _AVERAGED if isinstance(checkpoint.get(key), dict)]
     last = [checkpoint[key] for key in _LAST if isinstance(checkpoint.get(key), dict)]
@@ -105,27 +80,18 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
 
 
 def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[str, str], norm: str) -> StateDict:
-    """Brings a state dict into a model's layout; one that is in it already is returned as it is.
+    """Brings a state dict into a model's layout. One that is in it already is returned as it is.
 
-    Accepted: bare or wrapped ('state_dict' and the like), with and without `module.`, the authors' names
-    (harm1, harm2, classifier.N), shapes and frozen `.dct` tensors. The statistics of a normalised root layer are
-    adapted to the model's input channels. timm adapts the root's weight and drops another classifier afterwards.
+    Accepts bare and wrapped state dicts ('state_dict' and the like), with and without `module.`, the authors' names
+    (harm1, harm2, classifier.N), shapes and frozen `.dct` tensors. Adapts the statistics of a stem with normalised
+    responses to the model's input channels. timm then adapts the stem's weight and drops another classifier.
 
-    Args:
-        checkpoint: What was saved.
-        model: Network to load into, with its `pretrained_cfg`.
-        names: Regular expressions over parameter names and what they become.
-        norm: Name of the batch-norm that follows the root layer, for a root without a bias.
-
-    Returns:
-        State dict in the model's layout.
-
-    Raises:
-        CheckpointError: If a key or shape fits nothing, a parameter is missing, or the frozen basis is another one.
+    `names` are regular expressions over parameter names with their replacements, `norm` is the batch-norm that follows
+    a stem without a bias. Raises CheckpointError if a key or shape fits nothing, a parameter is missing, or the frozen
+    basis is another one.
     """
-    target = model.state_dict()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (HarmonicConv2d, HarmonicBlock2d))}
-    root = model.pretrained_cfg['first_conv']
+    target, layers = model.state_dict(), harmonic_layers(model)
+    stem = model.pretrained_cfg['first_conv']
     state = {}
     for key, value in rename_keys(unwrap(checkpoint), names).items():
         if not isinstance(value, Tensor):
@@ -139,20 +105,17 @@ def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[s
         elif key in target and value.numel() == target[key].numel() and attribute == 'weight' and value.ndim == 2:
             value = value.reshape(target[key].shape)  # a linear layer that is a convolution here
         state[key] = value
-    if root in layers:
-        _adapt_root(state, root, layers[root], norm, model.pretrained_cfg['input_size'][0])
-    check_fit(state, target, model.pretrained_cfg['classifier'], root)
+    if stem in layers:
+        _adapt_stem(state, stem, layers[stem], norm, model.pretrained_cfg['input_size'][0])
+    check_fit(state, model, model.pretrained_cfg['classifier'], stem)
     return state
 
 
 def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
     """A state dict with regular expressions over its keys replaced, one after the other."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in names.items():
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    return renamed
+    for pattern, replacement in names.items():
+        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+    return state
 
 
 def _coefficients_4d(value: Tensor, count: int) -> Tensor:
@@ -164,7 +127,7 @@ def _coefficients_4d(value: Tensor, count: int) -> Tensor:
     return value
 
 
-def _check_basis(key: str, dct: Tensor, layer: nn.Module) -> None:
+def _check_basis(key: str, dct: Tensor, layer: HarmonicLayer) -> None:
     """The authors keep (1, P, k, k), or (C * P, 1, k, k) where responses are normalised."""
     count, side = layer.basis.shape[:2]
     stored = dct.reshape(-1, count, side, side) if dct.numel() % layer.basis.numel() == 0 else None
@@ -175,22 +138,22 @@ def _check_basis(key: str, dct: Tensor, layer: nn.Module) -> None:
         )
 
 
-def _adapt_root(state: StateDict, root: str, layer: nn.Module, norm: str, declared: int) -> None:
-    """Adapts the response statistics of a normalised root, as timm adapts the weight of a convolution.
+def _adapt_stem(state: StateDict, stem: str, layer: HarmonicLayer, norm: str, declared: int) -> None:
+    """Adapts the response statistics of a stem, as timm adapts the weight of a convolution.
 
-    More channels repeat the source's. One channel answers as a gray image fed to all source channels: timm sums the
-    weights, so they are brought to the common scale first, and the means' share goes into the next shift.
+    More channels repeat the source's. One channel answers as a gray image in all source channels would: timm sums the
+    weights, so they are brought to a common scale first, and the means' share goes into the next shift.
     """
-    weight, mean, var = (state.get(f'{root}.{key}') for key in ('weight', 'bn.running_mean', 'bn.running_var'))
+    weight, mean, var = (state.get(f'{stem}.{key}') for key in ('weight', 'bn.running_mean', 'bn.running_var'))
     count, channels = layer.basis.shape[0], layer.in_channels
     if weight is None or mean is None or var is None or weight.ndim != 4 or mean.numel() % count:
-        return  # reported with everything else that does not fit
+        return  # check_fit reports these with everything else that does not fit
     source = mean.numel() // count
     if source == channels:
         return
     if source != declared:
         raise CheckpointError(
-            f'{root}.weight {tuple(weight.shape)} has {source} input channels, but the config says {declared}: '
+            f'{stem}.weight {tuple(weight.shape)} has {source} input channels, but the config says {declared}: '
             f'declare it by pretrained_cfg_overlay=dict(input_size=({source}, H, W)).'
         )
     means, variances = mean.reshape(source, count), var.reshape(source, count)
@@ -202,35 +165,30 @@ def _adapt_root(state: StateDict, root: str, layer: nn.Module, norm: str, declar
         common = variances.double().mean(0, keepdim=True)
         weight64 = weight.double()[..., 0] / scale  # (O, C, P)
         shift = (weight64 * (means - means.mean(0)).double()).sum((1, 2))
-        state[f'{root}.weight'] = (weight64 * (common + layer.bn.eps).sqrt()).unsqueeze(-1).to(weight)
+        state[f'{stem}.weight'] = (weight64 * (common + layer.bn.eps).sqrt()).unsqueeze(-1).to(weight)
         means, variances = means.mean(0), common.to(var)
-        key, sign = (f'{root}.bias', -1) if f'{root}.bias' in state else (f'{norm}.running_mean', 1)
+        key, sign = (f'{stem}.bias', -1) if f'{stem}.bias' in state else (f'{norm}.running_mean', 1)
         state[key] = (state[key].double() + sign * shift).to(state[key])
-    state[f'{root}.bn.running_mean'] = means.reshape(-1).clone()
-    state[f'{root}.bn.running_var'] = variances.reshape(-1).clone()
+    state[f'{stem}.bn.running_mean'] = means.reshape(-1).clone()
+    state[f'{stem}.bn.running_var'] = variances.reshape(-1).clone()
 
 
-Names = str | Sequence[str] | None
+def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Names) -> None:
+    """Raises CheckpointError, naming what does not fit, unless every key and shape of a state dict fits a network.
 
-
-def check_fit(state: StateDict, target: StateDict, classifiers: Names, roots: Names) -> None:
-    """Every key and shape must fit, but for those that timm adapts: classifiers, and the roots' input channels.
-
-    Args:
-        state: State dict to load.
-        target: State dict of the network.
-        classifiers: Name or names of the network's last layers, as in timm's configs.
-        roots: Name or names of its first ones.
-
-    Raises:
-        CheckpointError: If something does not fit, naming it.
+    Left out is what timm adapts: classifiers and the stems' input channels, named as in timm's configs. Plain filters
+    fit a harmonic convolution, which projects them when it loads them.
     """
+    target = model.state_dict()
     heads = {f'{name}.{what}' for name in names_of(classifiers) for what in ('weight', 'bias')}
-    stems = {f'{name}.weight' for name in names_of(roots)}
+    first = {f'{name}.weight' for name in names_of(stems)}
+    projected = {f'{n}.weight': m.kernel_size for n, m in model.named_modules() if isinstance(m, HarmonicConv2d)}
 
     def misfit(key: str) -> bool:
         ours, theirs = list(target[key].shape), list(state[key].shape)
-        if key in stems and len(ours) == len(theirs) == 4:
+        if key in projected and theirs[2:] == list(projected[key]):
+            ours[2:] = theirs[2:]
+        if key in first and len(ours) == len(theirs) == 4:
             ours[1] = theirs[1] = 0
         return ours != theirs
 
@@ -253,6 +211,5 @@ def names_of(names: Names) -> Sequence[str]:
     return (names,) if isinstance(names, str) else names or ()
 
 
-def _shorten(items: Iterable[str], limit: int = 5) -> str:
-    items = list(items)
+def _shorten(items: list[str], limit: int = 5) -> str:
     return ', '.join(items[:limit]) + (f' and {len(items) - limit} more' if len(items) > limit else '')

@@ -1,0 +1,1 @@
+"""Networks made harmonic, truncated and described: which convolutions can be swapped, and how."""

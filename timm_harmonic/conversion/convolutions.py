@@ -1,0 +1,138 @@
+"""Which convolutions of a network can be harmonic, and how they are swapped. Every network goes through here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame, PatchEmbed, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import nn
+
+from ..layers import HarmonicBlock2d, HarmonicConv2d, HarmonicConv2dSame, HarmonicLayer, conv_args
+from .energy import energy_of, share_of_energy
+
+# Which harmonic layer takes the place of which convolution.
+_HARMONIC: dict[type[nn.Module], type[HarmonicConv2d]] = {nn.Conv2d: HarmonicConv2d, Conv2dSame: HarmonicConv2dSame}
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+# What timm calls on a block to fuse it for inference, see timm.models.reparameterize_model.
+_FUSING = ('fuse', 'reparameterize', 'switch_to_deploy')
+
+
+def harmonic_layers(model: nn.Module) -> dict[str, HarmonicLayer]:
+    """The harmonic layers of a network by qualified name, in its order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicLayer)}
+
+
+def reasons_to_skip(model: nn.Module) -> dict[str, str]:
+    """Why convolutions of any kind have to stay plain, by qualified name in the network's order.
+
+    Empty text: the convolution can be harmonic.
+    """
+    patches = {id(module.proj) for module in model.modules() if isinstance(module, PatchEmbed)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)}
+    owners: dict[int, list[str]] = {}
+    for name, conv in found.items():
+        owners.setdefault(id(conv.weight), []).append(name)
+    reasons = {}
+    for name, conv in found.items():
+        others = [other for other in owners[id(conv.weight)] if other != name]
+        reasons[name] = _reason_to_skip(conv)
+        if not reasons[name] and id(conv) in patches:
+            reasons[name] = 'patch embedding: timm resizes its filters to the size of the patches'
+        elif not reasons[name] and others:
+            reasons[name] = f'shares its weight with {others[0]}'
+    return reasons
+
+
+def _reason_to_skip(conv: nn.Module) -> str:
+    kind = type(conv).__name__
+    if isinstance(conv, _TRANSPOSED):
+        return 'transposed'
+    if not isinstance(conv, nn.Conv2d):
+        return f'{len(conv.kernel_size)}-D'
+    height, width = conv.kernel_size
+    if height != width:
+        return f'not square ({height} x {width})'
+    if height == 1:
+        return '1 x 1'
+    if isinstance(conv, _STANDARDISED):
+        return f'its weights are standardised ({kind})'
+    if 'weight' not in dict(conv.named_parameters(recurse=False)):
+        return 'its weight is computed (weight_norm, spectral_norm, pruning or the like): make that permanent first'
+    if type(conv) not in _HARMONIC:
+        return f'{kind} may compute something else than nn.Conv2d'
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+        return 'has hooks, which would be lost'
+    return ''
+
+
+def make_harmonic(
+    model: nn.Module,
+    levels: Mapping[str, int | None],
+    normalization: str = 'l1',
+    *,
+    stem: str = '',
+    keep_filters: bool = False,
+) -> None:
+    """Swaps convolutions of a network for harmonic layers, in place.
+
+    A block that fuses its convolutions for inference by itself (RepVGG, MobileOne and others) fuses the harmonic layers
+    in it first.
+
+    Args:
+        model: Network; itself not a convolution.
+        levels: Level of each convolution to swap, by qualified name. Other names are ignored.
+        normalization: 'l1' or 'ortho'.
+        stem: Name of the convolution that becomes a `HarmonicBlock2d`, if one does.
+        keep_filters: Whether layers take over the filters. Otherwise they start from their own initialisation.
+    """
+    layers: dict[str, nn.Module] = {}
+    options: dict[str, Any] = dict(normalization=normalization)
+    for name, reason in reasons_to_skip(model).items():
+        if reason or name not in levels:
+            continue
+        conv: Any = model.get_submodule(name)
+        options['level'] = levels[name]
+        kind = _HARMONIC[type(conv)]
+        if keep_filters:
+            layers[name] = layer = kind.from_conv2d(conv, **options)
+            if not conv.weight.is_meta:
+                whole = conv.weight.detach().to('cpu', torch.float64).square().sum()
+                layer.energy_kept = share_of_energy(energy_of(layer).sum(), whole)
+        else:
+            layers[name] = (HarmonicBlock2d if name == stem else kind)(**conv_args(conv), **options)
+    blocks = {name.rpartition('.')[0] for name in replace_layers(model, layers)}
+    while blocks - {''}:
+        for block in (model.get_submodule(name) for name in blocks - {''}):
+            for method in _FUSING:
+                if hasattr(block, method) and not isinstance(getattr(block, method), _FuseHarmonicFirst):
+                    setattr(block, method, _FuseHarmonicFirst(block, method))
+        blocks = {name.rpartition('.')[0] for name in blocks}
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Puts layers into a network, in place, wherever it uses those of these names. Returns all names replaced.
+
+    They may be more than were given: a network may use one layer in several places.
+    """
+    new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    places = [(n, new[id(m)]) for n, m in model.named_modules(remove_duplicate=False) if id(m) in new]
+    for name, layer in places:
+        model.set_submodule(name, layer)
+    return [name for name, _ in places]
+
+
+class _FuseHarmonicFirst:
+    """Stands for a block's own method that fuses its convolutions: that method reads filters.
+
+    An object rather than a function, so that a copy of the block gets a copy of it.
+    """
+
+    def __init__(self, block: nn.Module, method: str) -> None:
+        self.block, self.method = block, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        replace_layers(self.block, {name: layer.fuse() for name, layer in harmonic_layers(self.block).items()})
+        del self.block.__dict__[self.method]
+        return getattr(self.block, self.method)(*args, **kwargs)

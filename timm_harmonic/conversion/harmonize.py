@@ -1,0 +1,176 @@
+"""Any network made harmonic: with its filters, or the nearest of a lower level."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from timm.models import get_model_args
+from torch import nn
+
+from ..layers import HarmonicLayer, check_level, full_level
+from .convolutions import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
+from .energy import at_level
+
+PatternLevels = Mapping[str, int | None]  # levels by patterns over names; the first pattern that matches counts
+Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+ARCHITECTURE = 'harmonized'  # the registered one: it builds any network of timm and harmonizes it
+
+
+def harmonize(
+    model: nn.Module,
+    *,
+    level: int | None = None,
+    levels: PatternLevels | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    normalization: str = 'l1',
+    inplace: bool = False,
+) -> nn.Module:
+    """Makes the k x k convolutions of any network harmonic, k > 1, with the filters that they have.
+
+    With all frequencies the network computes the same, in evaluation and in training, up to rounding. At a lower level
+    each filter becomes the nearest in L2. Grouped, depth-wise and timm's dynamically padded convolutions are swapped as
+    well; `harmonic_report` lists what stays plain, and why. Layers that are harmonic already keep their coefficients up
+    to their new level. A network of timm can be saved and published as it is then (architecture `harmonized`).
+    Based on arXiv:2001.06570, whose layers start from new coefficients instead.
+
+    Args:
+        model: Network.
+        level: The paper's lambda for all layers that `levels` does not name, None for all frequencies. A layer whose
+            filters are too small for it keeps all.
+        levels: Levels by patterns over qualified names (fnmatch). The first pattern that matches counts.
+        include: Patterns, or a predicate of name and convolution: swap only these.
+        exclude: Patterns, or a predicate: leave these plain.
+        normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
+        inplace: Whether to change the network itself rather than a copy.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If nothing can be swapped, a pattern matches nothing, or a level is out of range.
+        TypeError: If a level is not an integer.
+    """
+    wanted = plan(model, level=level, levels=levels, include=include, exclude=exclude)
+    present = {name: layer.normalization for name, layer in harmonic_layers(model).items()}
+    if set(wanted) - set(present) and set(present.values()) - {normalization}:
+        raise ValueError(
+            f'normalization={normalization!r} differs from that of the harmonic layers in the network: '
+            f'use {next(iter(present.values()))!r}.'
+        )
+    if not inplace:
+        # Layers that will be replaced are not copied: the copy shares them with the network until then.
+        model = copy.deepcopy(model, {id(layer): layer for layer in map(model.get_submodule, wanted)})
+    return apply_plan(model, wanted, normalization)
+
+
+def apply_plan(model: nn.Module, wanted: Mapping[str, int], normalization: str = 'l1') -> nn.Module:
+    """Gives a network's layers the levels of a plan, in place: plain ones become harmonic, harmonic ones are lowered.
+
+    The plan may be of a network that this one is a part of. Returns the network, with the options to build it anew.
+    """
+    lower = {name: at_level(layer, wanted[name]) for name, layer in harmonic_layers(model).items() if name in wanted}
+    make_harmonic(model, wanted, normalization, keep_filters=True)
+    replace_layers(model, lower)
+    return record_options(model)
+
+
+def plan(
+    model: nn.Module,
+    *,
+    level: int | None = None,
+    levels: PatternLevels | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+) -> dict[str, int]:
+    """Levels of the layers that `harmonize` makes harmonic, by name. Takes its arguments, raises its errors."""
+    skipped = reasons_to_skip(model)
+    able = {n: m for n, m in model.named_modules() if isinstance(m, HarmonicLayer) or skipped.get(n) == ''}
+    if '' in able:
+        raise ValueError(f'the network is itself a {type(model).__name__}: see HarmonicConv2d.from_conv2d.')
+    if not able:
+        counts = '; '.join(f'{number} x {reason}' for reason, number in Counter(skipped.values()).items())
+        raise ValueError(
+            f'{type(model).__name__} has no convolution that can be harmonic: {counts or "it has no convolutions"}.'
+        )
+    chosen = {
+        name: module
+        for name, module in able.items()
+        if (include is None or _selects(include, name, module))
+        and not (exclude is not None and _selects(exclude, name, module))
+    }
+    for what, selection in (('include', include), ('exclude', exclude)):
+        for pattern in _patterns(selection):
+            _check_pattern(what, pattern, able, skipped)
+    if not chosen:
+        raise ValueError(f'include and exclude leave none of the {len(able)} convolutions that can be harmonic.')
+    if levels is not None and not isinstance(levels, Mapping):
+        raise TypeError(f'levels must map patterns of names to levels, got {levels!r}. level is one for all.')
+    full = {name: full_level(module.kernel_size[0]) for name, module in chosen.items()}
+    top = max(full.values())
+    patterns: dict[str, int] = {}
+    for pattern, value in (levels or {}).items():
+        _check_pattern('levels', pattern, chosen, skipped)
+        patterns[pattern] = check_level(value, top, f'levels: {pattern!r}')
+    common = check_level(level, top)
+    of_layer = {n: next((v for pattern, v in patterns.items() if fnmatchcase(n, pattern)), common) for n in chosen}
+    return {name: min(value, full[name]) for name, value in of_layer.items()}
+
+
+def _patterns(selection: Selection | None) -> Sequence[str]:
+    if selection is None or callable(selection):
+        return ()
+    return (selection,) if isinstance(selection, str) else selection
+
+
+def _selects(selection: Selection, name: str, module: nn.Module) -> bool:
+    if callable(selection):
+        return bool(selection(name, module))
+    return any(fnmatchcase(name, pattern) for pattern in _patterns(selection))
+
+
+def _check_pattern(what: str, pattern: str, able: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> None:
+    if any(fnmatchcase(name, pattern) for name in able):
+        return
+    for name, reason in skipped.items():
+        if reason and fnmatchcase(name, pattern):
+            raise ValueError(f'{what}: {pattern!r} matches only convolutions that stay plain: {name}, {reason}.')
+    names = list(able)
+    raise ValueError(
+        f'{what}: {pattern!r} matches none of the {len(names)} convolutions, {names[0]!r} to {names[-1]!r}. '
+        "A pattern has to match the whole name, as 'layer1.*'."
+    )
+
+
+def record_options(model: Any) -> nn.Module:
+    """Records in a network of timm that it is `harmonized` now, with the options to build it anew; returns it.
+
+    A network that timm did not build stays as it is.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if not isinstance(cfg, dict) or not cfg.get('architecture'):
+        return model
+    args = get_model_args(model)
+    if cfg['architecture'] != ARCHITECTURE:
+        args = dict(base_model=cfg['architecture'], **args)
+        model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=ARCHITECTURE)
+    for option in ('level', 'levels', 'include', 'exclude', 'normalization'):
+        args.pop(option, None)
+    layers = harmonic_layers(model)
+    full = {name: full_level(layer.kernel_size[0]) for name, layer in layers.items()}
+    lowered = {name: layer.level for name, layer in layers.items() if layer.level < full[name]}
+    if lowered:
+        common = max(lowered.values())
+        if all(layer.level == min(common, full[name]) for name, layer in layers.items()):
+            args['level'] = common
+        else:
+            args['levels'] = {name: lowered.get(name) for name in layers}
+    if '' in reasons_to_skip(model).values():  # others could be harmonic, and are not
+        args['include'] = list(layers)
+    if (normalization := next(iter(layers.values())).normalization) != 'l1':
+        args['normalization'] = normalization
+    model._model_args = args
+    return model

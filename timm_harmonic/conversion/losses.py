@@ -1,0 +1,121 @@
+"""What each level would cost each layer of a network: by its filters, or by what it does with images."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import HarmonicLayer, dct_frequencies
+from .convolutions import harmonic_layers
+from .energy import at_level, energy_of
+
+# For each layer by name: the share of its energy that each possible level loses, from the present level downwards.
+Losses = dict[str, dict[int, float]]
+
+
+def losses_by_filters(model: nn.Module) -> Losses:
+    """Share of the energy of each harmonic layer's filters that each level loses; 0 at the present level.
+
+    If all filters of a layer are zero, any lower level loses everything. Raises ValueError if weights are not finite.
+    """
+    found = {}
+    for name, layer in harmonic_layers(model).items():
+        energy = energy_of(layer)
+        sums = torch.tensor([i + j for i, j in dct_frequencies(layer.kernel_size[0], layer.level, layer.dc)])
+        levels = range(layer.level, 0 if layer.dc else 1, -1)
+        lost = {level: float(energy[sums >= level].sum()) for level in levels}
+        total = float(energy.sum())
+        found[name] = _check_finite(
+            name, {level: part / total if total else float(level < layer.level) for level, part in lost.items()}
+        )
+    return found
+
+
+def losses_by_images(model: nn.Module, data: Iterable[Any]) -> Losses:
+    """Share of each harmonic layer's output on images that becomes error, at each level.
+
+    Each layer gets its complete input, so this is the error that the layer itself makes. A frequency that is rare in
+    the input, or that cancels between channels, counts for little. With the error e and the complete output y, the
+    ratio E[e^2] / Var[y] is averaged over output channels, because normalisation divides each by its own deviation, and
+    brought into [0, 1) as ratio / (1 + ratio). The network is in evaluation meanwhile. A layer that no image reaches is
+    judged by its filters.
+
+    `data` are batches of images (B, C, H, W), alone or first in a tuple or list. Raises ValueError if there are none,
+    or if outputs are not finite.
+    """
+    layers, found = harmonic_layers(model), losses_by_filters(model)
+    lower = {
+        name: {level: at_level(layers[name], level).eval() for level in of if level < layers[name].level}
+        for name, of in found.items()
+    }
+    outputs = {name: _Moments() for name in layers}
+    errors = {name: {level: _Moments() for level in of} for name, of in lower.items()}
+
+    def watch(name: str) -> Any:
+        def hook(layer: HarmonicLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[name].add(output)
+            for level, truncated in lower[name].items():
+                errors[name][level].add(output - truncated(inputs[0]))
+
+        return hook
+
+    parameter = next(model.parameters())
+    with _evaluating(model), torch.no_grad():
+        handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+        try:
+            for batch in data:
+                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                model(images.to(parameter))
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not any(output.count for output in outputs.values()):
+        raise ValueError('data have no batches: give at least one batch of images.')
+    for name, output in outputs.items():
+        if not output.count:
+            continue
+        variance = output.variance()
+        alive = variance > 1e-12 * variance.max()  # a channel that is constant has nothing to lose
+        for level, error in errors[name].items() if alive.any() else ():
+            ratio = float((error.square[alive] / variance[alive]).mean())
+            found[name][level] = ratio / (1 + ratio)
+        _check_finite(name, {**found[name], 0: float(variance.max())})
+    return found
+
+
+class _Moments:
+    """Mean and mean square of each channel, (C,) in float64, over everything that was added."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, responses: Tensor) -> None:
+        values = responses.transpose(0, 1).flatten(1)  # (C, B * H * W)
+        variance, mean = torch.var_mean(values.to(torch.promote_types(values.dtype, torch.float32)), 1, correction=0)
+        variance, mean = variance.cpu().double(), mean.cpu().double()
+        self.count += values.shape[1]
+        share = values.shape[1] / self.count
+        self.mean = self.mean + (mean - self.mean) * share
+        self.square = self.square + (variance + mean.square() - self.square) * share
+
+    def variance(self) -> Tensor:
+        return (self.square - self.mean.square()).clamp_min(0)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_finite(name: str, losses: dict[int, float]) -> dict[int, float]:
+    if not torch.tensor(list(losses.values())).isfinite().all():
+        raise ValueError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')
+    return losses

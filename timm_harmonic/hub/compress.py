@@ -1,0 +1,214 @@
+"""Any convolutional network of timm made harmonic, truncated, and written as a folder: `timm-harmonic compress`."""
+
+import importlib.util
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.models import parse_model_name
+from timm.utils import AverageMeter, accuracy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from ..conversion.convolutions import harmonic_layers
+from ..conversion.figure import draw
+from ..conversion.harmonize import ARCHITECTURE, Selection, harmonize
+from ..conversion.losses import Losses, losses_by_filters
+from ..conversion.report import HarmonicReport, harmonic_report
+from ..conversion.truncate import choose_levels, parameters_of, truncate
+from ..models.checkpoints import CheckpointError, check_fit, read_checkpoint, rename_keys, unwrap
+from .folder import check_new, next_step, write_folder
+from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
+
+_POINTS = 40  # of the curve of parameters against energy
+
+
+def compress(
+    model_name: str,
+    out: Path,
+    *,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    normalization: str = 'l1',
+    data: Path | None = None,
+    batches: int = 8,
+    batch_size: int = 32,
+    evaluate: Path | None = None,
+    split: str = 'validation',
+    data_config: dict[str, Any] | None = None,
+    repo_id: str = '',
+    license: str = '',
+    **amount: Any,
+) -> HarmonicReport:
+    """Makes a network harmonic, truncates it, and writes the folder of a Hub repository with a report.
+
+    Options are those of `timm-harmonic compress`; `amount` is what `truncate` takes of them. `data_config` says how to
+    prepare images, by timm's names (img_size, mean, std, crop_pct, interpolation), where the network's config or its
+    training run should not decide. Returns the report. Raises HubError if options contradict each other or the folder
+    cannot be written, CheckpointError if the checkpoint does not fit, ValueError if `harmonize` or `truncate` refuses.
+    """
+    check_new(out)
+    if importlib.util.find_spec('matplotlib') is None:
+        raise HubError('the picture needs matplotlib: pip install matplotlib')
+    with tqdm(total=7, desc='build', unit='step', leave=False) as steps:
+        source, plain = _load(model_name, checkpoint, pretrained, model_kwargs or {})
+        next_step(steps, 'harmonize')
+        whole = harmonize(plain, include=include, exclude=exclude, normalization=normalization)
+        whole.to(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
+        next_step(steps, 'truncate')
+        config = _data_config(whole, {**source.run, **(data_config or {})})
+        images = None if data is None else _calibration(_loader(whole, data, 'train', batch_size, config), batches)
+        small = truncate(whole, **amount, data=images)
+        next_step(steps, 'evaluate')
+        measured = {}
+        if evaluate is not None:
+            for when, model in (('before', whole), ('after', small)):
+                measured[when] = _evaluate(model, _loader(model, evaluate, split, batch_size, config))
+        report = harmonic_report(small)
+        record = dict(
+            timm_harmonic=version('timm-harmonic'),
+            torch=torch.__version__,
+            timm=timm.__version__,
+            source=source.file or source.base,
+            options={name: value for name, value in amount.items() if value is not None},
+            weighed_by='filters' if data is None else f'outputs on {batches} batches of {batch_size} images',
+            accuracy=measured,
+            report=report.to_dict(),
+        )
+
+        def add_report(folder: Path) -> None:
+            (folder / 'compression.json').write_text(json.dumps(record, indent=1) + '\n')
+            (folder / 'compression.md').write_text(_page(record, report))
+            _picture(folder / 'compression.png', report, losses_by_filters(whole), whole, small)
+
+        license = license or plain.pretrained_cfg.get('license') or 'other'
+        about: dict[str, Any] = dict(repo_id=repo_id, license=license)
+        write_folder(small.cpu(), out, source, steps, data_config=config, add=add_report, **about)
+    return report
+
+
+def _load(model_name: str, path: Path | None, pretrained: bool, kwargs: dict[str, Any]) -> tuple[Provenance, nn.Module]:
+    """Where the weights of the network to compress come from, and the network, in evaluation."""
+    if path is not None:
+        return _load_checkpoint(model_name, path, kwargs)
+    elsewhere = parse_model_name(model_name)[0] is not None
+    model = timm.create_model(model_name, pretrained=pretrained or elsewhere, **kwargs).eval()
+    if elsewhere:
+        return Provenance(base=model_name), model
+    name = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
+    return Provenance(base=f"{name} (timm's weights)" if pretrained else f'{name}, not trained'), model
+
+
+def _load_checkpoint(model_name: str, path: Path, kwargs: dict[str, Any]) -> tuple[Provenance, nn.Module]:
+    content = read_checkpoint(path)
+    state = rename_keys(unwrap(content), key_names(model_name) or {})
+    source = provenance_of(path, content, model_name, None)
+    with torch.device('meta'):
+        model = timm.create_model(model_name, **{**(source.run.get('model_kwargs') or {}), **kwargs})
+    _refuse_coefficients(path, state, model_name, model)
+    if not harmonic_layers(model):  # timm would say less about what does not fit
+        check_fit(state, model, model.pretrained_cfg['classifier'], model.pretrained_cfg['first_conv'])
+    return source, build_loaded(model_name, state, source, kwargs)
+
+
+def _refuse_coefficients(path: Path, state: dict[str, Any], model_name: str, model: nn.Module) -> None:
+    """Refuses a harmonic network's parameters for a plain one."""
+    for name, module in model.named_modules():
+        weight = state.get(f'{name}.weight')
+        if not isinstance(module, nn.Conv2d) or not isinstance(weight, Tensor) or weight.ndim != 4:
+            continue
+        if module.kernel_size != (1, 1) and weight.shape[3] == 1 and weight.shape[2:] != module.kernel_size:
+            raise CheckpointError(
+                f'{path} holds coefficients of a harmonic network ({name}.weight, {tuple(weight.shape)}), but '
+                f'{model_name} is plain: give the name it was trained as, {ARCHITECTURE} with --model-kwargs '
+                f'base_model={model_name}, or local-dir: and its folder.'
+            )
+
+
+def _data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """How to prepare images for a network. A mean and deviation of other channels become their averages."""
+    config = resolve_data_config(dict(given, in_chans=model.in_chans), model=model)
+    channels = config['input_size'][0]
+    for key in ('mean', 'std'):
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any]) -> Any:
+    """timm's loader of an image folder, with the transforms of the network's evaluation."""
+    if not folder.is_dir():
+        raise HubError(f'{str(folder)!r} is no folder of images.')
+    mode = {1: 'L', 3: 'RGB'}.get(config['input_size'][0])
+    if mode is None:
+        raise HubError(f'images of {config["input_size"][0]} channels cannot be read from {str(folder)!r}.')
+    dataset = create_dataset('', str(folder), split=split, input_img_mode=mode)
+    classes = len(getattr(dataset.reader, 'class_to_idx', ()))
+    if classes > model.num_classes:
+        raise HubError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
+    images = {key: config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
+    here = dict(num_workers=0, use_prefetcher=False, persistent_workers=False, device=next(model.parameters()).device)
+    return create_loader(dataset, config['input_size'], batch_size, **images, **here)
+
+
+def _calibration(loader: Any, batches: int) -> tqdm:
+    """Batches of images drawn at random, but always the same ones."""
+    dataset, size = loader.dataset, loader.batch_size
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    chosen = DataLoader(Subset(dataset, order[: batches * size].tolist()), size)
+    return tqdm(chosen, desc='weigh', unit='batch', leave=False)
+
+
+@torch.inference_mode()
+def _evaluate(model: nn.Module, loader: Any) -> dict[str, float]:
+    """Accuracies in percent, of one crop."""
+    model.eval()
+    device = next(model.parameters()).device
+    meters = {k: AverageMeter() for k in (1, 5) if k <= model.num_classes}
+    for images, labels in tqdm(loader, desc='evaluate', unit='batch', leave=False):
+        found = accuracy(model(images.to(device)), labels.to(device), topk=tuple(meters))
+        for meter, value in zip(meters.values(), found, strict=True):
+            meter.update(value.item(), len(labels))
+    return {f'top{k}': meter.avg for k, meter in meters.items()}
+
+
+def _page(record: dict[str, Any], report: HarmonicReport) -> str:
+    """compression.md: what was done, the accuracies, and the report."""
+    options = ', '.join(f'{key}={value}' for key, value in record['options'].items())
+    lines = [
+        f'# Compression of {report.model}',
+        '',
+        f'Weights: {record["source"]}. {options}; frequencies weighed by {record["weighed_by"]}. Multiply-adds are '
+        'those of the plain network.',
+        '',
+    ]
+    if accuracies := record['accuracy']:
+        lines += ['| accuracy, %, measured | before | after |', '|---|---|---|']
+        lines += [f'| {k} | {v:.2f} | {accuracies["after"][k]:.2f} |' for k, v in accuracies['before'].items()]
+        lines += ['', 'Before any fine-tuning.', '']
+    return '\n'.join([*lines, report.to_markdown()])
+
+
+def _picture(path: Path, report: HarmonicReport, losses: Losses, whole: nn.Module, small: nn.Module) -> None:
+    """compression.png: the levels chosen, and the mean energy kept at other budgets."""
+
+    def mean_kept(levels: dict[str, int]) -> float:
+        return 1 - sum(losses[name][level] for name, level in levels.items()) / len(levels)
+
+    levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
+    present = parameters_of(whole, {})
+    least = parameters_of(whole, {name: min(of) for name, of in losses.items()})
+    curve = {}
+    for budget in {least + round((present - least) * i / (_POINTS - 1)) for i in range(_POINTS)}:
+        chosen = choose_levels(whole, losses, budget)
+        curve[parameters_of(whole, chosen)] = mean_kept(chosen)
+    title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
+    draw(path, title, losses, levels, sorted(curve.items()), (report.parameters, mean_kept(levels)))

@@ -1,0 +1,149 @@
+"""The folder of a Hub repository, from a checkpoint or a network."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+from timm.models import save_for_hf
+from torch import nn
+from tqdm import tqdm
+
+from ..models.checkpoints import read_checkpoint, rename_keys, unwrap
+from ..models.download import ORGANISATION, WEIGHTS_NAME
+from ..models.weights import TAG
+from .card import model_card
+from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
+
+LICENSE = 'bsd-3-clause'
+
+REQUIRED = (WEIGHTS_NAME, 'config.json', 'README.md')
+_OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # in a run's folder, in a repository
+_REPORTS = ('compression.json', 'compression.md', 'compression.png')  # of a compressed network
+FILES = (*REQUIRED, *_OF_RUN.values(), *_REPORTS)
+
+
+def convert(
+    checkpoint: Path,
+    model_name: str,
+    out: Path,
+    *,
+    repo_id: str = '',
+    use_ema: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+    class_names: list[str] | None = None,
+    license: str = LICENSE,
+    dataset: str = '',
+) -> list[Path]:
+    """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
+
+    Options are those of `timm-harmonic convert`. Returns the files written. Raises HubError if the options contradict
+    each other, or the folder does not give the source's outputs; CheckpointError if the checkpoint cannot be read or
+    does not fit; FileNotFoundError if there is none.
+    """
+    names = key_names(model_name) if ':' in model_name or timm.is_model(model_name) else None
+    if names is None:
+        raise HubError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
+    check_new(out)
+    with tqdm(total=4, desc='read', unit='step', leave=False) as steps:
+        content = read_checkpoint(checkpoint)
+        state = unwrap(content, use_ema)
+        source = provenance_of(checkpoint, content, model_name, use_ema)
+        next_step(steps, 'build')
+        model = build_loaded(model_name, rename_keys(state, names), source, model_kwargs or {})
+        if source.url:
+            class_names, dataset = ImageNetInfo().label_names(), dataset or 'imagenet-1k'
+            repo_id = repo_id or f'{ORGANISATION}/{model_name}.{TAG}'
+
+        def add_run(folder: Path) -> None:
+            for theirs, ours in _OF_RUN.items():
+                if source.run and (checkpoint.parent / theirs).is_file():
+                    shutil.copyfile(checkpoint.parent / theirs, folder / ours)
+
+        about: dict[str, Any] = dict(repo_id=repo_id, class_names=class_names, license=license, dataset=dataset)
+        return write_folder(model, out, source, steps, add=add_run, **about)
+
+
+def check_new(out: Path) -> None:
+    """Refuses a folder with files in it, or what is no folder, by a HubError."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise HubError(f'{str(out)!r} exists and is not an empty folder: name another.')
+
+
+def next_step(steps: tqdm, what: str) -> None:
+    """Moves a progress bar to its next step."""
+    steps.set_description(what)
+    steps.update()
+
+
+def write_folder(
+    model: nn.Module,
+    out: Path,
+    source: Provenance,
+    steps: tqdm,
+    *,
+    repo_id: str = '',
+    class_names: list[str] | None = None,
+    license: str = LICENSE,
+    dataset: str = '',
+    data_config: dict[str, Any] | None = None,
+    add: Callable[[Path], None] = lambda folder: None,
+) -> list[Path]:
+    """Writes the folder of a Hub repository from a network, loads it again and compares the outputs.
+
+    In the end the folder is there as a whole, or not at all. `data_config` says how to prepare images, by timm's names
+    (as the training run did if None), `add` writes more files, and the progress bar moves by three. Returns the files.
+    Raises HubError if the folder is not new, or does not give the network's outputs.
+    """
+    check_new(out)
+    if class_names is not None and len(class_names) != model.num_classes:
+        raise HubError(f'{len(class_names)} class names for {model.num_classes} classes.')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        next_step(steps, 'write')
+        _save(model, folder, license, class_names, source.run if data_config is None else data_config)
+        add(folder)
+        next_step(steps, 'compare')
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        _compare(model, loaded)
+        model_card(loaded, repo_id or f'{ORGANISATION}/{out.name}', source, license, dataset).save(folder / 'README.md')
+        steps.update()
+        if out.exists():
+            out.rmdir()  # it is empty
+        folder.rename(out)
+    return sorted(out.iterdir())
+
+
+def _save(
+    model: nn.Module, folder: Path, license: str, class_names: list[str] | None, data_config: dict[str, Any]
+) -> None:
+    model_config = dict(label_names=class_names, pretrained_cfg=dict(license=license))
+    save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=data_config)
+    # timm writes num_classes at the top and among model_args; transformers does not take the latter.
+    path = folder / 'config.json'
+    config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)
+    path.write_text(json.dumps(config, indent=2))
+
+
+@torch.inference_mode()
+def _compare(model: nn.Module, loaded: nn.Module) -> None:
+    """Raises unless the folder's network gives the source's outputs on random images, up to float32 rounding."""
+    images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    expected, found = model(images), loaded(images)
+    if not expected.isfinite().all():
+        raise HubError('the checkpoint gives outputs that are not finite.')
+    if expected.shape != found.shape:
+        raise HubError(f'the folder gives outputs of shape {tuple(found.shape)}, not {tuple(expected.shape)}.')
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
+    if error > 1e-6:
+        raise HubError(
+            f'the folder gives other outputs than the checkpoint: they differ by {error:.1e} of the largest.'
+        )

@@ -1,0 +1,139 @@
+"""What both harmonic layers share: nn.Conv2d's arguments, the coefficients and the basis that they refer to."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .compose import format_of
+from .dct import check_level, dct_basis, dct_frequencies, full_level
+
+IntPair = int | tuple[int, int]
+
+_FEW_CHANNELS = 16  # of a filter
+# The arguments of nn.Conv2d that it stores under the same names.
+_CONV_ARGS = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
+
+
+def conv_args(conv: nn.Module) -> dict[str, Any]:
+    """Arguments that give another convolution, plain or harmonic, this one's geometry, device and dtype."""
+    args = {name: getattr(conv, name) for name in _CONV_ARGS}
+    return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
+
+
+class HarmonicLayer(nn.Module):
+    """Arguments, coefficients and basis of a harmonic layer; subclasses say what is convolved."""
+
+    if TYPE_CHECKING:  # TorchScript would take an annotated bias for optional
+        weight: Tensor
+        bias: Tensor | None
+        basis: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntPair,
+        stride: IntPair = 1,
+        padding: str | IntPair = 0,
+        dilation: IntPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = 'zeros',
+        level: int | None = None,
+        dc: bool = True,
+        normalization: str = 'l1',
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):
+            if channels < 1:
+                raise ValueError(f'{name} must be at least 1, got {channels}.')
+        mode: Any = padding_mode
+        # nn.Conv2d checks and completes its own arguments. On the meta device it allocates nothing.
+        conv: Any = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, mode, 'meta'
+        )
+        for name in (*_CONV_ARGS, 'output_padding', '_reversed_padding_repeated_twice'):
+            setattr(self, name, getattr(conv, name))
+        side, width = conv.kernel_size
+        if side != width:
+            raise ValueError(f'harmonic filters are square, got kernel_size={kernel_size!r}.')
+        self.level = check_level(level, full_level(side))
+        self.dc = dc
+        self.normalization = normalization
+        # Share of the filters' energy that truncation left. Conversions set it; unknown for new or loaded coefficients.
+        self.energy_kept: float | None = None
+
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        count = len(dct_frequencies(side, level, dc))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
+        self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
+        self.register_buffer('basis', None, persistent=False)
+        self.init_non_persistent_buffers()
+        self._add_norm()
+        self.reset_parameters()
+
+    def _add_norm(self) -> None:
+        """Adds the module that normalises responses, in a layer that has one."""
+
+    def reset_parameters(self) -> None:
+        """Initialises the coefficients and the bias."""
+        raise NotImplementedError
+
+    def init_non_persistent_buffers(self) -> None:
+        """Builds the basis anew on the coefficients' device, in the precision that filters are composed in."""
+        self.basis = self.basis_for(self.weight)
+
+    def basis_for(self, weight: Tensor) -> Tensor:
+        """Basis (P, k, k) on a weight's device and in its precision, but never below float32.
+
+        It is float64 if a filter has few channels, on devices that have float64: in so short a sum the rounding of the
+        filters would show, and there are few coefficients.
+        """
+        few = weight.shape[1] <= _FEW_CHANNELS and weight.device.type != 'mps'
+        dtype = torch.promote_types(weight.dtype, torch.float64 if few else torch.float32)
+        side = self.kernel_size[0]
+        return dct_basis(side, self.level, self.dc, self.normalization, device=weight.device, dtype=dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
+        # A cast would round the basis for good, and to_empty() would lose it.
+        super()._apply(fn, recurse)
+        self.init_non_persistent_buffers()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.energy_kept = None
+        super()._load_from_state_dict(*args, **kwargs)
+        # With assign=True the coefficients may be on another device or in another dtype now.
+        self.init_non_persistent_buffers()
+
+    def coefficients(self) -> Tensor:
+        """Coefficients (O, C / groups, P, 1) of the filters that evaluation uses."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """Arguments that differ from the defaults, in nn.Conv2d's manner."""
+        defaults = dict(level=full_level(self.kernel_size[0]), dc=True, normalization='l1')
+        ours = [f', {k}={getattr(self, k)!r}' for k, default in defaults.items() if getattr(self, k) != default]
+        return nn.Conv2d.extra_repr(cast(nn.Conv2d, self)) + ''.join(ours)
+
+    def _convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """What nn.Conv2d computes, with the filters given."""
+        if self.padding_mode != 'zeros':
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return F.conv2d(x, filters, bias, self.stride, (0, 0), self.dilation, groups)
+        return F.conv2d(x, filters, bias, self.stride, self.padding, self.dilation, groups)
+
+    def _to_conv2d(self, filters: Tensor, bias: Tensor | None) -> nn.Conv2d:
+        conv = nn.utils.skip_init(nn.Conv2d, **dict(conv_args(self), bias=bias is not None))
+        with torch.no_grad():
+            conv.weight.copy_(filters)
+            conv.weight.requires_grad_(self.weight.requires_grad)
+            if bias is not None:
+                conv.bias.copy_(bias)
+                conv.bias.requires_grad_((self.weight if self.bias is None else self.bias).requires_grad)
+        return conv.to(memory_format=format_of(self.weight)).train(self.training)

@@ -1,0 +1,207 @@
+"""The harmonic block with normalised responses: the paper's choice for the stem (arXiv:2001.06570).
+
+    y = mix(normalise(respond(x)))
+
+respond() filters every input channel by every DCT function, mix() is a 1 x 1 convolution. The three are linear once the
+statistics of the responses are known, so they are computed as one dense convolution wherever that is possible.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import HarmonicLayer
+from .compose import compose, outside_autocast
+
+# Responses that are computed at a time where only their statistics are wanted.
+_PIECE_CPU, _PIECE = 2**19, 2**26
+
+
+def _scale(var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """What normalisation multiplies the responses (C * P,) by."""
+    scale = torch.rsqrt(var.to(dtype) + eps)
+    if gamma is not None:
+        scale = scale * gamma
+    return scale
+
+
+def _times(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
+    """Coefficients (O, I, P, 1) times factors of the responses (C * P,), channel-major."""
+    # (groups, O / groups, I, P) * (groups, 1, I, P)
+    grouped = (groups, -1, weight.shape[1], weight.shape[2])
+    return (weight.reshape(grouped) * factors.reshape(grouped)).reshape(weight.shape)
+
+
+def _fuse_norm(
+    weight: Tensor,
+    basis: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Filters (O, I, k, k) and bias (O,) that equal normalising the responses and mixing them.
+
+    A response r_cn enters the mix as weight_ocn (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn). Statistics,
+    gamma and beta are (C * P,), channel-major. The dtype of basis is the precision of the result.
+    """
+    weight = weight.to(basis.dtype)
+    scale = _scale(var, gamma, eps, basis.dtype)
+    shift = -mean * scale
+    if beta is not None:
+        shift = shift + beta
+    return compose(_times(weight, scale, groups), basis), _times(weight, shift, groups).sum((1, 2, 3))
+
+
+def _in_format_of(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory format of x, so that the next layers run as after a plain convolution."""
+    return y.contiguous() if x.is_contiguous() else y
+
+
+# Leaves for torch.fx: their branches on dtype, device and memory format must not be frozen in a trace.
+torch.fx.wrap('_fuse_norm')
+torch.fx.wrap('_in_format_of')
+
+
+class HarmonicBlock2d(HarmonicLayer):
+    """The paper's harmonic block with normalised responses, its choice for the stem (arXiv:2001.06570).
+
+    Every input channel is filtered by every DCT function. The C * P responses are batch-normalised without affine
+    parameters, then mixed by a 1 x 1 convolution. The layer computes this as one dense convolution with the
+    normalisation fused in: by running statistics in evaluation, by those of the batch in training. If the input needs a
+    gradient in training, it takes the three steps explicitly.
+
+    Takes the arguments of `HarmonicConv2d` and has the same attributes.
+
+    Attributes:
+        weight: Mixing coefficients (O, C / groups, P, 1).
+        bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n.
+
+    Raises:
+        TypeError: If kernel_size or level is not an integer.
+        ValueError: If an argument is out of range, naming it.
+    """
+
+    def _add_norm(self) -> None:
+        dd: dict[str, Any] = {'device': self.weight.device, 'dtype': self.weight.dtype}
+        self.bn: Any = nn.BatchNorm2d(self.in_channels * self.weight.shape[2], affine=False, **dd)
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal over the mix's fan-out, std sqrt(2 / O), as in the authors' code; bias zero."""
+        nn.init.kaiming_normal_(self.weight.flatten(1)[..., None, None], mode='fan_out', nonlinearity='relu')
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.bn.reset_running_stats()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.bn.training and self.has_statistics():
+            filters, bias = self._fused()
+            return self._convolve(x, filters, bias, self.groups)
+        if not torch.jit.is_scripting() and self._can_be_dense(x):
+            return self._convolve(x, *self._fused_by_batch(x), self.groups)
+        responses = self.bn(self.responses(x))
+        y = F.conv2d(responses, self.weight.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
+        return _in_format_of(y, x)
+
+    def responses(self, x: Tensor) -> Tensor:
+        """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation, in channels_last order."""
+        # In this order filtering, normalising and mixing take half the time on a CPU, for a stem with 3 channels.
+        filters = self.basis.to(self.weight.dtype).repeat(self.in_channels, 1, 1).unsqueeze(1)
+        return self._convolve(x.contiguous(memory_format=torch.channels_last), filters, None, self.in_channels)
+
+    def has_statistics(self) -> bool:
+        """Whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
+        return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None
+
+    def coefficients(self) -> Tensor:
+        """Coefficients (O, C / groups, P, 1) of the filters that evaluation uses, normalisation included."""
+        self._check_statistics('weigh frequencies')
+        scale = _scale(self.bn.running_var, self.bn.weight, self.bn.eps, self.basis.dtype)
+        return _times(self.weight.to(scale.dtype), scale, self.groups)
+
+    def filters(self) -> Tensor:
+        """The filters (O, C / groups, k, k) of evaluation, differentiable."""
+        return self._fused()[0]
+
+    def fuse(self) -> nn.Conv2d:
+        """A new nn.Conv2d, with a bias, that computes the same in evaluation. This layer stays as it is.
+
+        Raises:
+            ValueError: If `bn` was replaced by a module without running statistics.
+        """
+        self._check_statistics('fuse')
+        return self._to_conv2d(*self._fused())
+
+    def _check_statistics(self, purpose: str) -> None:
+        if not self.has_statistics():
+            raise ValueError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics.')
+
+    def _fused(self) -> tuple[Tensor, Tensor]:
+        return self._fused_by(self.bn.running_mean, self.bn.running_var)
+
+    def _fused_by(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Filters (O, C / groups, k, k) and bias (O,), with the responses normalised by these statistics."""
+        bn = self.bn
+        filters, bias = _fuse_norm(self.weight, self.basis, mean, var, bn.weight, bn.bias, bn.eps, self.groups)
+        if self.bias is not None:
+            bias = bias + self.bias
+        return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
+
+    @torch.jit.unused
+    def _can_be_dense(self, x: Tensor) -> bool:
+        """Whether training can use one dense convolution: the normalisation is our own, and x needs no gradient."""
+        # With a gradient for x the responses would have to be kept. The explicit form also takes inputs without
+        # statistics: an empty batch, and an image without a batch dimension, which it refuses.
+        if isinstance(x, torch.fx.Proxy) or type(self.bn) is not nn.BatchNorm2d or not self.bn.training:
+            return False
+        return x.ndim == 4 and len(x) > 0 and not x.requires_grad
+
+    @torch.jit.unused
+    def _fused_by_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Filters and bias with this batch's statistics fused in; updates the running ones as nn.BatchNorm2d does."""
+        with outside_autocast(x.device.type):
+            mean, var, count = self._response_statistics(x.to(torch.promote_types(x.dtype, torch.float32)))
+            self._update_running_statistics(mean.detach(), var.detach(), count)
+            return self._fused_by(mean, var)
+
+    def _response_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Mean and biased variance (C * P,) of the responses over batch and positions, and their number.
+
+        Each channel of each image is filtered as an image of its own, a few at a time, and only its statistics are
+        kept. Pieces that fit into the cache take half the time on a CPU, and pieces save memory everywhere.
+        """
+        batch, height, width = x.shape[0], x.shape[2], x.shape[3]
+        functions = self.basis.to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
+        images = x.reshape(-1, 1, height, width)
+        positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
+        # A compiled graph contains every piece, so there they are large.
+        small = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+        piece = _PIECE_CPU if small else _PIECE
+        means, variances, count = [], [], 0
+        for part in images.split(max(1, piece // (positions * len(functions)))):
+            responses = self._convolve(part, functions, None, 1)
+            mean = responses.mean((2, 3), keepdim=True)
+            count = responses.shape[2] * responses.shape[3]
+            means.append(mean.flatten(1))
+            variances.append(torch.linalg.vector_norm(responses.sub_(mean), dim=(2, 3)).square() / count)
+        # (B, C * P), each over equally many responses
+        of_images = torch.cat(means).reshape(batch, -1)
+        mean = of_images.mean(0)
+        within = torch.cat(variances).reshape(batch, -1).mean(0)
+        return mean, within + (of_images - mean).square().mean(0), batch * count
+
+    def _update_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
+        bn = self.bn
+        if count < 2:
+            raise ValueError(f'expected more than 1 response per channel when training, got {count}.')
+        if bn.running_mean is None:
+            return
+        bn.num_batches_tracked.add_(1)
+        # Without momentum: the average over all batches, as a tensor, so that the device is not waited for.
+        factor = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
+        for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
+            running.copy_((1 - factor) * running + factor * new)

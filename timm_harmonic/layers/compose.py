@@ -1,0 +1,55 @@
+"""Filters from coefficients: one matrix product, fast on a CPU, exact under autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compose(coefficients: Tensor, basis: Tensor) -> Tensor:
+    """Filters of coefficients: torch.einsum('oinz,nxy->oixy', coefficients, basis).
+
+    The dtype of basis is the precision of the product, whatever autocast says. Filters (O, I, k, k) have the memory
+    format of the coefficients.
+    """
+    if torch.jit.is_scripting():  # TorchScript cannot switch autocast off
+        return _product(coefficients, basis)
+    with outside_autocast(coefficients.device.type):
+        return _product(coefficients, basis)
+
+
+def _product(coefficients: Tensor, basis: Tensor) -> Tensor:
+    out_channels, in_channels, count = coefficients.shape[:3]
+    side = basis.shape[1]
+    functions = basis.reshape(count, -1)
+    coefficients = coefficients.to(basis.dtype)
+    if not coefficients.is_contiguous():
+        # channels_last is (O, P, I) in memory: (k * k, P) @ (O, P, I) gives the (O, k, k, I) that a convolution wants.
+        filters = functions.t() @ coefficients.squeeze(-1).transpose(1, 2)
+        return filters.reshape(out_channels, side, side, in_channels).permute(0, 3, 1, 2)
+    # A trace must not depend on the number of channels, which it sees as tensors.
+    if not torch.jit.is_tracing() and count <= 25 and out_channels * in_channels % 2 == 0:
+        # With few functions the product is narrow. Two rows at a time take half the time on a CPU.
+        size = functions.shape[1]
+        functions = torch.cat([F.pad(functions, (0, size)), F.pad(functions, (size, 0))])
+    # (O * I, P) @ (P, k * k), or (O * I / 2, 2 * P) @ (2 * P, 2 * k * k)
+    filters = coefficients.reshape(-1, functions.shape[0]) @ functions
+    return filters.reshape(out_channels, in_channels, side, side)
+
+
+def outside_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Context in which autocast is off, on devices that have it (meta has none)."""
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+@torch.compiler.assume_constant_result  # torch.compile before 2.10 cannot trace the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def format_of(weight: Tensor) -> torch.memory_format:
+    """Memory format of a weight: contiguous or channels_last."""
+    return torch.contiguous_format if weight.is_contiguous() else torch.channels_last

@@ -1,0 +1,133 @@
+"""The harmonic convolution. Its filters are learned combinations of fixed DCT functions (arXiv:2001.06570):
+
+    filters[o, i] = sum_n weight[o, i, n] * basis[n]
+
+`basis` (P, k, k) holds the DCT functions d_n, a level keeps the low frequencies among them, and `weight` (O, I, P, 1)
+is what is learned. With all k * k functions every filter can be written so.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+from .base import HarmonicLayer, conv_args
+from .compose import compose, format_of
+from .dct import project
+
+# Leaves for torch.fx: their branches on dtype, device, memory format and image size must not be frozen in a trace.
+torch.fx.wrap('compose')
+torch.fx.wrap('pad_same')
+
+
+class HarmonicConv2d(HarmonicLayer):
+    """Convolution with filters sum_n weight[o, i, n] d_n over DCT functions d_n (arXiv:2001.06570).
+
+    It equals filtering every input channel by every DCT function and mixing the responses by a 1 x 1 convolution.
+    Input (B, C, H, W), output as nn.Conv2d's, for any H and W.
+
+    A state dict may hold filters (O, C / groups, k, k) of a plain convolution in place of the coefficients. They are
+    projected: exactly if the layer keeps all frequencies, else to the nearest in L2.
+
+    Args:
+        in_channels: Channels of the input, C.
+        out_channels: Channels of the output, O.
+        kernel_size: Side k of the filters, or a pair of equal sides.
+        stride: As in nn.Conv2d.
+        padding: As in nn.Conv2d, 'same' and 'valid' included.
+        dilation: As in nn.Conv2d.
+        groups: As in nn.Conv2d.
+        bias: Whether to add a learned bias.
+        padding_mode: As in nn.Conv2d.
+        level: The paper's lambda: keep the frequencies with i + j < level. None keeps all k * k.
+        dc: Whether to keep the constant function.
+        normalization: 'l1' (the authors') or 'ortho'.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Attributes:
+        weight: Coefficients (O, C / groups, P, 1).
+        bias: (O,) or None.
+        basis: DCT functions (P, k, k), a buffer that is in no state dict.
+        level: The paper's lambda as an integer, 2k - 1 for all frequencies.
+
+    Raises:
+        TypeError: If kernel_size or level is not an integer.
+        ValueError: If an argument is out of range, naming it.
+    """
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal over fan-out, std sqrt(2 / (O * P)), as in the authors' code; bias zero."""
+        nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def filters(self) -> Tensor:
+        """The filters (O, C / groups, k, k), differentiable, in the coefficients' dtype."""
+        return compose(self.weight, self.basis).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.filters(), self.bias, self.groups)
+
+    def fuse(self) -> nn.Conv2d:
+        """A new nn.Conv2d that computes the same. This layer stays as it is."""
+        return self._to_conv2d(self.filters(), self.bias)
+
+    @classmethod
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        level: int | None = None,
+        dc: bool = True,
+        normalization: str = 'l1',
+    ) -> 'HarmonicConv2d':
+        """A harmonic layer with the filters of a convolution: exact with all frequencies, else the nearest in L2.
+
+        Args:
+            conv: Convolution with square filters. It stays as it is.
+            level: The paper's lambda, None for all frequencies.
+            dc: Whether to keep the constant function.
+            normalization: 'l1' or 'ortho'.
+
+        Returns:
+            Layer on conv's device, with its dtype, training flag and requires_grad.
+
+        Raises:
+            TypeError: If level is not an integer.
+            ValueError: If the filters are not square, or an argument is out of range.
+        """
+        layer = nn.utils.skip_init(cls, **conv_args(conv), level=level, dc=dc, normalization=normalization)
+        with torch.no_grad():
+            layer.weight.copy_(project(conv.weight, layer.basis))
+            layer.weight.requires_grad_(conv.weight.requires_grad)
+            if conv.bias is not None:
+                layer.bias.copy_(conv.bias)
+                layer.bias.requires_grad_(conv.bias.requires_grad)
+        return layer.to(memory_format=format_of(conv.weight)).train(conv.training)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        filters = state_dict.get(f'{prefix}weight')
+        if filters is not None and filters.shape[2:] == self.kernel_size and self.kernel_size != (1, 1):
+            coefficients = project(filters.detach(), self.basis_for(filters)).to(filters.dtype)
+            state_dict = {**state_dict, f'{prefix}weight': coefficients}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class HarmonicConv2dSame(HarmonicConv2d):
+    """`HarmonicConv2d` with the dynamic padding of timm's Conv2dSame, as in networks that come from TensorFlow.
+
+    It pads by the size of its input, so that ceil(size / stride) positions come out.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return self._convolve(x, self.filters(), self.bias, self.groups)
+
+    def fuse(self) -> Conv2dSame:
+        """A new Conv2dSame of timm that computes the same. This layer stays as it is."""
+        conv = super().fuse()
+        args = {key: value for key, value in conv_args(conv).items() if key != 'padding_mode'}
+        same = Conv2dSame(**dict(args, bias=False, device='meta'))
+        same.weight, same.bias = conv.weight, conv.bias
+        return same.train(conv.training)

@@ -1,0 +1,162 @@
+"""Downloads of weights: from the Hugging Face Hub and from a url, checked before they are used."""
+
+import contextlib
+import os
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlparse
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils.sha import sha_fileobj
+
+from .checkpoints import CheckpointError, StateDict, first_line, read_checkpoint
+
+# Our organisation on the Hugging Face Hub. The environment can name a mirror before the package is imported.
+ORGANISATION = os.environ.get('TIMM_HARMONIC_HUB_ORG') or 'timm-harmonic'
+WEIGHTS_NAME = 'model.safetensors'
+
+_PIN = re.compile(r'sha256:([0-9a-f]{64})')
+_TIMEOUT = 10.0  # seconds without an answer from a server
+
+
+def pinned_sha256(notes: str | tuple[str, ...] | None) -> str | None:
+    """The SHA-256 that a config's notes pin the Hub's file to, as `sha256:` and 64 hex digits; None without a pin."""
+    found = _PIN.search('\n'.join([notes] if isinstance(notes, str) else notes or ()))
+    return found and found.group(1)
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    with open(path, 'rb') as file:
+        return sha_fileobj(file).hex()
+
+
+def released_digits(name: str) -> str:
+    """The hex digits in a file's name or url that begin its SHA-256, as NAME-DIGITS.pth; empty without them."""
+    found = re.search(r'-([0-9a-f]{8,})\.', os.path.basename(name))
+    return found.group(1) if found else ''
+
+
+CacheDir = str | Path | None  # None stands for the Hub's and torch.hub's own folders
+
+
+def hub_cache(cache_dir: CacheDir) -> str:
+    """Folder where the Hub's files are kept."""
+    return os.fspath(cache_dir or huggingface_hub.constants.HF_HUB_CACHE)
+
+
+def url_cache(cache_dir: CacheDir) -> str:
+    """Folder where files of a url are kept."""
+    return os.fspath(cache_dir or os.path.join(torch.hub.get_dir(), 'checkpoints'))
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in a few words: the Hub's own messages are several paragraphs long."""
+    short = {
+        'GatedRepoError': 'gated: ask for access',
+        'RepositoryNotFoundError': 'no such repository, or no access to it',
+        'RemoteEntryNotFoundError': f'{WEIGHTS_NAME} is not in the repository',
+    }
+    return short.get(type(error).__name__) or first_line(error)
+
+
+def from_hub(hub_id: str, filename: str | None, pin: str | None, cache_dir: CacheDir) -> StateDict:
+    """A checkpoint of a repository `organisation/name` or `organisation/name@revision`.
+
+    Raises RepositoryNotFoundError and EntryNotFoundError as the Hub's client does, CheckpointError if the file is not
+    what it should be (it does not stay in the cache), RuntimeError if the download breaks off or cannot be kept.
+    """
+    repo_id, _, revision = hub_id.partition('@')
+    own = repo_id.startswith(f'{ORGANISATION}/')
+    if own and filename not in (None, WEIGHTS_NAME):
+        raise CheckpointError(f'{filename!r} of {repo_id} was not loaded: only {WEIGHTS_NAME} is taken from there.')
+    try:
+        path = _download_from_hub(repo_id, filename or WEIGHTS_NAME, revision or None, cache_dir)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        if own or filename:
+            raise
+        path = _download_from_hub(repo_id, 'pytorch_model.bin', revision or None, cache_dir)
+    try:
+        if pin and (found := sha256_of(path)) != pin:
+            raise CheckpointError(f'the SHA-256 of {path!r} is {found}, but {pin} is pinned.')
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        revision = os.path.basename(os.path.dirname(path))
+        huggingface_hub.scan_cache_dir(hub_cache(cache_dir)).delete_revisions(revision).execute()
+        raise CheckpointError(f'{repo_id} on the Hugging Face Hub: {error} {_whether_removed(path)}') from error
+
+
+def _download_from_hub(repo_id: str, filename: str, revision: str | None, cache_dir: CacheDir) -> str:
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+        if not isinstance(cached, str):
+            _ask_once(repo_id, filename, revision)
+        return huggingface_hub.hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
+    except (EntryNotFoundError, HfHubHTTPError):
+        raise
+    except Exception as error:  # whichever HTTP library the Hub's client uses
+        raise RuntimeError(
+            f'{filename} of {repo_id} could not be downloaded into {hub_cache(cache_dir)}: {type(error).__name__}: '
+            f'{first_line(error)} Nothing was kept; try again. To use another folder, pass cache_dir= or set the '
+            'environment variable HF_HOME.'
+        ) from error
+
+
+def _ask_once(repo_id: str, filename: str, revision: str | None) -> None:
+    """Asks the Hub for a file before it is downloaded, so that without a network the answer comes soon.
+
+    The client itself tries six times, with a minute for each.
+    """
+    url = huggingface_hub.hf_hub_url(repo_id, filename, revision=revision)
+    try:
+        huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT)
+    except HfHubHTTPError as error:
+        if error.response is None or error.response.status_code not in (429, 500, 502, 503, 504):
+            raise
+    except Exception as error:
+        raise LocalEntryNotFoundError(
+            f'{huggingface_hub.constants.ENDPOINT} cannot be reached ({type(error).__name__}: {first_line(error)})'
+        ) from error
+
+
+def _whether_removed(path: str) -> str:
+    return f'Remove {path}.' if os.path.exists(path) else 'It was removed from the cache.'
+
+
+def from_url(url: str, cache_dir: CacheDir) -> StateDict:
+    """A checkpoint from a url, kept under its name. A hash in the name must begin the content's SHA-256.
+
+    Raises OSError if it cannot be downloaded, CheckpointError if it is not what it should be (it is not kept).
+    """
+    name = os.path.basename(urlparse(url).path)
+    path = os.path.join(url_cache(cache_dir), name)
+    digits = released_digits(name)
+    if not os.path.exists(path):
+        _download_from_url(url, path, digits)
+    try:
+        if not sha256_of(path).startswith(digits):
+            raise CheckpointError(f'{path!r} is not the file that its name says: it has another SHA-256.')
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        with contextlib.suppress(OSError):  # a cache that is read-only
+            os.remove(path)
+        raise CheckpointError(f'{error} {_whether_removed(path)}') from error
+
+
+def _download_from_url(url: str, path: str, digits: str) -> None:
+    if huggingface_hub.is_offline_mode():
+        raise ConnectionError('HF_HUB_OFFLINE is set')
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    waiting = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT)  # torch.hub itself waits for an answer without end
+    try:
+        torch.hub.download_url_to_file(url, path, hash_prefix=digits or None)
+    except RuntimeError as error:
+        raise CheckpointError(f'{url} was refused and is not cached: {error}.') from error
+    finally:
+        socket.setdefaulttimeout(waiting)

@@ -1,0 +1,105 @@
+"""Harmonic VGG (Ulicny, Krylov, Dahyot, arXiv:2001.06570)."""
+
+from functools import partial
+from typing import Any
+
+from timm.models import generate_default_cfgs
+from timm.models.vgg import VGG, cfgs
+from torch import nn
+
+from .checkpoints import convert_state_dict
+from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register
+from .paper import paper_cfg
+from .weights import build_model
+
+__all__ = ['HarmonicVGG', 'checkpoint_filter_fn']
+
+
+class HarmonicVGG(VGG):
+    """timm's VGG with harmonic layers in place of its 3 x 3 convolutions.
+
+    The stem is a `HarmonicBlock2d` (normalised responses), every other convolution a `HarmonicConv2d`. The classifier's
+    layers, which timm writes as convolutions, stay plain and start as the authors' linear layers do.
+
+    Args:
+        cfg: Widths and 'M' for pooling, as in timm's VGG.
+        num_classes: Classes, 0 for no classifier.
+        in_chans: Channels of the images.
+        levels: The paper's lambda for the five resolutions, see `HarmonicResNet`. The stem belongs to the first.
+        harmonic_stem: See `HarmonicResNet`, as for harmonic_blocks and normalization.
+        **kwargs: Whatever timm's VGG takes.
+
+    Raises:
+        ValueError: If an option is out of range, naming it.
+        TypeError: If levels has another type, or a keyword is unknown.
+    """
+
+    def __init__(
+        self,
+        cfg: list[Any],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        levels: StageLevels = None,
+        harmonic_stem: bool = True,
+        harmonic_blocks: bool = True,
+        normalization: str = 'l1',
+        **kwargs: Any,
+    ) -> None:
+        check_channels(num_classes, in_chans)
+        resolution_levels = levels_of_stages(levels, cfg.count('M'))
+        super().__init__(cfg, num_classes=num_classes, in_chans=in_chans, **kwargs)
+        for layer in (self.pre_logits.fc1, self.pre_logits.fc2):
+            nn.init.normal_(layer.weight, std=0.01)
+        self.levels = resolution_levels
+        make_network_harmonic(
+            self, 'features.0', self._level_of, harmonic_stem, harmonic_blocks, normalization, within='features.'
+        )
+
+    def _level_of(self, name: str) -> int | None:
+        index = int(name.split('.')[1])
+        return self.levels[sum(end < index for end in self.feature_ends[:-1])]
+
+
+_BN = dict(norm_layer=nn.BatchNorm2d)
+
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    'harm_vgg11': dict(cfg='vgg11'),
+    'harm_vgg11_bn': dict(cfg='vgg11', **_BN),
+    'harm_vgg13': dict(cfg='vgg13'),
+    'harm_vgg13_bn': dict(cfg='vgg13', **_BN),
+    'harm_vgg16': dict(cfg='vgg16'),
+    'harm_vgg16_bn': dict(cfg='vgg16', **_BN),
+    'harm1_vgg16_bn': dict(cfg='vgg16', harmonic_blocks=False, **_BN),
+    'harm_vgg19': dict(cfg='vgg19'),
+    'harm_vgg19_bn': dict(cfg='vgg19', **_BN),
+}
+
+# The authors' names of parameters, as regular expressions, and ours.
+KEY_NAMES = {
+    r'^classifier\.0\.': 'pre_logits.fc1.',
+    r'^classifier\.3\.': 'pre_logits.fc2.',
+    r'^classifier\.6\.': 'head.fc.',
+}
+checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norm='features.1')
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicVGG:
+    args = dict(_ARCHITECTURES[variant], **kwargs)
+    features = dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5))
+    loading: dict[str, Any] = dict(pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features)
+    return build_model(HarmonicVGG, variant, pretrained, model_cfg=cfgs[args.pop('cfg')], **loading, **args)
+
+
+default_cfgs = generate_default_cfgs(
+    {name: paper_cfg(first_conv='features.0', classifier='head.fc') for name in _ARCHITECTURES}
+)
+
+harm_vgg11 = register(_create, 'harm_vgg11', 'Harmonic VGG-11.')
+harm_vgg11_bn = register(_create, 'harm_vgg11_bn', 'Harmonic VGG-11 with batch normalisation.')
+harm_vgg13 = register(_create, 'harm_vgg13', 'Harmonic VGG-13.')
+harm_vgg13_bn = register(_create, 'harm_vgg13_bn', 'Harmonic VGG-13 with batch normalisation.')
+harm_vgg16 = register(_create, 'harm_vgg16', 'Harmonic VGG-16.')
+harm_vgg16_bn = register(_create, 'harm_vgg16_bn', 'Harm-VGG16-BN of the paper.')
+harm1_vgg16_bn = register(_create, 'harm1_vgg16_bn', 'VGG-16 with batch normalisation, harmonic stem only.')
+harm_vgg19 = register(_create, 'harm_vgg19', 'Harmonic VGG-19.')
+harm_vgg19_bn = register(_create, 'harm_vgg19_bn', 'Harmonic VGG-19 with batch normalisation.')

@@ -1,0 +1,74 @@
+"""What the model files share: levels of the stages, which convolutions become harmonic, entry points."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.models import register_model
+from torch import nn
+
+from ..conversion.convolutions import make_harmonic, reasons_to_skip
+from ..layers import check_level, full_level
+
+StageLevels = int | Sequence[int | None] | None  # for all stages, or one a stage; None keeps all frequencies
+
+_TOP = full_level(3)  # the filters of every stage are 3 x 3
+
+
+def levels_of_stages(levels: StageLevels, stages: int) -> tuple[int | None, ...]:
+    """One level per stage, from an option of a network.
+
+    Raises TypeError for another type, ValueError for another number of entries or a level that is out of range.
+    """
+    if levels is None or isinstance(levels, int):
+        entries: Sequence[int | None] = (levels,) * stages
+    elif isinstance(levels, str) or not isinstance(levels, Sequence):
+        raise TypeError(f'levels must be None, an integer, or {stages} of (integer or None), got {levels!r}.')
+    elif len(levels) != stages:
+        raise ValueError(f'levels must have {stages} entries, one a stage, got {len(levels)}: {levels!r}.')
+    else:
+        entries = levels
+    for level in entries:
+        check_level(level, _TOP, f'levels={levels!r}: a level')
+    return tuple(entries)
+
+
+def check_channels(num_classes: int, in_chans: int) -> None:
+    """Raises ValueError for sizes that torch accepts when it builds a network, and fails on later."""
+    if num_classes < 0:
+        raise ValueError(f'num_classes must be 0 (no classifier) or more, got {num_classes}.')
+    if in_chans < 1:
+        raise ValueError(f'in_chans must be at least 1, got {in_chans}.')
+
+
+def make_network_harmonic(
+    model: nn.Module,
+    stem: str,
+    level_of: Callable[[str], int | None],
+    harmonic_stem: bool,
+    harmonic_blocks: bool,
+    normalization: str,
+    within: str = '',
+) -> None:
+    """Makes a newly built network harmonic, in place: the layers start from their own initialisation.
+
+    `stem` names the first convolution, which becomes a `HarmonicBlock2d`, and `level_of` gives a convolution's level by
+    its name. Only names that start with `within` count.
+    """
+    wanted = {
+        name: level_of(name)
+        for name in reasons_to_skip(model)
+        if name.startswith(within) and (harmonic_stem if name == stem else harmonic_blocks)
+    }
+    make_harmonic(model, wanted, normalization, stem=stem)
+
+
+def register(create: Callable[..., nn.Module], name: str, doc: str) -> Callable[..., nn.Module]:
+    """Registers an architecture in timm. Its entry point `name(pretrained=False, **kwargs)` calls create(name, ...)."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = create.__module__  # timm files a model under its module
+    entrypoint.__doc__ = doc
+    return register_model(entrypoint)

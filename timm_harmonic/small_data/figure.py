@@ -1,0 +1,115 @@
+"""The picture of the quickstart: learning curves, and the learned filters of the stem in pixels and by frequency."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..layers import dct_basis, project
+
+# By model: what it is, a colour of Okabe and Ito, which colour-blind readers can tell apart, and a marker.
+_STYLES = {
+    'harm0': ('nothing harmonic', '#404040', 'o'),
+    'harm1': ('stem harmonic', '#0072B2', 's'),
+    'harm': ('all harmonic', '#D55E00', '^'),
+    'harm_ortho': ('all, orthonormal', '#009E73', 'D'),
+}
+_COLUMNS = 8  # filters in a row
+_SHOWN = 32  # filters of a stem
+_FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8}
+_TITLES = (
+    f'{_SHOWN} strongest filters of the stem, of seed 0\nin pixels (red positive, blue negative)',
+    'the same, DCT coefficient magnitude\n(frequency 0, 0 at the top left)',
+    'mean of all\nfilters and seeds',
+)
+
+
+def _coefficients(filters: Tensor) -> np.ndarray:
+    """Orthonormal DCT coefficients (O, k, k) of filters (O, 1, k, k), vertical frequency first."""
+    size = filters.shape[-1]
+    basis = dct_basis(size, normalization='ortho', dtype=filters.dtype)
+    return project(filters, basis).reshape(-1, size, size).numpy()
+
+
+def energy_by_frequency(filters: Tensor) -> np.ndarray:
+    """Share of energy (k, k) at each frequency, in percent, averaged over filters (O, 1, k, k); vertical first."""
+    energy = np.square(_coefficients(filters))
+    return 100 * (energy / energy.sum((1, 2), keepdims=True)).mean(0)
+
+
+def _mosaic(filters: np.ndarray) -> np.ndarray:
+    """Filters (O, k, k), each divided by its largest magnitude, side by side with gaps between them."""
+    filters = filters / np.abs(filters).max((1, 2), keepdims=True)
+    count, size = len(filters), filters.shape[-1]
+    rows = -(-count // _COLUMNS)
+    canvas = np.full((rows * (size + 1) - 1, _COLUMNS * (size + 1) - 1), np.nan)
+    for i, tile in enumerate(filters):
+        top, left = i // _COLUMNS * (size + 1), i % _COLUMNS * (size + 1)
+        canvas[top : top + size, left : left + size] = tile
+    return canvas
+
+
+def _draw_curves(axes: Any, results: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    epochs, seeds, data = results['curve_epochs'], results['options']['seeds'], results['data']
+    for name, model in results['models'].items():
+        meaning, colour, marker = _STYLES[name]
+        curves = np.array(model['curves'])  # (seed, epoch)
+        mean = curves.mean(0)
+        label = f'{name}, {meaning}: {model["accuracy_mean"]:.1f} %'
+        axes.plot(epochs, mean, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=label)
+        if seeds > 1:
+            deviation = curves.std(0, ddof=1)
+            axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+    chance = data['chance']
+    axes.axhline(chance, color='0.5', linestyle=':', linewidth=1)
+    place = dict(textcoords='offset points', ha='right', va='top', color='0.35')
+    axes.annotate('chance', (max(epochs), chance), (0, -2), **place)
+    axes.set(xlabel='epoch', ylabel='test accuracy (%)', xlim=(0, max(epochs) * 1.02), ylim=(0, None))
+    axes.grid(color='0.92')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), fontsize=8, frameon=False)
+    title = f'Which of {len(data["classes"])} photographs is a patch from?\n{data["train_patches"]} training patches, '
+    spread = f'mean and ±1 standard deviation over {seeds} seeds' if seeds > 1 else 'one seed'
+    axes.set_title(f'{title}{data["test_patches"]} test patches\n{spread}', loc='left')
+
+
+def draw(results: dict[str, Any], stems: dict[str, Tensor], path: Path) -> None:
+    """Draws results of `quickstart` as a PNG, with the filters (O, 1, k, k) of fused stems by the model's name."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    count = len(stems)
+    with matplotlib.rc_context(_FONTS):
+        figure = Figure(figsize=(12, max(4.0, 1.3 * count + 0.9)), layout='constrained')
+        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
+        halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.65), wspace=0.03)
+        left, right = halves
+        _draw_curves(left.subplots(), results)
+        grid = right.subplots(count, 3, squeeze=False, width_ratios=(4, 4, 1.35))
+        energies = {name: np.array(results['models'][name]['stem_energy']) for name in stems}
+        # Three decades: below, a frequency plays no part.
+        shared = LogNorm(vmin=0.02, vmax=max(20.0, *(energy.max() for energy in energies.values())), clip=True)
+        for row, (name, filters) in zip(grid, stems.items(), strict=True):
+            strongest = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:_SHOWN]]
+            row[0].imshow(_mosaic(strongest[:, 0].numpy()), cmap='RdBu_r', vmin=-1, vmax=1)
+            row[1].imshow(_mosaic(np.abs(_coefficients(strongest))), cmap='magma_r', vmin=0, vmax=1)
+            image = row[2].imshow(energies[name], cmap='viridis', norm=shared)
+            row[0].set_axis_off()
+            row[1].set_axis_off()
+            ticks = range(0, filters.shape[-1], 2)
+            row[2].set(xticks=ticks, yticks=ticks, ylabel='vertical freq.')
+            row[2].tick_params(length=2)
+            place = dict(transform=row[0].transAxes, rotation=90, ha='right', va='center', weight='bold')
+            row[0].text(-0.02, 0.5, name, color=_STYLES[name][1], **place)
+        grid[-1][2].set_xlabel('horizontal freq.')
+        for axes, title in zip(grid[0], _TITLES, strict=True):
+            axes.set_title(title)
+        right.colorbar(image, ax=[row[2] for row in grid], label='share of energy (%)', shrink=0.8, pad=0.02)
+        figure.savefig(path, format='png', dpi=160)
