@@ -2,7 +2,7 @@
 
     python -m benchmarks --out benchmarks/results
 
-A plain twin is the same network with nothing harmonic: the same root stride, pool and widths. All runs of a network
+A plain twin is the same network with nothing harmonic: the same stem stride, pool and widths. All runs of a network
 alternate in one process, so that a slow moment of the machine meets all of them; what is printed is the median of the
 ratios of neighbouring runs, with the quartiles, and the noise of the plain network against itself. The next network has
 a process of its own: what the last one left in the allocator changes how long large temporaries take, of which the

@@ -23,8 +23,8 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_harmonic import harmonize, truncate
-from timm_harmonic.photographs import export_patches, load_photographs
-from timm_harmonic.training import NETWORK, RECIPE, accuracy_on, fit, loader, reasonable_threads
+from timm_harmonic.small_data.photographs import export_patches, load_photographs
+from timm_harmonic.small_data.training import NETWORK, RECIPE, accuracy_on, fit, loader, reasonable_threads
 
 from .environment import environment
 

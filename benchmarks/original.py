@@ -1,6 +1,6 @@
 """The original formulation of harmonic layers, written from its formulas, to be measured against.
 
-Filters are composed by a broadcast product and a sum; the root filters every channel by every DCT function, normalises
+Filters are composed by a broadcast product and a sum; the stem filters every channel by every DCT function, normalises
 the responses and mixes them, in evaluation too (arXiv:2001.06570; the basis is a parameter that is not trained).
 """
 

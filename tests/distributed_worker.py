@@ -1,6 +1,6 @@
-"""What test_distributed.py runs in several processes: one scenario by name, its findings in a file for each process.
+"""What test_distributed.py runs in several processes: a scenario by name, which saves what each process found.
 
-The network, the data and the training are here, so that the test computes what it expects from the same ones.
+The network, the data and the training are here, and the test computes with the same ones what it expects.
 """
 
 import datetime
@@ -33,7 +33,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def build() -> nn.Module:
-    """The same network in every process; no gradient is zero, as a fresh ResNet's are behind its zero scales."""
+    """The same network in every process. No gradient is zero: a new ResNet would have zero scales."""
     torch.manual_seed(0)
     return reference.randomize_batch_norm(timm.create_model('harm_resnet18', **ARGS)).train()
 
@@ -42,7 +42,7 @@ def batches() -> list[Batch]:
     """One batch of eight images for each step."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(STEPS, 8, 3, 64, 64, generator=generator, dtype=torch.float64)
-    # The processes' shares are of unlike brightness and contrast: statistics of one share are not those of the batch.
+    # The shares differ in brightness and contrast: the statistics of one share are not those of the batch.
     images[:, 1::PROCESSES] = 2 * images[:, 1::PROCESSES] + 1
     return list(zip(images, torch.randint(5, (STEPS, 8), generator=generator), strict=True))
 
@@ -76,20 +76,20 @@ def train(
     return losses
 
 
-def count_explicit(root: timm_harmonic.HarmonicBlock2d) -> list[int]:
-    """A list that grows by one whenever the root computes its responses, as its explicit form does."""
-    responses, calls = root.responses, []
+def count_explicit(stem: timm_harmonic.HarmonicBlock2d) -> list[int]:
+    """A list that grows by one whenever the stem computes its responses, as in its explicit form."""
+    responses, calls = stem.responses, []
 
     def counted(x):
         calls.append(len(calls))
         return responses(x)
 
-    root.responses = counted
+    stem.responses = counted
     return calls
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over all processes; what comes back to each process is the sum of all gradients."""
+    """Sum over all processes. Backwards, each process gets the sum of all gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -129,7 +129,7 @@ def synchronised(rank: int) -> dict:
     for name, convert in CONVERSIONS.items():
         model = convert(build())
         explicit = count_explicit(model.conv1)
-        # It raises in the next step when a parameter was without a gradient.
+        # It raises in the next step if a parameter had no gradient.
         parallel = DistributedDataParallel(model, find_unused_parameters=False)
         losses = train(parallel, (share(batch, rank) for batch in batches()))
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
@@ -138,7 +138,7 @@ def synchronised(rank: int) -> dict:
 
 
 def statistics(rank: int) -> dict:
-    """DistributedDataParallel with batch-norms of each process's own, then timm's --dist-bn reduce and broadcast."""
+    """DistributedDataParallel, with own statistics in each process, then timm's --dist-bn reduce and broadcast."""
     found = {}
     for buffers in (False, True):
         model = build()
@@ -154,7 +154,7 @@ def statistics(rank: int) -> dict:
 
 
 def sharded(rank: int) -> dict:
-    """FSDP2, on a network in memory and on one that gets its storage, and its weights, only after it was sharded."""
+    """FSDP2, on a network in memory, and on one that gets storage and weights after it was sharded."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

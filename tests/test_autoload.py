@@ -10,7 +10,7 @@ import timm
 import torch
 from reference import DATA
 
-from timm_harmonic.hub_folder import convert
+from timm_harmonic.hub.folder import convert
 
 KNOWN = 'import timm; assert timm.is_model("harm_resnet50"), "unknown"'
 CLEAN = 'import sys; assert not [f for f in sys.meta_path if "Host" in type(f).__name__], sys.meta_path'

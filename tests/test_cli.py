@@ -6,7 +6,8 @@ import sys
 import pytest
 
 import timm_harmonic
-from timm_harmonic import cli, quickstart
+from timm_harmonic import cli
+from timm_harmonic.small_data import quickstart
 
 
 def fail(capsys, *args):

@@ -1,6 +1,6 @@
 """train_configs/: every key is an option of timm's train.py, every model exists, and the recipe is the published one.
 
-timm's scripts are in no package. tests/data/train_options.json is a snapshot of train.py's options; to renew it:
+timm's scripts are in no package. tests/data/train_options.json is a snapshot of train.py's options. To renew it:
 
     TIMM_SCRIPTS=<checkout of pytorch-image-models> python tests/test_train_configs.py
 """
@@ -21,30 +21,19 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_harmonic import cli
+from timm_harmonic.models.paper import PAPER
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'train_configs').glob('*.yaml'))
 SNAPSHOT = Path(__file__).parent / 'data' / 'train_options.json'
 
-# The paper's rows: top-1 and top-5 error at 224 (and the same at 320), in percent.
-PAPER = {
-    'vgg16_bn': ('26.33', '8.26'),
-    'harm_vgg16_bn': ('25.55', '8.01'),
-    'harm0_resnet50': ('23.81', '6.98'),
-    'harm1_resnet50': ('22.97', '6.48'),
-    'harm_resnet50': ('23.11', '6.63'),
-    'harm_resnet50_avgpool': ('23.10', '6.53'),
-    'harm_resnet50_progressive': ('23.12', '6.61'),
-    'resnet101': ('22.63', '6.44'),
-    'harm_resnet101': ('21.48', '5.75'),
-    'harm_seresnext101_32x4d': ('19.55', '4.79', '18.72', '4.23'),
-    'harm_seresnext101_64x4d': ('18.36', '4.37', '17.34', '3.71'),
-}
+# Rows of the paper that have a file: all but one, which its harmonic twin's file names.
+ROWS = [name for name in PAPER if name != 'harm0_seresnext101_32x4d']
 # Rows whose recipe the authors publish.
-SGD_ROWS = [name for name in PAPER if 'seresnext' not in name]
+SGD_ROWS = [name for name in ROWS if 'seresnext' not in name]
 
-# Runs a script until a parser with many options is used, and prints these: it does not matter where a version of
-# timm keeps its parser. The script's folder is not put on sys.path, so it imports the installed timm.
+# Runs a script until it uses a parser with many options, and prints these, wherever a version of timm keeps its parser.
+# The script's folder is not put on sys.path, so it imports the installed timm.
 _DUMP_OPTIONS = """
 import argparse, json, runpy, sys
 
@@ -85,7 +74,7 @@ def read_train_options(scripts: Path) -> dict:
         {'timm': version of the checkout, 'options': {name as in a YAML file: {...}}}.
     """
     command = [sys.executable, '-c', _DUMP_OPTIONS, str(Path(scripts).resolve() / 'train.py')]
-    # Elsewhere than in the checkout: `python -c` finds packages in the current folder first.
+    # Not in the checkout: `python -c` finds packages in the current folder first.
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent, check=False
     )
@@ -135,7 +124,7 @@ each_config = pytest.mark.parametrize('name', [path.stem for path in CONFIGS])
 
 
 def test_there_is_one_file_for_every_row():
-    assert {path.stem for path in CONFIGS} == {*PAPER, 'harm_resnet50_a3', 'finetune_truncated'}
+    assert {path.stem for path in CONFIGS} == {*ROWS, 'harm_resnet50_a3', 'finetune_truncated'}
 
 
 @each_config
@@ -201,15 +190,34 @@ def test_the_comment_states_the_total_batch(name):
     assert int(stated.group(3)) == config['batch_size'] * 8 * config['grad_accum_steps']
 
 
-@pytest.mark.parametrize('name', PAPER)
+def errors_of(name):
+    """The paper's top-1 and top-5 errors in percent, at 224 and, where the row has them, at 320."""
+    top1, top5 = (PAPER[name][key].split(' / ') for key in ('top1', 'top5'))
+    return list(zip(top1, top5, strict=True))
+
+
+def numbers(text):
+    return re.findall(r'\d+\.\d\d', text)
+
+
+@pytest.mark.parametrize('name', ROWS)
 def test_the_comment_and_the_readme_state_the_papers_errors(name):
     comment = (ROOT / 'train_configs' / f'{name}.yaml').read_text().split('\n\n')[0].replace('\n# ', ' ')
     shown = re.search(r'Paper: top-1 error (.+?)\(', comment).group(1)
-    assert re.findall(r'\d+\.\d\d', shown) == list(PAPER[name])
+    assert numbers(shown) == list(sum(errors_of(name), ()))
     assert 'ot re-measured here' in comment
     readme = (ROOT / 'train_configs' / 'README.md').read_text()
     row = re.search(rf'^\| `{name}` \|.*$', readme, re.MULTILINE).group(0)
-    assert re.findall(r'\d+\.\d\d', row) == [*PAPER[name][::2], *PAPER[name][1::2]]
+    assert numbers(row) == list(sum(zip(*errors_of(name), strict=True), ()))
+
+
+def test_the_file_of_the_twin_states_the_errors_of_the_baseline():
+    """Of the one row without a file."""
+    comment = (
+        (ROOT / 'train_configs' / 'harm_seresnext101_32x4d.yaml').read_text().split('\n\n')[0].replace('\n# ', ' ')
+    )
+    shown = re.search(r'Its baseline in the paper, (.+?)--model harm0_seresnext101_32x4d', comment).group(1)
+    assert numbers(shown) == list(sum(errors_of('harm0_seresnext101_32x4d'), ()))
 
 
 @pytest.mark.parametrize('name', SGD_ROWS)
@@ -242,7 +250,7 @@ def test_the_published_recipe_gives_the_papers_optimizer_and_rates():
 
 
 def test_the_truncated_network_is_what_the_comment_makes(tmp_path, monkeypatch):
-    """The command of the comment writes the folder that the file reads, of another network here: weights are large."""
+    """The command of the comment writes the folder that the file reads. Here, of another network without a download."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / 'train_configs' / 'finetune_truncated.yaml').read_text()
     command = re.search(r'^#   timm-harmonic (compress .+)$', text, re.MULTILINE).group(1).split()

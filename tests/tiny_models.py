@@ -9,8 +9,8 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck
 
-from timm_harmonic.harm_resnet import KEY_NAMES, HarmonicResNet, checkpoint_filter_fn
-from timm_harmonic.pretrained import build_model, released_cfg
+from timm_harmonic.models.harm_resnet import KEY_NAMES, HarmonicResNet, checkpoint_filter_fn
+from timm_harmonic.models.weights import build_model, released_cfg
 
 __all__ = ['CHECKPOINT', 'FILE', 'ID', 'KEY_NAMES', 'NAME']
 

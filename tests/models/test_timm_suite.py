@@ -1,6 +1,6 @@
 """timm's own model tests, from the source distribution of the installed version, on our models.
 
-A selection that covers every class by default; `pytest tests/test_timm_suite.py --every-model` runs all models.
+A selection that covers every class by default; `pytest tests/models/test_timm_suite.py --every-model` runs all models.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import timm
 import timm_harmonic  # noqa: F401  registers the models
 
 MODELS = timm.list_models('harm*')
-# Every block, stem, normalisation and root: basic blocks and bottlenecks, grouped, with attention, with levels.
+# Every kind of block, stem and normalisation: basic blocks and bottlenecks, grouped, with attention, with levels.
 SELECTION = [
     'harm_resnet18',
     'harm_resnet50_avgpool',
@@ -29,7 +29,7 @@ SELECTION = [
     'harm_vgg11_bn',
     'harmonized',
 ]
-# What timm asks of every model of its own, and the arguments after the model's name.
+# What timm tests on every model of its own, and the arguments after the model's name.
 EVERY_MODEL = {
     'test_model_forward': [(1,)],
     'test_model_backward': [(2,)],
@@ -42,14 +42,14 @@ EVERY_MODEL = {
     'test_model_forward_fx': [(1,)],
     'test_model_backward_fx': [(2,)],
     'test_model_forward_fx_torchscript': [(1,)],
-    # Asked of models that timm names one by one.
+    # timm runs these on models that it names one by one.
     'test_prune_intermediate_layers_params_used': [()],
     'test_prune_to_stem_feature': [()],
     'test_forward_after_prune_intermediate_layers': [()],
     'test_head_hidden_size': [({},)],
     'test_headless_checkpoint_reload': [({},)],
 }
-# timm's VGG has neither dilation nor gradient checkpointing, and of 64 x 64 pixels it has one position left to pool.
+# timm's VGG has neither dilation nor gradient checkpointing, and leaves one position to pool for 64 x 64 pixels.
 RESNETS_ONLY = {
     'test_reset_classifier_keeps_pool': [()],
     'test_model_features_output_stride': [(8,), (16,)],
@@ -113,6 +113,6 @@ def test_selection_is_registered():
 
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50_avgpool', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])
 def test_meta_then_to_empty_then_load(timm_tests, name, monkeypatch):
-    """timm's test for models with buffers that no state dict holds, which it asks of named models."""
+    """timm's test for models with buffers that are in no state dict. timm runs it on named models."""
     monkeypatch.setattr(timm_tests, '_SWIN_KWARGS', {})
     timm_tests.test_swin_family_reinit_after_to_empty(name, 64)

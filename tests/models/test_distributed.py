@@ -1,7 +1,7 @@
-"""Training in many processes, and going on after one was killed.
+"""Training in several processes, and resuming after one was killed.
 
 Two processes on the CPU, with gloo, against what one process computes on the same images. timm's train.py is in no
-package: the environment variable TIMM_SCRIPTS names a checkout of pytorch-image-models for the last test.
+package: for the last test the environment variable TIMM_SCRIPTS names a checkout of pytorch-image-models.
 """
 
 import csv
@@ -30,16 +30,16 @@ pytestmark = [
     pytest.mark.usefixtures('one_thread'),  # as the processes have it
 ]
 
-CONFIG = Path(__file__).resolve().parents[1] / 'train_configs' / 'harm_resnet50.yaml'
+CONFIG = Path(__file__).resolve().parents[2] / 'train_configs' / 'harm_resnet50.yaml'
 TIMEOUT = 120  # seconds, for processes that need a few
 EXACT = dict(rtol=1e-10, atol=1e-10)  # float64, sums in another order
 
 
 @contextmanager
 def processes(folder: Path, commands: list[tuple], envs: list[dict]) -> Iterator[list[subprocess.Popen]]:
-    """Processes side by side, each of which writes `<number>.log`; what is left of them at the end is killed."""
+    """Processes side by side, each with its `<number>.log`. Those that still run at the end are killed."""
     common = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
-    # Without it gloo asks what the machine's own name means.
+    # Without it gloo looks up the machine's own name.
     loopback = [name for _, name in socket.if_nameindex() if name.startswith('lo')]
     if loopback:
         common['GLOO_SOCKET_IFNAME'] = loopback[0]
@@ -55,7 +55,7 @@ def processes(folder: Path, commands: list[tuple], envs: list[dict]) -> Iterator
         yield started
     finally:
         for process in started:
-            process.terminate()  # asks torchrun to end its workers; nothing happens to a process that has ended
+            process.terminate()  # lets torchrun end its workers
         for process in started:
             try:
                 process.wait(10)
@@ -70,7 +70,7 @@ def logs(folder: Path) -> str:
 
 
 def wait(folder: Path, started: list[subprocess.Popen]) -> None:
-    """Processes that must all succeed. When one fails, the others, which may be waiting for it, are not waited for."""
+    """Waits for processes that must all succeed, until the first one fails: the others may be waiting for it."""
     deadline = time.monotonic() + TIMEOUT
     while True:
         codes = [process.poll() for process in started]
@@ -92,8 +92,8 @@ def found(folder: Path) -> list[dict]:
 
 
 def side_by_side(scenario: str, folder: Path) -> list[dict]:
-    """A scenario in two processes, with warnings as errors; they find each other by a file, which needs no port."""
-    # Newer torch has another word for the option, which older torch and timm do not know.
+    """A scenario in two processes, with warnings as errors. They find each other by a file, which needs no port."""
+    # Newer torch has another name for the option. Older torch and timm do not know it.
     warnings = ('-W', 'error', '-W', 'ignore:`broadcast_buffers` is deprecated')
     command = (sys.executable, *warnings, worker.__file__, scenario, folder)
     env = dict(WORLD_SIZE=str(worker.PROCESSES), MEETING_POINT=f'file://{folder}/meeting_point')
@@ -103,7 +103,7 @@ def side_by_side(scenario: str, folder: Path) -> list[dict]:
 
 @functools.cache
 def averaged(buffers: str) -> list[dict]:
-    """What each of two processes comes to by averaging gradients only: two copies of the network, one after the other.
+    """What two processes that only average gradients compute: two copies of the network, one after the other.
 
     Args:
         buffers: 'own', or 'first' for the first copy's before every step, as DistributedDataParallel does by default.
@@ -162,7 +162,7 @@ def largest_difference(one: dict, other: dict) -> float:
 
 @pytest.mark.parametrize('convert', worker.CONVERSIONS.values(), ids=worker.CONVERSIONS)
 def test_synchronisation_finds_every_batch_norm(convert):
-    """The root's, without scale and shift, as well; statistics and parameters stay the same tensors."""
+    """Also the stem's, which has no scale and shift. Statistics and parameters stay the same tensors."""
     model = worker.build()
     before = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     state = model.state_dict(keep_vars=True)
@@ -196,16 +196,16 @@ def test_two_processes_are_one_on_the_joined_batch(synchronised, joined, convers
     torch.testing.assert_close(results[0]['state'], results[1]['state'], rtol=0, atol=0)
 
 
-def test_what_the_comparison_can_tell(joined):
-    """Three steps move every parameter, and unsynchronised batch-norms end elsewhere: equality above means much."""
+def test_unsynchronised_training_is_told_apart(joined):
+    """Three steps move every parameter, and unsynchronised batch-norms end elsewhere: the comparison can fail."""
     start = worker.build().state_dict()
     for key, value in joined['state'].items():
         assert (value - start[key]).abs().max() > 1e-4
     for result in averaged('own'):
         assert largest_difference(parameters_of(result['state']), parameters_of(joined['state'])) > 1e-3
-        root = {key: value for key, value in statistics_of(result['state']).items() if key.startswith('conv1.bn.')}
-        assert len(root) == 2
-        assert largest_difference(root, {key: joined['state'][key] for key in root}) > 1e-3
+        stem = {key: value for key, value in statistics_of(result['state']).items() if key.startswith('conv1.bn.')}
+        assert len(stem) == 2
+        assert largest_difference(stem, {key: joined['state'][key] for key in stem}) > 1e-3
 
 
 def free_port() -> int:
@@ -215,7 +215,7 @@ def free_port() -> int:
 
 
 def test_two_nodes_are_two_processes(synchronised, tmp_path):
-    """Two torchrun agents on the loopback, each of which takes itself for one of two machines."""
+    """Two torchrun agents on the loopback, each as one of two machines."""
     meeting_point = ('--master_addr', '127.0.0.1', '--master_port', free_port())
     agent = (sys.executable, '-m', 'torch.distributed.run', '--nnodes', 2, '--nproc-per-node', 1)
     commands = [
@@ -230,13 +230,13 @@ def test_two_nodes_are_two_processes(synchronised, tmp_path):
 
 
 def test_statistics_of_one_process_each(tmp_path):
-    """`--dist-bn reduce`: on all processes the mean of their own running statistics, the root's included."""
+    """`--dist-bn reduce`: on all processes the mean of their own running statistics, the stem's included."""
     results = side_by_side('statistics', tmp_path)
     for buffers, name in ((False, 'own'), (True, 'first')):
         first, second = (process[buffers] for process in results)
         expected = averaged(name)
         for rank, process in enumerate((first, second)):
-            assert process['explicit'] == 0  # the root is dense
+            assert process['explicit'] == 0  # the stem is dense
             torch.testing.assert_close(process['own'], expected[rank]['state'], **EXACT)
         own = [statistics_of(process['own']) for process in (first, second)]
         for key in ('conv1.bn.running_mean', 'conv1.bn.running_var', 'layer4.0.bn1.running_mean'):
@@ -254,9 +254,6 @@ def test_statistics_of_one_process_each(tmp_path):
 
 @pytest.fixture(scope='module')
 def sharded(tmp_path_factory):
-    fsdp = pytest.importorskip('torch.distributed.fsdp')
-    if not hasattr(fsdp, 'fully_shard'):
-        pytest.skip('torch before 2.6 has no public fully_shard')
     return side_by_side('sharded', tmp_path_factory.mktemp('sharded'))
 
 
@@ -268,7 +265,7 @@ def test_sharded_network(sharded, start):
     for rank, (process, wanted) in enumerate(zip(sharded, expected, strict=True)):
         result = process[start]
         assert result['explicit'] == 0
-        # Half of the root's filters; of the five classes, three and two.
+        # Half of the stem's filters. Of the five classes, three and two.
         assert result['shards']['conv1.weight'] == (whole['conv1.weight'].shape[0] // 2, 3, 49, 1)
         assert result['shards']['fc.weight'] == ((3, 2)[rank], 64)
         torch.testing.assert_close(result['losses'], wanted['losses'], **EXACT)
@@ -286,7 +283,7 @@ def test_sharded_network(sharded, start):
 
 
 def test_a_saved_state_is_all_that_training_needs(joined, tmp_path):
-    """Stopped after a step and taken up from a file by a network of its own: to the last bit as if it had gone on."""
+    """Stopped after a step, and resumed from a file by a new network: the same to the last bit as without a stop."""
     model, data = worker.build(), worker.batches()
     sgd = worker.optimizer(model)
     worker.train(model, data[:1], sgd)
@@ -355,7 +352,7 @@ def measured(folder: Path) -> list[dict]:
     reason='TIMM_SCRIPTS names no checkout of pytorch-image-models; its train.py is in no package',
 )
 def test_killed_in_the_second_epoch_and_resumed(tmp_path):
-    """To the last bit what comes of the same checkpoint, where the run before it was over when its epoch was."""
+    """Resuming gives the same bits, whether the run was killed in the second epoch or had ended after the first."""
     training = Training(tmp_path)
     logs_1 = training.log_folder('first')
     commands = [training.command('killed', 3), training.command('regular', 1)]
@@ -384,7 +381,7 @@ def test_killed_in_the_second_epoch_and_resumed(tmp_path):
     after = training.checkpoint('killed')
     check_same_bits(after, training.checkpoint('regular'), epoch=2)
     assert measured(tmp_path / 'killed') == measured(tmp_path / 'regular')
-    # It went on from there: other weights, and the rate of the third epoch.
+    # Training went on from there: other weights, and the rate of the third epoch.
     assert largest_difference(before['state_dict'], after['state_dict']) > 1e-3
     assert [group['lr'] for group in after['optimizer']['param_groups']] == [pytest.approx(0.02 / 4)]
     model = timm.create_model('harm_resnet18', layers=(1, 1, 1, 1), num_classes=training.num_classes)

@@ -14,8 +14,8 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.photographs import cut, draw_patches, load_photographs
-from timm_harmonic.training import NETWORK, RECIPE
+from timm_harmonic.small_data.photographs import cut, draw_patches, load_photographs
+from timm_harmonic.small_data.training import NETWORK, RECIPE
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 TINY_VGG = dict(mlp_ratio=0.02)
@@ -55,11 +55,11 @@ class Export(NamedTuple):
         return (shapes,)
 
 
-# The smallest size is what torch.export asks for: it tells a side of 1 from others, so the last features need 2 x 2.
+# The smallest size that torch.export accepts: it treats a side of 1 apart, so the last features need 2 x 2.
 ANY_SIZE = Export((256, 288), (33, 1), ((224, 224), (160, 224), (75, 101)))
-# timm's pooled shortcuts round sizes up, and torch.export has to know whether there is something to round.
+# timm's pooled shortcuts round sizes up, and torch.export has to know whether they do.
 MULTIPLES_OF_4 = Export((256, 288), (36, 4), ((224, 224), (160, 224), (76, 100)))
-# timm's VGG pools to 7 x 7 where the features are smaller, and 224 gives the side of 1 behind its 7 x 7 convolution.
+# timm's VGG pools to 7 x 7 if the features are smaller, and 224 leaves a side of 1 after its 7 x 7 convolution.
 FROM_256 = Export((256, 288), (256, 1), ((257, 300),))
 FIXED_SQUARE = Export((224, 224), None, ((224, 224),))
 FIXED_SMALLER = Export((96, 160), None, ((96, 160),))
@@ -95,7 +95,7 @@ def network(case, form):
     torch.manual_seed(0)
     name, kwargs = CASES[case]
     model = reference.randomize_batch_norm(timm.create_model(name, num_classes=10, **kwargs))
-    # Random statistics are too large for the small responses of a new network: little of the image would be left.
+    # Random statistics are too large for the small responses of a new network, which would hide the image.
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
@@ -106,7 +106,7 @@ def network(case, form):
 
 @functools.cache
 def images(batch, size):
-    """Smooth images: through global pooling, all images of noise are alike."""
+    """Smooth images: after global pooling all images of noise look alike."""
     generator = torch.Generator().manual_seed(batch)
     coarse = torch.randn(batch, 3, 5, 5, generator=generator)
     return F.interpolate(coarse, size, mode='bilinear') + 0.3 * torch.randn(batch, 3, *size, generator=generator)
@@ -114,7 +114,7 @@ def images(batch, size):
 
 @functools.cache
 def expected(case, batch, size):
-    """What the network gives as it is, unfused."""
+    """Output of the network itself, unfused."""
     model = network(case, 'unfused')
     with torch.inference_mode():
         return model(images(batch, size))
@@ -137,7 +137,7 @@ def exported(case, form, way, strict=False):
 
 
 def saved_and_loaded(save, load, what):
-    """What a file of it holds: tensors that no state dict lists must be there too."""
+    """The same after a file, which must also hold the tensors that are in no state dict."""
     file = io.BytesIO()
     save(what, file)
     file.seek(0)
@@ -146,7 +146,7 @@ def saved_and_loaded(save, load, what):
 
 @each_case
 def test_outputs_tell_images_apart(case):
-    """Else the comparisons of this file would mean little."""
+    """Otherwise the comparisons of this file could not fail."""
     found = expected(case, 5, (224, 224))
     assert (found - found.mean(0)).abs().max() > 0.02 * found.abs().max()
 
@@ -167,7 +167,7 @@ def test_torch_export_from_a_file(case):
 
 @pytest.mark.parametrize('case', FEW_CASES)
 def test_torch_export_strict(case):
-    """Through TorchDynamo, which reads the Python code of our layers."""
+    """By TorchDynamo, which reads the Python code of our layers."""
     way, export = next(iter(exports_of(case).items()))
     compare(exported(case, 'unfused', way, strict=True).module(), case, export.sizes)
 
@@ -314,7 +314,7 @@ def test_onnx_computes_weights_only_unfused(case, runtime):
 @each_form
 @each_case
 def test_torchscript_script(case, form):
-    """Every size in one, VGG's as well: a script keeps the branches."""
+    """One script for every size, also for VGG: a script keeps the branches."""
     scripted = saved_and_loaded(torch.jit.save, torch.jit.load, torch.jit.script(network(case, form)))
     compare(scripted, case, sorted({size for export in exports_of(case).values() for size in export.sizes}))
 
@@ -330,7 +330,7 @@ def test_torchscript_trace(case, way, form):
     compare(saved_and_loaded(torch.jit.save, torch.jit.load, traced), case, export.sizes)
 
 
-@pytest.mark.skipif(shutil.which('g++') is None and shutil.which('c++') is None, reason='no C++ compiler is here')
+@pytest.mark.skipif(shutil.which('g++') is None and shutil.which('c++') is None, reason='needs a C++ compiler')
 @each_form
 def test_aot_inductor(form, tmp_path):
     """One compiled package for every batch and size."""
@@ -378,7 +378,7 @@ def test_int8(runtime, tmp_path):
     with torch.inference_mode():
         answers = fused(test_x).argmax(1)
     accuracy = (answers == test_labels).float().mean().item()
-    assert accuracy > 0.4  # of 17 classes: answers that are all the same would agree as well
+    assert accuracy > 0.4  # of 17 classes: constant answers would agree too
 
     shapes = ({0: torch.export.Dim('batch')},)
     model = torch.onnx.export(fused, (x[:2],), dynamic_shapes=shapes, dynamo=True, verbose=False).model_proto

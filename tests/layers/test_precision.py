@@ -12,14 +12,16 @@ from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 AUTOCAST = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 LAYERS = {
     'conv': lambda: HarmonicConv2d(64, 64, 3, padding=1),
     'grouped': lambda: HarmonicConv2d(64, 64, 3, padding=1, groups=32),
     'depth-wise': lambda: HarmonicConv2d(64, 64, 5, padding=2, groups=64),
     'level': lambda: HarmonicConv2d(64, 64, 3, padding=1, level=2),
-    'root': lambda: HarmonicBlock2d(3, 64, 7, stride=4, padding=3),
-    'root of VGG': lambda: HarmonicBlock2d(3, 64, 3, padding=1),
+    'stem': lambda: HarmonicBlock2d(3, 64, 7, stride=4, padding=3),
+    'stem of VGG': lambda: HarmonicBlock2d(3, 64, 3, padding=1),
 }
 NETWORKS = {
     'harm_resnet50': dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
@@ -54,18 +56,18 @@ def ratio(ours, plain, x, mode, expected):
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 @pytest.mark.parametrize('name', LAYERS)
 def test_layers(name, training, smooth, mode):
-    """Two bounds are wider: a model that is bfloat16 as a whole rounds coefficients and then filters, which is
-    sqrt(3 / 2) of the error; and in float32 the smallest root shows the rounding of its batch statistics."""
+    """Two bounds are wider. A model in bfloat16 throughout rounds its coefficients and then its filters, which makes
+    sqrt(3 / 2) of the error. In float32 the smallest stem shows the rounding of its batch statistics."""
     torch.manual_seed(0)
     layer = LAYERS[name]().double()
-    x = images(layer.in_channels, 128 if 'root' in name else 28, smooth=smooth)
+    x = images(layer.in_channels, 128 if 'stem' in name else 28, smooth=smooth)
     with torch.no_grad():
         expected = layer(x.double())
         if isinstance(layer, HarmonicBlock2d):
             layer.bn.momentum = None
             layer.bn.reset_running_stats()
             if training:
-                plain = layer._plain(*layer._folded_by_batch(x.double()))
+                plain = layer._to_conv2d(*layer._fused_by_batch(x.double()))
             else:
                 layer(x.double())
     layer.train(training)
@@ -73,19 +75,19 @@ def test_layers(name, training, smooth, mode):
         plain = layer.fuse()
         with torch.no_grad():
             expected = layer(x.double())
-    wider = mode == 'pure bf16' or (name == 'root of VGG' and training and mode == 'fp32')
+    wider = mode == 'pure bf16' or (name == 'stem of VGG' and training and mode == 'fp32')
     assert ratio(layer, plain, x, mode, expected) <= (1.25 if wider else 1.1)
 
 
 @pytest.mark.parametrize('mode', ['fp32', 'bf16', 'fp16', 'pure bf16'])
 @pytest.mark.parametrize('name', NETWORKS)
 def test_networks(name, mode):
-    """In evaluation, with random statistics; the mean over several draws, since a whole network amplifies chance."""
+    """In evaluation, with random statistics. A whole network amplifies chance: the mean over several draws counts."""
     ratios = []
     for seed in range(4):
         torch.manual_seed(seed)
         model = reference.randomize_batch_norm(timm.create_model(name, **NETWORKS[name])).double().eval()
-        x = images(3, 64, batch=8)
+        x = images(3, 32 if 'vgg' in name else 64, batch=8)
         with torch.no_grad():
             expected = model(x.double())
         ratios.append(ratio(model, reparameterize_model(model), x, mode, expected))
@@ -95,7 +97,7 @@ def test_networks(name, mode):
 
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50'])
 def test_two_hundred_steps_in_half_precision(name):
-    """float16 with a scaler that looks for its limit: the loss stays finite, falls, and steps are taken."""
+    """float16 with a scaler that searches for its limit: the loss stays finite and falls, and few steps are skipped."""
     torch.manual_seed(0)
     small = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
     model = timm.create_model(name, num_classes=4, **small)

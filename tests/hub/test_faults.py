@@ -1,4 +1,4 @@
-"""Everything that goes wrong between a user and the Hub: what is said, and that nothing half-done stays anywhere."""
+"""What can go wrong between a user and the Hub: the messages, and that nothing half-done stays anywhere."""
 
 import contextlib
 import hashlib
@@ -24,11 +24,13 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTP
 from tiny_models import CHECKPOINT, FILE, ID, NAME, create, same
 
 import timm_harmonic
-from timm_harmonic import cli, pretrained
-from timm_harmonic.checkpoints import CheckpointError
-from timm_harmonic.hub import publish
-from timm_harmonic.hub_folder import convert
+from timm_harmonic import cli
+from timm_harmonic.hub.folder import convert
+from timm_harmonic.hub.publish import publish
+from timm_harmonic.models import download, weights
+from timm_harmonic.models.checkpoints import CheckpointError
 
+TESTS = Path(__file__).resolve().parents[1]
 # The Hub's client leaves sockets of failed requests to the garbage collector.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 TOKEN = 'hf_' + 'S3cret' * 6
@@ -37,7 +39,7 @@ EXPLICIT = dict(pretrained_cfg_overlay=dict(hf_hub_id=ID))
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A converted folder; nobody changes it."""
+    """A converted folder, which no test changes."""
     place = tmp_path_factory.mktemp('converted')
     (place / FILE).write_bytes(CHECKPOINT)
     convert(place / FILE, NAME, place / 'folder')
@@ -57,7 +59,7 @@ def published(hub, folder):
 
 @pytest.fixture
 def https(monkeypatch):
-    """The client takes an unexplained 401 for a missing repository, but only over https, which is not here."""
+    """The client takes a bare 401 for a missing repository, but over https only: here, over http too."""
     expected = client.REPO_API_REGEX
     monkeypatch.setattr(client, 'REPO_API_REGEX', re.compile(expected.pattern.replace('https', 'http'), expected.flags))
 
@@ -82,7 +84,7 @@ def error(status, code='', message=''):
 
 
 def drop(handler):
-    """Half of the body, then nobody."""
+    """Half of the body, and no more."""
     content = handler.hub.repositories[ID].branches['main']['model.safetensors']
     handler.send_response(200)
     handler.send_header('Content-Length', str(len(content)))
@@ -92,17 +94,17 @@ def drop(handler):
 
 
 def shorter(handler):
-    """A whole answer, of another length than the one that was announced."""
+    """A whole answer, of another length than announced."""
     handler.reply(200, b'0' * 1000, ETag=f'"{"0" * 64}"')
 
 
 WEIGHTS = r'/resolve/main/model\.safetensors'
-# What the Hub says about the weights, what a user who named the repository gets, and whether the release stands in.
+# What the Hub answers, the error for a user who named the repository, and the reason in the warning otherwise.
 MISSING = {
     'no repository': (error(404, 'RepoNotFound'), RepositoryNotFoundError, 'no such repository'),
     'no file': (error(404, 'EntryNotFound'), EntryNotFoundError, r'model\.safetensors is not in the repository'),
     '401': (error(401, '', 'Invalid username or password.'), RepositoryNotFoundError, 'no such repository'),
-    'gated': (error(403, 'GatedRepo'), GatedRepoError, 'gated, access has to be asked for'),
+    'gated': (error(403, 'GatedRepo'), GatedRepoError, 'gated: ask for access'),
 }
 
 
@@ -110,11 +112,11 @@ MISSING = {
 def test_the_release_stands_in(hub, https, published, release, source, what):
     answer, _, words = MISSING[what]
     hub.fail('HEAD GET', WEIGHTS, answer)
-    with pytest.warns(UserWarning, match=f'{re.escape(ID)} is not to be had .*{words}.*{FILE}') as warned:
+    with pytest.warns(UserWarning, match=f'{re.escape(ID)} could not be loaded .*{words}.*{FILE}') as warned:
         model = create()
     assert len(warned) == 1
     assert same(model, source)
-    with pytest.warns(UserWarning, match='is not to be had'):
+    with pytest.warns(UserWarning, match='could not be loaded from the Hugging Face Hub'):
         assert same(create(), source)
     assert len([path for path in hub.paths('GET') if path.endswith(FILE)]) == 1  # from the cache the second time
 
@@ -131,7 +133,7 @@ def test_nothing_stands_in_for_what_was_named(hub, https, published, release, tm
 
 
 def test_neither_place(hub, tmp_path):
-    """One error: both places, why not, the caches looked in, and what else can be done."""
+    """One error: both places and their reasons, the caches, and another way to load."""
     with pytest.raises(RuntimeError) as raised:
         create()
     text = str(raised.value)
@@ -144,7 +146,7 @@ def test_neither_place(hub, tmp_path):
 
 
 def test_a_token_that_is_refused(hub, published, release, tmp_path, monkeypatch):
-    """The release does not stand in: the user wants to know that the token is wrong."""
+    """The release does not stand in, because the user has to know that the token is wrong."""
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     hub.fail('HEAD GET', WEIGHTS, error(401, '', 'Invalid credentials in Authorization header'))
     with pytest.raises(HfHubHTTPError, match='Invalid credentials') as raised:
@@ -162,14 +164,14 @@ def test_a_busy_hub_is_asked_again(hub, published, source, status):
 
 def test_a_hub_that_is_busy_for_good(hub, published, release, source):
     hub.fail('HEAD GET', WEIGHTS, error(503))
-    with pytest.warns(UserWarning, match='is not to be had'):
+    with pytest.warns(UserWarning, match='could not be loaded from the Hugging Face Hub'):
         assert same(create(), source)
 
 
 def test_a_hub_that_does_not_answer(hub, published, release, source, monkeypatch):
     over = threading.Event()
     hub.fail('HEAD', WEIGHTS, lambda handler: over.wait(20))
-    monkeypatch.setattr(pretrained, '_TIMEOUT', 0.5)
+    monkeypatch.setattr(download, '_TIMEOUT', 0.5)
     start = time.perf_counter()
     with pytest.warns(UserWarning, match='cannot be reached .*Timeout'):
         assert same(create(), source)
@@ -208,24 +210,24 @@ def pin(digest):
 
 @pytest.mark.parametrize('name', [NAME, f'hf-hub:{ID}'])
 def test_pinned(hub, published, source, folder, tmp_path, name):
-    right = pretrained.sha256_of(folder / 'model.safetensors')
+    right = download.sha256_of(folder / 'model.safetensors')
     assert same(create(name, **pin(right)), source)
-    with pytest.raises(CheckpointError, match=f'SHA-256 of .* is {right}, not {"0" * 64}, which is pinned') as raised:
+    with pytest.raises(CheckpointError, match=f'SHA-256 of .* is {right}, but {"0" * 64} is pinned') as raised:
         create(name, **pin('0' * 64))
     assert 'removed from the cache' in str(raised.value)
     assert 'model.safetensors' not in cached(tmp_path)
-    assert same(create(name, **pin(right)), source)  # and comes anew
+    assert same(create(name, **pin(right)), source)  # downloaded again
 
 
 def test_pinned_by_the_registered_config(hub, published, source, folder):
-    right = pretrained.sha256_of(folder / 'model.safetensors')
-    cfg = pretrained.released_cfg('a.b', FILE, sha256=right, notes=('paper: 1 %',), first_conv='conv1', classifier='fc')
-    assert pretrained.pinned_sha256(cfg['notes']) == right
-    assert pretrained.pinned_sha256(None) is None
+    right = download.sha256_of(folder / 'model.safetensors')
+    cfg = weights.released_cfg('a.b', FILE, sha256=right, notes=('paper: 1 %',), first_conv='conv1', classifier='fc')
+    assert download.pinned_sha256(cfg['notes']) == right
+    assert download.pinned_sha256(None) is None
 
-    with pytest.raises(CheckpointError, match='which is pinned'):
+    with pytest.raises(CheckpointError, match=f'{right}, but {"0" * 64} is pinned'):
         create(f'{NAME}.pinned')
-    # The pin is about the registered place, not about another file that the same architecture is loaded from.
+    # The pin is for the registered repository, not for another one of the same architecture.
     hub.add('me/mine', {path.name: path.read_bytes() for path in folder.iterdir()})
     assert same(create(f'{NAME}.pinned', pretrained_cfg_overlay=dict(hf_hub_id='me/mine')), source)
 
@@ -245,13 +247,13 @@ def test_wrong_hash_of_the_release(hub, tmp_path):
 
 
 def test_a_cached_release_that_was_damaged(hub, release, source, tmp_path):
-    with pytest.warns(UserWarning, match='is not to be had'):
+    with pytest.warns(UserWarning, match='could not be loaded from the Hugging Face Hub'):
         create()
     path = tmp_path / 'torch-home' / 'hub' / 'checkpoints' / FILE
     path.write_bytes(CHECKPOINT[:2000])
-    with pytest.raises(CheckpointError, match=r'its SHA-256 is another.* removed from the cache'):
+    with pytest.raises(CheckpointError, match=r'has another SHA-256.* removed from the cache'):
         create()
-    with pytest.warns(UserWarning, match='is not to be had'):
+    with pytest.warns(UserWarning, match='could not be loaded from the Hugging Face Hub'):
         assert same(create(), source)
 
 
@@ -312,7 +314,7 @@ def test_no_pickle_from_our_organisation(hub, published, tmp_path, monkeypatch, 
 
 
 def test_pickles_of_others_are_data(hub, published, source, tmp_path, monkeypatch):
-    """timm's uploads of old have them: tensors are read, code is not run."""
+    """Old uploads of timm have pickles: tensors are read, code is not run."""
     monkeypatch.chdir(tmp_path)
     torch.save(source.state_dict(), 'weights.bin')
     torch.save(Trap(), 'trap.bin')
@@ -326,7 +328,7 @@ def test_pickles_of_others_are_data(hub, published, source, tmp_path, monkeypatc
 
 
 def test_offline(hub, published, source, release, monkeypatch, tmp_path):
-    """HF_HUB_OFFLINE: from the caches, and without a question to anyone."""
+    """HF_HUB_OFFLINE: from the caches, without a request."""
     create()
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.is_offline_mode', lambda: True)
@@ -336,7 +338,7 @@ def test_offline(hub, published, source, release, monkeypatch, tmp_path):
         create(cache_dir=tmp_path / 'elsewhere')
     (tmp_path / 'elsewhere').mkdir(exist_ok=True)
     (tmp_path / 'elsewhere' / FILE).write_bytes(CHECKPOINT)
-    with pytest.warns(UserWarning, match='is not to be had'):
+    with pytest.warns(UserWarning, match='could not be loaded from the Hugging Face Hub'):
         assert same(create(cache_dir=tmp_path / 'elsewhere'), source)
     assert hub.asked == []
 
@@ -366,10 +368,10 @@ def test_disk_full(hub, published, source, tmp_path):
 
 
 def run(code, tmp_path, **options):
-    """A process with the tests' Hub, the small model and an empty cache, that cannot look up other names."""
+    """A process with the stand-in Hub, the small model and an empty cache. It cannot look up other names."""
     preamble = f"""
         import os, socket, sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}]
+        sys.path[:0] = [{str(TESTS)!r}]
         look_up = socket.getaddrinfo
         def guarded(host, *args, **kwargs):
             if host != '127.0.0.1':
@@ -385,7 +387,7 @@ def run(code, tmp_path, **options):
 
 
 def test_no_network_and_an_empty_cache(tmp_path):
-    """With the client's own waiting: within a minute, both places named, nothing left behind."""
+    """With the client's own waiting: an error within a minute that names both places, and no files."""
     start = time.perf_counter()
     code = "import timm; timm.create_model('harm_resnet50', pretrained=True)"
     process = run(code, tmp_path, env=dict(HF_ENDPOINT='https://huggingface.co'))
@@ -408,7 +410,7 @@ def test_connection_refused(tmp_path):
 
 
 def test_read_only_cache(hub, published, tmp_path):
-    """Said with the folder's name; root may write anywhere unless it gives that power up."""
+    """The error names the folder. The superuser may write anywhere, and first gives up that right."""
     (tmp_path / 'home' / 'hub').mkdir(parents=True)
     (tmp_path / 'home' / 'hub').chmod(0o555)
     code = """
@@ -416,12 +418,12 @@ def test_read_only_cache(hub, published, tmp_path):
         CAP_DAC_OVERRIDE, PR_CAPBSET_DROP = 1, 24
         if os.geteuid() == 0:
             ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
-        if '--again' not in sys.argv:  # the bounding set counts at the next program
+        if '--again' not in sys.argv:  # the bounding set takes effect in the next program
             os.execv(sys.executable, [sys.executable, '-c', PROGRAM, '--again'])
         from tiny_models import create
         create()
     """
-    preamble = f'import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n'
+    preamble = f'import sys; sys.path[:0] = [{str(TESTS)!r}]\n'
     program = preamble + textwrap.dedent(code[code.index('        from tiny_models') :])
     process = run(code.replace('PROGRAM', repr(program)), tmp_path)
     _, printed = process.communicate(timeout=60)
@@ -464,14 +466,14 @@ def test_two_processes_at_once(hub, published, source, tmp_path):
 
 @pytest.fixture
 def ctrl_c():
-    """As in a terminal: a process that was started in the background ignores the signal."""
+    """Handles the signal as in a terminal. A process in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def interrupt(handler):
-    """Ctrl-C in the middle of an upload: the body has come, and no answer goes."""
+    """Ctrl-C in the middle of an upload: the body has arrived, and no answer is sent."""
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.5)
     handler.close_connection = True
@@ -511,7 +513,7 @@ FAILURES = {
 
 @pytest.mark.parametrize('what', FAILURES)
 def test_publishing_that_fails(hub, folder, monkeypatch, capfd, caplog, what):
-    """An error, the Hub as before, and the token in nothing that is printed or logged."""
+    """An error, the Hub as before, and the token in no output and no log."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     hub.fail(*FAILURES[what])
@@ -541,7 +543,7 @@ def test_another_organisation(tmp_path):
 
 def test_pickles_are_read_as_data_everywhere():
     package = Path(timm_harmonic.__file__).parent
-    files = [*package.glob('*.py'), package.parent / 'timm_harmonic_autoload.py']
+    files = [*package.rglob('*.py'), package.parent / 'timm_harmonic_autoload.py']
     text = '\n'.join(path.read_text() for path in files)
     loads = re.findall(r'torch\.load\([^)]*\)', text)
     assert loads

@@ -7,7 +7,8 @@ import scipy.fft
 import torch
 
 from timm_harmonic import dct_basis
-from timm_harmonic.dct import analyze, dct_frequencies, synthesize
+from timm_harmonic.layers.compose import compose
+from timm_harmonic.layers.dct import dct_frequencies, project
 
 SIZES = [1, 2, 3, 4, 5, 7, 8]
 
@@ -47,7 +48,7 @@ def test_basis_is_the_formula(k, normalization, dtype):
 
 @pytest.mark.parametrize('k', SIZES)
 def test_number_of_frequencies(k):
-    """Triangular numbers up to level k, then all but the triangle that is missing at the other corner."""
+    """Triangular numbers up to level k. Above, the triangle at the other corner is missing."""
     for level in range(1, 2 * k):
         missing = 2 * k - 1 - level
         expected = level * (level + 1) // 2 if level <= k else k * k - missing * (missing + 1) // 2
@@ -62,18 +63,18 @@ def test_order_is_rows_outer():
 
 @pytest.mark.parametrize('normalization', ['l1', 'ortho'])
 @pytest.mark.parametrize('k', [2, 3, 7])
-def test_analysis_inverts_synthesis(k, normalization):
+def test_projecting_inverts_composing(k, normalization):
     filters = torch.randn(5, 4, k, k, dtype=torch.float64)
     basis = dct_basis(k, normalization=normalization, dtype=torch.float64)
-    torch.testing.assert_close(synthesize(analyze(filters, basis), basis), filters)
+    torch.testing.assert_close(compose(project(filters, basis), basis), filters)
 
 
 @pytest.mark.parametrize('normalization', ['l1', 'ortho'])
-def test_truncated_analysis_is_the_nearest(normalization):
-    """On a truncated basis the approximation is the least-squares one: what is left is orthogonal to the basis."""
+def test_projection_on_a_low_level_is_the_nearest(normalization):
+    """With fewer functions the approximation is the one of least squares: the rest is orthogonal to the functions."""
     filters = torch.randn(5, 4, 3, 3, dtype=torch.float64)
     basis = dct_basis(3, 2, normalization=normalization, dtype=torch.float64)
-    rest = filters - synthesize(analyze(filters, basis), basis)
+    rest = filters - compose(project(filters, basis), basis)
     assert torch.einsum('oixy,nxy->oin', rest, basis).abs().max() < 1e-14
 
 
@@ -86,19 +87,20 @@ def test_default_dtype_and_device():
 
 
 @pytest.mark.parametrize(
-    ('args', 'words'),
+    ('args', 'error', 'words'),
     [
-        (dict(kernel_size=0), 'kernel_size must be an integer of at least 1'),
-        (dict(kernel_size=2.0), 'kernel_size must be an integer'),
-        (dict(kernel_size=3, level=0), 'level must be None or an integer from 1 to'),
-        (dict(kernel_size=3, level=6), '5 for kernel_size 3, got 6'),
-        (dict(kernel_size=3, level=2.5), 'level must be None or an integer'),
-        (dict(kernel_size=3, level=True), 'level must be None or an integer'),
-        (dict(kernel_size=3, level=1, dc=False), 'no filter is left'),
-        (dict(kernel_size=1, dc=False), 'no filter is left'),
-        (dict(kernel_size=3, normalization='l2'), "normalization must be one of .* got 'l2'"),
+        (dict(kernel_size=0), ValueError, 'kernel_size must be at least 1, got 0'),
+        (dict(kernel_size=2.0), TypeError, r'kernel_size must be an integer, got 2\.0'),
+        (dict(kernel_size=True), TypeError, 'kernel_size must be an integer, got True'),
+        (dict(kernel_size=3, level=0), ValueError, 'level must be None or an integer from 1 to 5 .*, got 0'),
+        (dict(kernel_size=3, level=6), ValueError, 'level must be None or an integer from 1 to 5 .*, got 6'),
+        (dict(kernel_size=3, level=2.5), TypeError, 'level must be None or an integer'),
+        (dict(kernel_size=3, level=True), TypeError, 'level must be None or an integer'),
+        (dict(kernel_size=3, level=1, dc=False), ValueError, 'no function is left'),
+        (dict(kernel_size=1, dc=False), ValueError, 'no function is left'),
+        (dict(kernel_size=3, normalization='l2'), ValueError, "normalization must be one of .* got 'l2'"),
     ],
 )
-def test_bad_arguments(args, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_arguments(args, error, words):
+    with pytest.raises(error, match=words):
         dct_basis(**args)

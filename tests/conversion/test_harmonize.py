@@ -1,4 +1,4 @@
-"""harmonize: exact over networks of many families, folded back without a trace, and clear about what it refuses."""
+"""harmonize: exact for networks of many families, fused back without a trace, with a reason for what it refuses."""
 
 import copy
 import io
@@ -9,14 +9,15 @@ import reference
 import timm
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
-from timm.models import reparameterize_model
+from timm.models import get_model_args, reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
-from timm_harmonic.dct import synthesize
-from timm_harmonic.same import HarmonicConv2dSame
-from timm_harmonic.swap import harmonic_layers, why_not
+from timm_harmonic.conversion.convolutions import harmonic_layers, reasons_to_skip
+from timm_harmonic.conversion.energy import energy_kept
+from timm_harmonic.layers.compose import compose
+from timm_harmonic.layers.conv import HarmonicConv2dSame
 
 # One of each family, and how many of its convolutions become harmonic.
 FAMILIES = {
@@ -51,8 +52,8 @@ FAMILIES = {
 REFUSED = {
     'inception_v3': {'not square (1 x 3)', 'not square (3 x 1)', 'not square (1 x 7)', 'not square (7 x 1)'},
 }
-# Blocks that fold conv and batch-norm by themselves; timm folds these in float32 only.
-FOLDING = {'repvit_m0_9': 28, 'efficientvit_m0': 46, 'tiny_vit_5m_224': 17}
+# Blocks that fuse convolution and batch-norm by themselves, and how many layers. timm fuses these in float32 only.
+FUSING = {'repvit_m0_9': 28, 'efficientvit_m0': 46, 'tiny_vit_5m_224': 17}
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -86,20 +87,20 @@ def close(found, expected, tolerance=1e-9):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_exact_in_evaluation_and_folded_back(name):
+def test_exact_in_evaluation_and_fused_back(name):
     plain = network(name).eval()
     before = copy.deepcopy(plain.state_dict())
     harmonic = harmonize(plain)
     assert len(harmonic_layers(harmonic)) == FAMILIES[name]
-    assert set(why_not(harmonic).values()) - {'1 x 1'} == REFUSED.get(name, set())
+    assert set(reasons_to_skip(harmonic).values()) - {'1 x 1'} == REFUSED.get(name, set())
     x = images(plain)
     with torch.no_grad():
         expected = outputs(plain, x)
         close(outputs(harmonic, x), expected)
-        folded, plainly = reparameterize_model(harmonic), reparameterize_model(plain)
-        close(outputs(folded, x), expected)
-    assert [type(module) for module in folded.modules()] == [type(module) for module in plainly.modules()]
-    assert list(folded.state_dict()) == list(plainly.state_dict())
+        fused, fused_plain = reparameterize_model(harmonic), reparameterize_model(plain)
+        close(outputs(fused, x), expected)
+    assert [type(module) for module in fused.modules()] == [type(module) for module in fused_plain.modules()]
+    assert list(fused.state_dict()) == list(fused_plain.state_dict())
     assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
 
 
@@ -123,27 +124,27 @@ def test_exact_in_a_training_step(name):
         if name in layers and key.endswith('weight'):  # the chain rule, back from coefficients to filters
             basis = layers[name].basis
             assert convs[name].weight is plain.get_parameter(key)
-            grad = synthesize(grad / basis.square().sum((1, 2))[:, None], basis)
+            grad = compose(grad / basis.square().sum((1, 2))[:, None], basis)
         scale = max(1e-6 * max(p.grad.abs().max() for p in plain.parameters() if p.grad is not None), 1e-30)
         assert (grad - expected).abs().max() <= 1e-6 * expected.abs().max() + scale, key
     for key, value in plain.named_buffers():
         assert (harmonic.get_buffer(key) - value).abs().max() <= 1e-7 * value.abs().max(), key
 
 
-@pytest.mark.parametrize('name', FOLDING)
-def test_blocks_that_fold_themselves(name):
+@pytest.mark.parametrize('name', FUSING)
+def test_blocks_that_fuse_themselves(name):
     plain = network(name, dtype=torch.float32).eval()
     harmonic = harmonize(plain)
-    assert len(harmonic_layers(harmonic)) == FOLDING[name]
+    assert len(harmonic_layers(harmonic)) == FUSING[name]
     x = images(plain)
     with torch.no_grad():
         expected = outputs(plain, x)
         close(outputs(harmonic, x), expected, 1e-4)
         for copied in (harmonic, copy.deepcopy(harmonic)):
-            folded = reparameterize_model(copied)
-            close(outputs(folded, x), expected, 1e-3)
-            assert list(folded.state_dict()) == list(reparameterize_model(plain).state_dict())
-        close(outputs(harmonic, x), expected, 1e-4)  # the copy was folded, not this
+            fused = reparameterize_model(copied)
+            close(outputs(fused, x), expected, 1e-3)
+            assert list(fused.state_dict()) == list(reparameterize_model(plain).state_dict())
+        close(outputs(harmonic, x), expected, 1e-4)  # only the copy was fused
         close(outputs(reparameterize_model(harmonic, inplace=True), x), expected, 1e-3)
 
 
@@ -154,7 +155,7 @@ def test_twice_is_once():
         twice = harmonize(once, **options)
         assert str(once) == str(twice)
         assert all(torch.equal(a, b) for a, b in zip(once.parameters(), twice.parameters(), strict=True))
-        assert twice._model_args == once._model_args
+        assert get_model_args(twice) == get_model_args(once)
 
 
 def test_inplace_or_not():
@@ -173,25 +174,25 @@ def test_levels_and_selections():
     levels = {name: layer.level for name, layer in harmonic_layers(harmonic).items()}
     assert levels['conv1'] == 9
     assert levels['layer4.0.conv1'] == 2  # the first pattern counts
-    assert levels['layer3.0.conv1'] is None
+    assert levels['layer3.0.conv1'] == 5  # None: all frequencies
     assert levels['layer3.0.conv2'] == 3
     only = harmonize(plain, include=['layer1.*', 'layer2.*'], exclude=lambda name, conv: conv.stride == (2, 2))
     names = set(harmonic_layers(only))
     assert 'layer2.0.conv2' in names
     assert not names & {'conv1', 'layer2.0.conv1', 'layer3.0.conv1'}
-    left = harmonize(network('convnext_atto'), level=5)  # too much for 4 x 4 and 2 x 2 filters, not for 7 x 7
-    assert {layer.kernel_size[0]: layer.level for layer in harmonic_layers(left).values()} == {2: None, 4: 5, 7: 5}
+    mixed = harmonize(network('convnext_atto'), level=5)  # more than 2 x 2 filters have
+    assert {layer.kernel_size[0]: layer.level for layer in harmonic_layers(mixed).values()} == {2: 3, 4: 5, 7: 5}
 
 
-def test_level_is_the_nearest_in_l2():
+def test_filters_at_a_level_are_the_nearest_in_l2():
     conv = network('resnet18').layer1[0].conv1
     layer = harmonize(nn.Sequential(conv), level=2, normalization='l1')[0]
     basis = harmonize(nn.Sequential(conv), normalization='ortho')[0]
     kept = torch.tensor([0, 1, 3])  # (0, 0), (0, 1), (1, 0)
-    nearest = synthesize(basis.weight[:, :, kept], basis.basis[kept])
+    nearest = compose(basis.weight[:, :, kept], basis.basis[kept])
     torch.testing.assert_close(layer.filters(), nearest.to(layer.weight))
     share = nearest.detach().square().sum() / conv.weight.detach().square().sum()
-    assert layer.energy_kept == pytest.approx(float(share))
+    assert energy_kept(layer) == pytest.approx(float(share))
 
 
 def test_layers_keep_their_place():
@@ -227,7 +228,7 @@ def test_same_padding_scripts_traces_and_compiles():
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*is deprecated:DeprecationWarning')
 @pytest.mark.parametrize('name', ['repvgg_a0', 'tf_efficientnet_lite0'])
 def test_networks_script_export_compile_and_pickle(name):
-    """With blocks that fold themselves, and with dynamic padding."""
+    """With blocks that fuse themselves, and with dynamic padding."""
     model = harmonize(network(name, dtype=torch.float32).eval(), level=3)
     x = images(model)
     content = io.BytesIO()
@@ -311,12 +312,12 @@ def test_refused(make, reason):
         (dict(level=14), ValueError, 'from 1 to 13.*got 14'),
         (dict(level=2.0), TypeError, 'integer'),
         (dict(level=True), TypeError, 'integer'),
-        (dict(levels={'layer1.*': 0}), ValueError, r'layer1\.\*: a level must be from 1'),
+        (dict(levels={'layer1.*': 0}), ValueError, r"'layer1\.\*' must be None or an integer from 1 to 13 .*, got 0"),
         (dict(levels={'layer9.*': 2}), ValueError, r"levels: 'layer9\.\*' matches none of the 17 .*'layer1\.\*'"),
         (dict(levels=[3, 2, 2, 1]), TypeError, 'must map patterns'),
         (dict(include='layer9'), ValueError, "include: 'layer9' matches none"),
         (dict(exclude=['layer1.*', 'head*']), ValueError, r"exclude: 'head\*' matches none"),
-        (dict(include='*.downsample.*'), ValueError, 'matches only what is left alone: layer2.0.downsample.0, 1 x 1'),
+        (dict(include='*.downsample.*'), ValueError, r'stay plain: layer2\.0\.downsample\.0, 1 x 1'),
         (dict(exclude='*'), ValueError, 'leave none of the 17'),
         (dict(include=lambda name, conv: False), ValueError, 'leave none of the 17'),
         (dict(normalization='l2'), ValueError, 'normalization'),
@@ -340,11 +341,12 @@ def test_normalizations_do_not_mix():
     with pytest.raises(ValueError, match="use 'ortho'"):
         harmonize(part)
     whole = harmonize(part, normalization='ortho')
-    assert harmonize(whole)._model_args == whole._model_args  # nothing new: the default does not matter
+    # Nothing is left to convert, so the default is not compared.
+    assert get_model_args(harmonize(whole)) == get_model_args(whole)
 
 
 def test_our_own_networks():
-    """Layers that are harmonic stay, and lose the frequencies above the level."""
+    """Harmonic layers stay, and lose the frequencies from the level on."""
     model = network('harm1_resnet50').eval()
     harmonic = harmonize(model)
     assert isinstance(harmonic.conv1, HarmonicBlock2d)
@@ -353,7 +355,8 @@ def test_our_own_networks():
     with torch.no_grad():
         close(harmonic(x), model(x))
     assert harmonize(model, level=3).conv1.weight.shape[2] == 6
-    assert harmonize(model, level=3)._model_args == dict(base_model='harm1_resnet50', num_classes=10, level=3)
+    options = dict(base_model='harm1_resnet50', num_classes=10, in_chans=3, global_pool='avg', level=3)
+    assert get_model_args(harmonize(model, level=3)) == options
 
 
 def test_on_the_meta_device():
@@ -407,8 +410,8 @@ def test_report():
     assert (first.kernel_size, first.groups, first.level, first.kept, first.frequencies) == ((3, 3), 1, 3, 6, 9)
     assert (first.parameters_before, first.parameters, first.reason) == (32 * 3 * 9, 32 * 3 * 6, '')
     assert 0 < first.energy_kept < 1
-    left = by_name['Mixed_6b.branch7x7_2.conv']
-    assert (left.level, left.reason) == (None, 'not square (1 x 7)')
+    plain = by_name['Mixed_6b.branch7x7_2.conv']
+    assert (plain.level, plain.reason) == (None, 'not square (1 x 7)')
     assert by_name['Mixed_7a.branch3x3_2.conv'].reason == ''
     assert report.parameters == sum(p.numel() for p in model.parameters())
     plain = timm.create_model('inception_v3', aux_logits=False, num_classes=10)
@@ -419,8 +422,11 @@ def test_report():
     assert 'not square (1 x 7)' in printed
     assert 'not asked for' in printed
     assert max(map(len, printed.splitlines())) <= 140
-    markdown = report.to_markdown()
-    assert markdown.count('\n| ') == len(by_name) + 2
+    rows = [line.split('|')[1:-1] for line in report.to_markdown().splitlines() if line.startswith('|')]
+    assert len(rows) == len(by_name) + 2
+    assert {len(row) for row in rows} == {9}
+    assert [row[0].strip() for row in rows[2:]] == list(by_name)
+    assert set(''.join(rows[1])) <= set('-: ')
 
 
 def test_report_of_other_networks():
@@ -439,6 +445,6 @@ def test_energy_kept_is_the_product_of_truncations():
     at_once = harmonize(plain, level=2)
     in_steps = truncate(truncate(harmonize(plain), level=4), level=2)
     for name, layer in harmonic_layers(at_once).items():
-        assert harmonic_layers(in_steps)[name].energy_kept == pytest.approx(layer.energy_kept)
+        assert energy_kept(harmonic_layers(in_steps)[name]) == pytest.approx(energy_kept(layer))
     at_once.load_state_dict(in_steps.state_dict())
-    assert at_once.conv1.energy_kept is None  # of coefficients that were loaded, nothing is known
+    assert energy_kept(at_once.conv1) is None  # unknown for coefficients that were loaded

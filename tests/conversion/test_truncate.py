@@ -1,4 +1,4 @@
-"""truncate: levels, energy, budgets over all layers, and weighing by data."""
+"""truncate: levels, energy, budgets over all layers, and weighing by images."""
 
 import copy
 
@@ -10,12 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
+from timm.models import get_model_args
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
-from timm_harmonic.dct import dct_frequencies
-from timm_harmonic.swap import harmonic_layers
-from timm_harmonic.truncation import choose_levels, losses_by_response, losses_by_weight, parameters_at
+from timm_harmonic.conversion.convolutions import harmonic_layers
+from timm_harmonic.conversion.energy import energy_kept
+from timm_harmonic.conversion.losses import losses_by_filters, losses_by_images
+from timm_harmonic.conversion.truncate import choose_levels, parameters_at
+from timm_harmonic.layers.dct import dct_frequencies, full_level
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -34,7 +37,7 @@ def network():
 
 
 def levels(model):
-    return {name: layer.level or layer.full_level for name, layer in harmonic_layers(model).items()}
+    return {name: layer.level for name, layer in harmonic_layers(model).items()}
 
 
 def count(model):
@@ -87,10 +90,10 @@ def test_energy(network, energy, normalization):
         filters = plain.get_submodule(name).weight.detach()
         share = layer.filters().detach().square().sum() / filters.square().sum()
         assert share >= energy - 1e-6
-        assert layer.energy_kept == pytest.approx(float(share), rel=1e-5)
-        if (level := layer.level or layer.full_level) > 1:
+        assert energy_kept(layer) == pytest.approx(float(share), rel=1e-5)
+        if (level := layer.level) > 1:
             lower = HarmonicConv2d.from_conv2d(plain.get_submodule(name), level=level - 1)
-            assert lower.energy_kept < energy
+            assert lower.filters().detach().square().sum() < energy * filters.square().sum()
     assert levels(low) == levels(truncate(network, energy=energy))
 
 
@@ -110,7 +113,7 @@ def test_budget_is_kept(network):
 
 
 def test_layers_with_little_high_frequency_pay_first(network):
-    losses = losses_by_weight(network)
+    losses = losses_by_filters(network)
     low = levels(truncate(network, ratio=0.6))
     wide = {name: losses[name][3] for name in low if name.startswith('layer3') and 'downsample' not in name}
     order = [low[name] for name in sorted(wide, key=wide.get)]
@@ -119,7 +122,7 @@ def test_layers_with_little_high_frequency_pay_first(network):
 
 
 def total(losses, chosen):
-    """What is made small: the shares that are kept multiply."""
+    """What the levels minimise: the shares that layers keep multiply."""
     return sum(-np.log1p(-losses[name][level]) for name, level in chosen.items())
 
 
@@ -144,7 +147,7 @@ def exact(sizes, losses, budget):
 
 @pytest.mark.parametrize('ratio', [0.9, 0.7, 0.5, 0.3, 0.2])
 def test_greedy_is_near_the_optimum(network, ratio):
-    losses, layers = losses_by_weight(network), harmonic_layers(network)
+    losses, layers = losses_by_filters(network), harmonic_layers(network)
     sizes = {name: {level: parameters_at(layers[name], level) for level in of} for name, of in losses.items()}
     others = count(network) - sum(layer.weight.numel() for layer in layers.values())
     budget = int(ratio * count(network))
@@ -158,14 +161,15 @@ def test_greedy_is_near_the_optimum(network, ratio):
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_greedy_is_optimal_for_what_it_saves(data):
-    """Along the hull: with the budget that a step just reaches, no choice loses less."""
+    """Along the hull: no other choice with as few parameters as a step arrives at loses less."""
     model = harmonize(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 2)))
     layers = harmonic_layers(model)
     losses = {}
     for name, layer in layers.items():
-        drops = data.draw(st.lists(st.floats(0.001, 1), min_size=layer.full_level - 1, max_size=layer.full_level - 1))
+        top = full_level(layer.kernel_size[0])
+        drops = data.draw(st.lists(st.floats(0.001, 1), min_size=top - 1, max_size=top - 1))
         lost = [0.0, *(np.cumsum(drops) / (1 + np.sum(drops)))]
-        losses[name] = {layer.full_level - i: value for i, value in enumerate(lost)}
+        losses[name] = {top - i: value for i, value in enumerate(lost)}
     sizes = {name: {level: parameters_at(layers[name], level) for level in of} for name, of in losses.items()}
     others = count(model) - sum(layer.weight.numel() for layer in layers.values())
     start = choose_levels(model, losses, data.draw(st.integers(others + 60, count(model))))
@@ -187,7 +191,7 @@ def test_data_measure_what_the_output_loses():
     conv = nn.Conv2d(3, 8, 3, padding=1, stride=2, dtype=torch.float64)
     model = harmonize(nn.Sequential(conv, nn.ReLU()))
     batches = [batch.double() for batch in smooth()]
-    losses = losses_by_response(model, ((batch, torch.zeros(4)) for batch in batches))['0']
+    losses = losses_by_images(model, ((batch, torch.zeros(4)) for batch in batches))['0']
     with torch.no_grad():
         x = torch.cat(batches)
         whole = conv(x)
@@ -196,12 +200,12 @@ def test_data_measure_what_the_output_loses():
             ratio = (error.square().mean((0, 2, 3)) / whole.var((0, 2, 3), correction=0)).mean()
             assert losses[level] == pytest.approx(float(ratio / (1 + ratio)))
     assert losses[5] == 0
-    by_weight = losses_by_weight(model)['0']
-    assert losses[3] < by_weight[3]  # the images are smooth: high frequencies cause little
+    by_filters = losses_by_filters(model)['0']
+    assert losses[3] < by_filters[3]  # smooth images: the high frequencies of the filters add little
 
 
 def test_scales_do_not_matter(network):
-    """Of a layer, and, by data, of a channel: what normalises them afterwards takes the scale away."""
+    """Of a layer and, by images, of a channel: normalisation after the layer takes the scale away."""
     scaled = copy.deepcopy(network)
     with torch.no_grad():
         for i, layer in enumerate(harmonic_layers(scaled).values()):
@@ -212,12 +216,12 @@ def test_scales_do_not_matter(network):
     with torch.no_grad():
         loud.weight[2] *= 1000
         loud.bias += 5
-    of = [losses_by_response(harmonize(nn.Sequential(layer)), smooth())['0'] for layer in (conv, loud)]
+    of = [losses_by_images(harmonize(nn.Sequential(layer)), smooth())['0'] for layer in (conv, loud)]
     assert list(of[0].values()) == pytest.approx(list(of[1].values()), rel=1e-3)
 
 
 def test_data_choose_levels(network):
-    by_data, losses = truncate(network, energy=0.95, data=smooth()), losses_by_response(network, smooth())
+    by_data, losses = truncate(network, energy=0.95, data=smooth()), losses_by_images(network, smooth())
     for name, level in levels(by_data).items():
         assert losses[name][level] <= 0.05
         assert level == 1 or min(losses[name][lower] for lower in range(1, level)) > 0.05
@@ -231,12 +235,12 @@ def test_data_leave_no_trace(network):
     model.layer1.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    losses_by_response(model, smooth())
+    losses_by_images(model, smooth())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert not any(layer._forward_hooks for layer in harmonic_layers(model).values())
     with pytest.raises(RuntimeError):
-        losses_by_response(model, [torch.zeros(1, 5, 8, 8)])
+        losses_by_images(model, [torch.zeros(1, 5, 8, 8)])
     assert [module.training for module in model.modules()] == modes
     assert not any(layer._forward_hooks for layer in harmonic_layers(model).values())
 
@@ -251,34 +255,34 @@ def test_data_that_do_not_reach_a_layer():
             return self.b(x) if self.training else self.a(x)
 
     model = harmonize(Forked())
-    losses = losses_by_response(model, smooth())
-    assert losses['b'] == losses_by_weight(model)['b']
-    assert losses['a'] != losses_by_weight(model)['a']
+    losses = losses_by_images(model, smooth())
+    assert losses['b'] == losses_by_filters(model)['b']
+    assert losses['a'] != losses_by_filters(model)['a']
 
 
 def test_block_with_normalised_responses():
-    """Dropping a frequency of the root drops its response, mean and all."""
+    """Dropping a frequency of the stem drops its response, with its mean."""
     torch.manual_seed(0)
     model = reference.randomize_batch_norm(
         timm.create_model('harm_resnet18', layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_pool='max').double()
     ).eval()
     low = truncate(model, level=3)
-    root, source = low.conv1, model.conv1
-    assert isinstance(root, HarmonicBlock2d)
-    assert root.weight.shape == (64, 3, 6, 1)
-    assert root.bn.num_features == 18 == len(root.bn.running_mean)
+    stem, source = low.conv1, model.conv1
+    assert isinstance(stem, HarmonicBlock2d)
+    assert stem.weight.shape == (64, 3, 6, 1)
+    assert stem.bn.num_features == 18 == len(stem.bn.running_mean)
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     kept = [dct_frequencies(7).index(pair) for pair in dct_frequencies(7, 3)]
     explicit = source.bn(source.responses(x)).unflatten(1, (3, 49))[:, :, kept]
     expected = torch.einsum('ocp,bcphw->bohw', source.weight[:, :, kept, 0], explicit)
-    torch.testing.assert_close(root(x), expected)
-    torch.testing.assert_close(root.fuse()(x), expected)
-    share = root.filters().square().sum() / source.filters().square().sum()
-    assert root.energy_kept == pytest.approx(share.item())
+    torch.testing.assert_close(stem(x), expected)
+    torch.testing.assert_close(stem.fuse()(x), expected)
+    share = stem.filters().square().sum() / source.filters().square().sum()
+    assert energy_kept(stem) == pytest.approx(share.item())
     low.train()(x).square().mean().backward()
     assert low.conv1.bn.num_batches_tracked == source.bn.num_batches_tracked + 1
-    assert root.bn.running_var.shape == (18,)
-    again = timm.create_model('harmonized', **low._model_args).double()
+    assert stem.bn.running_var.shape == (18,)
+    again = timm.create_model('harmonized', **get_model_args(low)).double()
     again.load_state_dict(low.state_dict())
     torch.testing.assert_close(again.eval()(x), low.eval()(x))
 
@@ -299,9 +303,9 @@ def test_block_with_another_normalisation_is_refused_whole():
 def test_without_dc():
     layer = HarmonicConv2d(2, 2, 3, dc=False)
     assert truncate(nn.Sequential(layer), level=2)[0].weight.shape[2] == 2
-    with pytest.raises(ValueError, match='no filter is left'):
+    with pytest.raises(ValueError, match='no function is left'):
         truncate(nn.Sequential(layer), level=1)
-    assert min(losses_by_weight(nn.Sequential(layer))['0']) == 2
+    assert min(losses_by_filters(nn.Sequential(layer))['0']) == 2
 
 
 def test_memory_format_frozen_and_mode():
@@ -314,13 +318,13 @@ def test_memory_format_frozen_and_mode():
 
 
 def test_layer_of_zeros_is_kept():
-    """Without energy there is nothing to judge by, as in the last layer of a branch that starts at zero."""
+    """A layer without energy cannot be judged, as the last one of a residual branch that starts at zero."""
     model = harmonize(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)))
     nn.init.zeros_(model[1].weight)
     assert levels(truncate(model, energy=0.5))['1'] == 5
     low = truncate(model, max_params=count(model) - 9)
     assert levels(low)['1'] == 5
-    assert truncate(model, level=2)[1].energy_kept == 1
+    assert energy_kept(truncate(model, level=2)[1]) == 1
 
 
 @pytest.mark.parametrize(
@@ -339,9 +343,9 @@ def test_layer_of_zeros_is_kept():
         (dict(energy=1.01), ValueError, 'energy must be'),
         (dict(energy=float('nan')), ValueError, 'energy must be'),
         (dict(max_params=0.5), TypeError, 'max_params must be an integer'),
-        (dict(max_params=1000), ValueError, r'max_params=1,000 cannot be reached: .* and 1,\d+,\d+ are left'),
-        (dict(ratio=0.01), ValueError, 'cannot be reached'),
-        (dict(level=2, data=[]), ValueError, 'data weigh frequencies'),
+        (dict(max_params=1000), ValueError, r'max_params=1,000 is too few: .*, and 1,\d+,\d+ with every'),
+        (dict(ratio=0.01), ValueError, 'is too few'),
+        (dict(level=2, data=[]), ValueError, 'data is for energy, max_params and ratio'),
         (dict(ratio=0.5, data=[]), ValueError, 'data have no batches'),
     ],
 )
@@ -352,10 +356,10 @@ def test_bad_options_change_nothing(network, options, error, words):
     assert levels(network) == before
 
 
-def test_the_minimum_is_what_can_be_reached(network):
-    with pytest.raises(ValueError, match='cannot be reached') as error:
+def test_the_error_names_the_least_number_of_parameters(network):
+    with pytest.raises(ValueError, match='is too few') as error:
         truncate(network, max_params=1)
-    least = int(str(error.value).split(' and ')[1].split()[0].replace(',', ''))
+    least = int(str(error.value).split(', and ')[1].split()[0].replace(',', ''))
     assert count(truncate(network, max_params=least)) == least
     assert count(truncate(network, level=1)) == least
 

@@ -62,9 +62,9 @@ def test_import_is_silent():
 
 @pytest.mark.parametrize('name', [*RESNETS, *VGGS])
 def test_what_is_harmonic(name):
-    """harm_: every k x k convolution with k > 1; harm1_: the root; harm0_: none. The classifier is never."""
+    """harm_: every k x k convolution with k > 1; harm1_: the stem; harm0_: none. The classifier is never."""
     model = timm.create_model(name, device='meta')
-    root = 'features.0' if 'vgg' in name else 'conv1'
+    stem = 'features.0' if 'vgg' in name else 'conv1'
     layers = harmonic(model)
     plain = {
         n for n, m in model.named_modules() if type(m) is nn.Conv2d and m.kernel_size[0] > 1 and 'pre_logits' not in n
@@ -73,7 +73,7 @@ def test_what_is_harmonic(name):
     if name.startswith('harm0_'):
         assert not layers
         return
-    assert type(layers.pop(root)) is HarmonicBlock2d
+    assert type(layers.pop(stem)) is HarmonicBlock2d
     if name.startswith('harm1_'):
         assert not layers
         assert plain
@@ -84,8 +84,8 @@ def test_what_is_harmonic(name):
 
 
 @pytest.mark.parametrize('name', RESNETS)
-def test_root_and_reductions(name):
-    """Stated reductions are the true ones, for a side that the strides do not divide as well."""
+def test_stem_and_reductions(name):
+    """The stated reductions are the true ones, also for a side that the strides do not divide."""
     model = timm.create_model(name, features_only=True, device='meta')
     expected = [4, 8, 16, 32] if name in STRIDE_4 else [2, 4, 8, 16, 32]
     assert model.feature_info.reduction() == expected
@@ -117,11 +117,8 @@ def test_feature_indices(name):
             )
             pruned = copy.deepcopy(model)
             taken = pruned.prune_intermediate_layers(indices)
-            assert (
-                [i % count for i in taken] == [count - indices + i for i in range(indices)]
-                if isinstance(indices, int)
-                else [i % count for i in indices]
-            )
+            wanted_taps = range(count - indices, count) if isinstance(indices, int) else [i % count for i in indices]
+            assert [i % count for i in taken] == list(wanted_taps)
             found = pruned.forward_intermediates(x, indices=taken, intermediates_only=True)
             torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     for bad in ([count], [-count - 1], 0, count + 1):
@@ -159,7 +156,7 @@ def test_fuse_whole_network(name):
 @pytest.mark.parametrize('feature_cls', ['list', 'getter'])
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50_avgpool', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])
 def test_fuse_feature_extractor(name, feature_cls):
-    """Inside timm's wrappers, while training as well: fusing must not ask for evaluation."""
+    """Inside timm's wrappers, and in training mode: fusing does not need evaluation."""
     torch.manual_seed(0)
     model = reference.randomize_batch_norm(tiny(name, features_only=True, feature_cls=feature_cls)).train()
     fused = reparameterize_model(model)
@@ -199,10 +196,10 @@ def test_fused_network_is_timms(name, plain, kwargs):
     state = fused.state_dict()
     bias = [k for k in state if k not in twin.state_dict()]
     assert set(state) - set(bias) == set(twin.state_dict())
-    root = 'conv1.0' if kwargs.get('stem_type') else 'conv1'
-    assert bias == ([] if 'vgg' in name else [f'{root}.bias'])
-    if bias:  # timm's root has none, the normalisation's shift needs one
-        twin.get_submodule(root).register_parameter('bias', nn.Parameter(torch.empty(len(state[bias[0]]))))
+    stem = 'conv1.0' if kwargs.get('stem_type') else 'conv1'
+    assert bias == ([] if 'vgg' in name else [f'{stem}.bias'])
+    if bias:  # timm's stem has none, the shift of the normalisation needs one
+        twin.get_submodule(stem).register_parameter('bias', nn.Parameter(torch.empty(len(state[bias[0]]))))
     twin.load_state_dict(state)
     x = torch.randn(2, 3, 64, 80)
     with torch.inference_mode():
@@ -235,7 +232,7 @@ def test_fused_network_is_timms(name, plain, kwargs):
 )
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50'])
 def test_resnet_options_train(name, kwargs):
-    """Whatever timm's ResNet takes: a training step reaches every parameter, features and fusing work."""
+    """With every option of timm's ResNet a training step reaches all parameters, and features and fusing work."""
     if name == 'harm_resnet18' and 'block_reduce_first' in kwargs:
         kwargs = {k: v for k, v in kwargs.items() if k != 'block_reduce_first'}
     model = tiny(name, **kwargs).train()
@@ -321,7 +318,7 @@ def test_vgg_classifier_starts_as_the_authors_linear_layers():
 def test_nothing_more_is_kept_for_the_backward_pass(name):
     """Against the plain network: the composed filters and a few numbers beside them, which do not grow with the batch.
 
-    The root included, which keeps no response.
+    That includes the stem, which keeps no response.
     """
 
     def saved_bytes(model, batch):
@@ -345,7 +342,7 @@ def test_nothing_more_is_kept_for_the_backward_pass(name):
     filters = sum(4 * m.filters().numel() for m in harmonic(ours).values())
     more = [saved_bytes(ours, batch) - saved_bytes(plain, batch) for batch in (2, 8)]
     assert more[0] == more[1]
-    assert filters <= more[0] < filters + 500_000  # the root's, in float64, and bases
+    assert filters <= more[0] < filters + 500_000  # the stem's, in float64, and bases
 
 
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50_avgpool', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])
@@ -397,12 +394,12 @@ def test_precision_round_trip(name):
 @pytest.mark.parametrize(
     ('kwargs', 'error', 'words'),
     [
-        (dict(levels=0), ValueError, 'level must be None or an integer from 1 to'),
+        (dict(levels=0), ValueError, 'level must be None or an integer from 1 to 5'),
         (dict(levels=6), ValueError, 'got 6'),
         (dict(levels=(None, 3)), ValueError, r'levels must have \d entries, one a stage, got 2'),
         (dict(levels='3'), TypeError, 'levels must be None, an integer, or'),
         (dict(levels=2.5), TypeError, 'levels must be None, an integer, or'),
-        (dict(levels=True), TypeError, 'levels must be None, an integer, or'),
+        (dict(levels=True), TypeError, 'levels=True: a level must be None or an integer'),
         (dict(num_classes=-1), ValueError, 'num_classes must be 0 .* or more, got -1'),
         (dict(in_chans=0), ValueError, 'in_chans must be at least 1, got 0'),
         (dict(normalization='l2'), ValueError, 'normalization must be one of'),
@@ -416,9 +413,9 @@ def test_bad_options(name, kwargs, error, words):
 
 
 def test_bad_resnet_options():
-    with pytest.raises(TypeError, match=r"each of levels must be an integer or None, got '3'"):
+    with pytest.raises(TypeError, match=r"levels=.*: a level must be None or an integer .*, got '3'"):
         timm.create_model('harm_resnet18', levels=[None, None, '3', 2])
     with pytest.raises(ValueError, match=r"stem_pool must be one of .* got 'min'"):
         timm.create_model('harm_resnet18', stem_pool='min')
-    with pytest.raises(ValueError, match='replace_stem_pool stands for max pooling'):
+    with pytest.raises(ValueError, match='replace_stem_pool replaces max pooling'):
         timm.create_model('harm_resnet18', replace_stem_pool=True)

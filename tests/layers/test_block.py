@@ -1,4 +1,4 @@
-"""The root in training: one dense convolution gives what filtering, normalising and mixing give; when it is taken."""
+"""The stem in training: when it takes one dense convolution, and that this gives what the three steps give."""
 
 import copy
 
@@ -9,7 +9,8 @@ from reference import relative_error
 from timm.layers import convert_splitbn_model, freeze_batch_norm_2d
 from torch import nn
 
-from timm_harmonic import HarmonicBlock2d, block
+from timm_harmonic import HarmonicBlock2d
+from timm_harmonic.layers import block
 
 GEOMETRY = {
     'stride 4': dict(kernel_size=7, stride=4, padding=3),
@@ -36,12 +37,12 @@ def images(dtype=torch.float64, channels=3, batch=4, smooth=False):
 
 
 def explicit(layer, x):
-    """The other form, which an input that needs a gradient takes."""
+    """The three steps one by one, as for an input that needs a gradient."""
     return layer(x.clone().requires_grad_())
 
 
 def count_responses(layer, monkeypatch):
-    """Calls of the part of the explicit form that computes the responses as they are kept."""
+    """Calls of the method by which the explicit form computes its responses."""
     calls = []
     responses = layer.responses
     monkeypatch.setattr(layer, 'responses', lambda x: calls.append(x.shape) or responses(x))
@@ -86,7 +87,7 @@ def test_equal_for_every_batch_norm(options):
 
 
 def test_equal_in_pieces(monkeypatch):
-    """However few responses are computed at a time."""
+    """Also where only a few responses are computed at a time."""
     dense, other = pair()
     monkeypatch.setattr(block, '_PIECE_CPU', 1)
     same_training(dense, other, images(), 1e-12)
@@ -102,7 +103,7 @@ def test_equal_in_channels_last():
 
 
 def test_smooth_images_lose_nothing():
-    """Where the variances of the responses differ by orders of magnitude, float32 is as near to float64 as before."""
+    """Where the variances of the responses differ by orders of magnitude, both forms are equally near to float64."""
     dense, other = pair(torch.float32)
     exact = copy.deepcopy(dense).double()
     x = images(smooth=True)
@@ -115,7 +116,7 @@ def test_smooth_images_lose_nothing():
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('smooth', [False, True])
 def test_half_precision(dtype, smooth):
-    """Under autocast, and bfloat16 as a whole: no further from float64 than the explicit form is."""
+    """Under autocast, and in bfloat16 throughout: no further from float64 than the explicit form."""
     x = images(smooth=smooth)
     exact, _ = pair()
     expected = explicit(exact, x)
@@ -159,12 +160,12 @@ REPLACED = {
 
 @pytest.mark.parametrize('what', REPLACED)
 def test_another_normalisation_is_asked(monkeypatch, what):
-    """Whatever stands in the place of the batch-norm decides: the responses go through it."""
+    """The responses go through whatever replaces the batch-norm."""
     layer, other = pair()
     layer = REPLACED[what](layer)
     calls = count_responses(layer, monkeypatch)
     x = images()
-    if what == 'SyncBatchNorm':  # which wants a GPU; in its place, that it is what is called
+    if what == 'SyncBatchNorm':  # its own forward needs a GPU: only the call is tested
         monkeypatch.setattr(
             nn.SyncBatchNorm, 'forward', lambda self, r: nn.functional.batch_norm(r, None, None, training=True)
         )
@@ -172,14 +173,14 @@ def test_another_normalisation_is_asked(monkeypatch, what):
     assert len(calls) == 1
     if what in ('SyncBatchNorm', 'subclass'):
         assert relative_error(y, other(x)) < 1e-12
-    if what == 'split':  # the halves of a batch apart
+    if what == 'split':  # each half of the batch by itself
         halves = [pair()[0](half) for half in x.chunk(2)]
         assert relative_error(y, torch.cat(halves)) < 1e-12
         layer.eval()
         assert y.shape == layer(x).shape
 
 
-def test_frozen_batch_norm_is_folded(monkeypatch):
+def test_frozen_batch_norm_is_fused(monkeypatch):
     layer, other = pair()
     layer(images())
     other.load_state_dict(layer.state_dict())
@@ -208,8 +209,8 @@ def test_images_smaller_than_the_stride(size):
     same_training(dense, other, torch.randn(4, 3, *size, dtype=torch.float64), 1e-10)
 
 
-def test_what_has_no_statistics_goes_the_explicit_way():
-    """As before a batch: an empty one gives an empty output, and an image without a batch is refused by torch."""
+def test_input_without_statistics_takes_the_explicit_form():
+    """An empty batch gives an empty output. torch refuses an image without a batch dimension."""
     layer, _ = pair()
     assert layer(torch.randn(0, 3, 16, 16, dtype=torch.float64)).shape == (0, 6, 4, 4)
     with pytest.raises(RuntimeError, match='rank 4'):
@@ -237,7 +238,7 @@ def test_gradients_of_gradients():
 
 @pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated:FutureWarning')  # torch's own, in these
 def test_forward_derivatives():
-    """With respect to the image: tangents do not set requires_grad, and are right all the same."""
+    """With respect to the image. Tangents do not set requires_grad, and still they are right."""
     layer, _ = pair(channels=1, out=2, kernel_size=3, stride=2, padding=1)
     x, tangent = torch.randn(2, 2, 1, 5, 6, dtype=torch.float64)
     with fwad.dual_level():
@@ -273,7 +274,7 @@ def test_recalibration_by_torch():
 
 
 def test_memory_that_is_kept(monkeypatch):
-    """For the backward pass, what a plain convolution keeps: the image and the filters, and small things."""
+    """The backward pass keeps what a plain convolution keeps: the image and the filters, and a few small tensors."""
     layer, other = pair(torch.float32, out=64)
     x = torch.randn(8, 3, 64, 64)
 

@@ -1,4 +1,4 @@
-"""Weights from the authors' files: every wrapping, other channels and classes, and files that are not weights."""
+"""Weights from the authors' files: every wrapping, other channels and classes, and files that hold no weights."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg, load_checkpoint
 from torch import nn
 
 import timm_harmonic
-from timm_harmonic.checkpoints import CheckpointError, read_checkpoint
+from timm_harmonic.models.checkpoints import CheckpointError, read_checkpoint
 
 # Small networks load quickly.
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
@@ -144,12 +144,12 @@ def test_compressed_layout(tmp_path):
     model = reference.randomize_batch_norm(create('harm_resnet50', levels=[None, 4, 3, 2])).eval()
     path = saved(tmp_path, original_layout(model))
     assert same(load(path, levels=[None, 4, 3, 2]), model)
-    with pytest.raises(CheckpointError, match=r'layer2\.0\.conv2\.dct .* is another basis .*level=None'):
+    with pytest.raises(CheckpointError, match=r'layer2\.0\.conv2\.dct .* is another basis .*level=5'):
         load(path)
 
 
 def test_nothing_but_the_weights_stays(tmp_path):
-    """The file's name stays in the config as timm leaves it, the tensors do not."""
+    """The config keeps the name of the file, as with timm, and no tensors."""
     _, state = trained()
     path = saved(tmp_path, state)
     for kwargs in ({}, dict(features_only=True), dict(features_only=True, feature_cls='getter')):
@@ -195,25 +195,25 @@ def test_more_channels_repeat_with_their_statistics(tmp_path, name, channels):
     """As timm does for a plain convolution: channel c starts as channel c % 3, scaled by 3 / channels."""
     model, state = trained(name)
     loaded = load(saved(tmp_path, state), name, in_chans=channels)
-    root = model.get_submodule(model.pretrained_cfg['first_conv'])
+    stem = model.get_submodule(model.pretrained_cfg['first_conv'])
     adapted = loaded.get_submodule(model.pretrained_cfg['first_conv'])
     source = [c % 3 for c in range(channels)]
-    torch.testing.assert_close(adapted.weight, root.weight[:, source] * 3 / channels)
+    torch.testing.assert_close(adapted.weight, stem.weight[:, source] * 3 / channels)
     for key in ('running_mean', 'running_var'):
-        ours, theirs = getattr(adapted.bn, key), getattr(root.bn, key)
+        ours, theirs = getattr(adapted.bn, key), getattr(stem.bn, key)
         assert torch.equal(ours.view(channels, -1), theirs.view(3, -1)[source])
     if channels == 6:
         x = images()
         torch.testing.assert_close(loaded(x.repeat(1, 2, 1, 1)), model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_adapting_says_nothing_wrong(tmp_path, caplog):
+def test_adapting_warns_of_nothing(tmp_path, caplog):
     _, state = trained()
     load(saved(tmp_path, state), in_chans=4)
     assert not [record for record in caplog.records if record.levelname == 'WARNING']
 
 
-def test_plain_root_is_timms_to_adapt(tmp_path):
+def test_timm_adapts_a_plain_stem(tmp_path):
     torch.manual_seed(0)
     model = reference.randomize_batch_norm(create('harm0_resnet50')).eval()
     loaded = load(saved(tmp_path, model.state_dict()), 'harm0_resnet50', in_chans=1)
@@ -222,7 +222,7 @@ def test_plain_root_is_timms_to_adapt(tmp_path):
 
 
 def test_source_of_four_channels(tmp_path):
-    """A checkpoint of 4 channels: into 4 as it is, into others once its channels are declared."""
+    """A checkpoint of 4 channels loads into 4 as it is, and into others once its channels are declared."""
     model = reference.randomize_batch_norm(create(in_chans=4)).eval()
     path = saved(tmp_path, model.state_dict())
     assert same(load(path, in_chans=4), model, images(4))
@@ -263,7 +263,7 @@ def test_wrong_shape_is_named(tmp_path):
 
 
 def test_another_classifier_shape_is_an_error(tmp_path):
-    """1000 classes are asked for and the config promises them: a classifier of 10 cannot be dropped in silence."""
+    """The network has 1000 classes and the config promises them: a classifier of 10 is an error, not left out."""
     _, state = trained()
     broken = dict(state, **{'fc.weight': torch.zeros(10, 512), 'fc.bias': torch.zeros(10)})
     with pytest.raises(RuntimeError, match=r'size mismatch for fc\.weight'):
@@ -286,7 +286,7 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize('legacy', [False, True])
 @pytest.mark.parametrize('keep', [0.9, 0.3, 0.0])
 def test_truncated_file(tmp_path, legacy, keep):
-    """Both of torch's formats; the released files are of 2020, in the older one."""
+    """In both of torch's formats. The released files of 2020 are in the older one."""
     path = Path(tmp_path / 'weights.pth')
     torch.save(trained()[1], path, _use_new_zipfile_serialization=not legacy)
     assert same(load(str(path)), trained()[0])
@@ -313,7 +313,7 @@ def test_web_page(tmp_path):
 
 @pytest.mark.parametrize('content', [b'{"message": "Not Found"}', b'version https://git-lfs.github.com/spec/v1\n'])
 def test_other_text(tmp_path, content):
-    """What else a failed download leaves: an error in JSON, a pointer to the file."""
+    """Other things that a failed download leaves: an error in JSON, a pointer to the file."""
     path = tmp_path / 'weights.pth'
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r'was not loaded: it is no checkpoint'):
@@ -347,7 +347,7 @@ def test_not_a_state_dict(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """A release page on the loopback: serves a folder, counts what is asked for."""
+    """A release page on the loopback: serves a folder and lists the requests."""
     folder = tmp_path / 'release'
     folder.mkdir()
     asked = []
@@ -405,7 +405,7 @@ def test_wrong_hash_is_refused_and_not_cached(server, tmp_path):
 
 @pytest.mark.parametrize('where', ['/harm_resnet50-00000000.pth', None])
 def test_download_that_fails(server, tmp_path, where):
-    """A missing file, or nobody there: what was asked for, where it was looked for, and what else can be done."""
+    """A missing file, or no server. The error names the url and the cache, and another way to load."""
     url = f'{server.url}{where}' if where else 'http://127.0.0.1:9/harm_resnet50-00000000.pth'
     overlay = dict(url=url, hf_hub_id=None)
     with pytest.raises(

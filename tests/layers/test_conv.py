@@ -1,4 +1,4 @@
-"""The two layers against filtering by every DCT function and mixing, and their deployed form."""
+"""The two layers against filtering by every DCT function and mixing the responses, and their fused form."""
 
 import copy
 import io
@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
+from timm_harmonic.conversion.energy import at_level
 
 LAYERS = [HarmonicConv2d, HarmonicBlock2d]
 # torch says so once in a process, of nn.Conv2d as well.
@@ -146,7 +147,7 @@ def test_running_statistics_as_batch_norm():
 
 
 def test_block_with_frozen_statistics_trains_exactly():
-    """bn.eval() inside a training network: the folded form, differentiable."""
+    """bn.eval() inside a training network: the fused form, differentiable."""
     layer = filled(HarmonicBlock2d, dict(in_channels=3, out_channels=4, kernel_size=3, dtype=torch.float64), 0)
     layer.train()
     layer.bn.eval()
@@ -163,7 +164,7 @@ def test_block_with_frozen_statistics_trains_exactly():
 @pytest.mark.parametrize('norm', [nn.BatchNorm2d, FrozenBatchNorm2d, lambda n: nn.GroupNorm(2, n), nn.InstanceNorm2d])
 @pytest.mark.parametrize('training', [False, True])
 def test_block_with_another_normalisation(norm, training):
-    """With learned scales, frozen, or without running statistics: what the module computes is what counts."""
+    """With learned scales, frozen, or without running statistics: the layer computes what the module in `bn` does."""
     torch.manual_seed(0)
     layer = HarmonicBlock2d(4, 6, 3, groups=2).train(training)
     layer.bn = norm(36).train(training)
@@ -213,6 +214,31 @@ def test_from_conv2d_is_exact(normalization, groups, dtype):
     assert reference.relative_error(fused.weight, conv.weight) < (1e-14 if dtype == torch.float64 else 2e-6)
 
 
+@pytest.mark.parametrize(('normalization', 'alike'), [('ortho', True), ('l1', False)])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_sgd_trains_an_orthonormal_layer_like_a_plain_one(normalization, alike, groups):
+    """At full level, with momentum and weight decay.
+
+    Coefficients of an orthonormal basis are the filters in rotated axes, and SGD treats all directions alike. The l1
+    functions have different norms, which act as learning rates: there ten steps end elsewhere.
+    """
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=groups, dtype=torch.float64)
+    layer = HarmonicConv2d.from_conv2d(conv, normalization=normalization)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01) for m in (conv, layer)]
+    start = conv.weight.detach().clone()
+    for _ in range(10):
+        x, target = torch.randn(8, 4, 9, 9, dtype=torch.float64), torch.randn(8, 6, 9, 9, dtype=torch.float64)
+        for model, optimizer in zip((conv, layer), optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x).relu(), target).backward()
+            optimizer.step()
+    moved = (conv.weight - start).abs().max()
+    difference = (layer.filters() - conv.weight).abs().max()
+    assert moved > 0.05
+    assert difference < 1e-14 if alike else difference > 0.1 * moved
+
+
 def test_from_conv2d_truncated_is_the_nearest():
     conv = nn.Conv2d(4, 6, 3, dtype=torch.float64)
     layer = HarmonicConv2d.from_conv2d(conv, level=2)
@@ -223,7 +249,7 @@ def test_from_conv2d_truncated_is_the_nearest():
 
 @pytest.mark.parametrize('cls', LAYERS)
 def test_bfloat16_round_trip_keeps_the_basis(cls):
-    """Coefficients lose what bfloat16 loses; the basis is the same to the last bit."""
+    """The cast rounds the coefficients. The basis stays the same to the last bit."""
     layer = cls(3, 8, 7)
     basis = layer.basis.clone()
     back = layer.to(torch.bfloat16).to(torch.float32)
@@ -319,7 +345,7 @@ def test_filters_follow_weights_that_change_in_eval(cls):
 @pytest.mark.parametrize('cls', LAYERS)
 @pytest.mark.parametrize('training', [False, True])
 def test_filters_are_composed_outside_autocast(cls, training):
-    """Under bfloat16 autocast the filters are those of float32: rounded once, by the convolution."""
+    """Under bfloat16 autocast the filters are those of float32. Only the convolution rounds them."""
     torch.manual_seed(0)
     layer = reference.randomize_batch_norm(cls(16, 32, 3, padding=1)).train(training)
     outside = layer.filters()
@@ -343,7 +369,7 @@ def test_pure_bfloat16_composes_in_float32(cls):
 @pytest.mark.parametrize('cls', LAYERS)
 @pytest.mark.parametrize('training', [False, True])
 def test_memory_format_is_kept(cls, training):
-    """channels_last in, channels_last out; contiguous in, contiguous out; the same numbers."""
+    """channels_last in, channels_last out. Contiguous in, contiguous out. The numbers are the same."""
     layer = cls(3, 8, 7, stride=2, padding=3).train(training)
     x = torch.randn(2, 3, 32, 32)
     expected = copy.deepcopy(layer)(x)
@@ -394,9 +420,11 @@ def test_representation_names_what_matters(cls):
 @pytest.mark.parametrize(
     ('args', 'error', 'words'),
     [
-        (dict(level=0), ValueError, 'level must be None or an integer from 1'),
+        (dict(level=0), ValueError, 'level must be None or an integer from 1 to 5'),
         (dict(level=6), ValueError, 'got 6'),
-        (dict(level=1, dc=False), ValueError, 'no filter is left'),
+        (dict(level=2.0), TypeError, 'level must be None or an integer'),
+        (dict(level=True), TypeError, 'level must be None or an integer'),
+        (dict(level=1, dc=False), ValueError, 'no function is left'),
         (dict(normalization='max'), ValueError, 'normalization must be one of'),
         (dict(kernel_size=(3, 5)), ValueError, r'filters are square, got kernel_size=\(3, 5\)'),
         (dict(padding='same', stride=2), ValueError, 'same.* is not supported for strided'),
@@ -422,7 +450,7 @@ def test_conversions_keep_the_memory_format():
     """From channels_last to channels_last, so that a converted network is as fast as it was."""
     conv = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
     layer = HarmonicConv2d.from_conv2d(conv)
-    for found in (layer.weight, layer.filters(), layer.fuse().weight, layer.truncated(3).weight):
+    for found in (layer.weight, layer.filters(), layer.fuse().weight, at_level(layer, 3).weight):
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert not found.is_contiguous()
     plain = HarmonicConv2d.from_conv2d(torch.nn.Conv2d(4, 8, 3))

@@ -1,10 +1,10 @@
 """The quickstart: its patches, one tiny run through the command line, and what it leaves behind."""
 
+import importlib.util
 import itertools
 import json
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -12,8 +12,15 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
-from timm_harmonic import cli, photographs, quickstart, training
-from timm_harmonic.photographs import PATCH_SIZE, QuickstartError, draw_patches, export_patches, load_photographs
+from timm_harmonic import cli
+from timm_harmonic.small_data import photographs, quickstart, training
+from timm_harmonic.small_data.photographs import (
+    PATCH_SIZE,
+    QuickstartError,
+    draw_patches,
+    export_patches,
+    load_photographs,
+)
 
 # timm's ImageDataset leaves the closing of each image to the garbage collector.
 pytestmark = [
@@ -140,7 +147,7 @@ def test_run_writes_what_it_prints(run_cli, capsys):
         assert int(parameters.replace(',', '')) == model['parameters']
         assert model['accuracy'][0] == model['accuracy_mean'] == model['curves'][0][-1]
         assert model['accuracy_deviation'] is None
-        assert np.sum(model['root_energy']) == pytest.approx(100)
+        assert np.sum(model['stem_energy']) == pytest.approx(100)
         if name != 'harm0':
             difference = model['accuracy'][0] - results['models']['harm0']['accuracy'][0]
             assert float(gain) == pytest.approx(difference, abs=0.051)
@@ -164,7 +171,7 @@ def test_same_seed_same_result_and_global_state_is_left_alone(run_cli):
 
     torch.manual_seed(8)
     second, _ = run_cli('--models', 'harm', '--seeds', '2', out='second')
-    for key in ('accuracy', 'curves', 'root_energy', 'accuracy_deviation'):
+    for key in ('accuracy', 'curves', 'stem_energy', 'accuracy_deviation'):
         assert first['models']['harm'][key] == second['models']['harm'][key], key
 
 
@@ -198,12 +205,12 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ['results.json']
 
 
-def test_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, 'rich', None)
+def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
+    find = importlib.util.find_spec
+    missing = ('skimage', 'matplotlib')
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name in missing else find(name))
     with pytest.raises(SystemExit) as error:
         cli.main(['quickstart', '--out', str(tmp_path / 'out')])
     assert error.value.code == 2
-    message = capsys.readouterr().err
-    assert 'rich' in message
-    assert 'pip install "timm-harmonic[quickstart]"' in message
+    assert 'missing packages: pip install matplotlib scikit-image\n' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()

@@ -1,4 +1,4 @@
-"""The architecture `harmonized`: as its base in everything, with weights from anywhere, saved and loaded as timm's."""
+"""The architecture `harmonized`: it behaves as its base, takes weights from anywhere, is saved and loaded by timm."""
 
 import json
 
@@ -11,8 +11,9 @@ from timm.models import load_checkpoint, reparameterize_model, resolve_model_inp
 from torch import nn
 
 from timm_harmonic import harmonize, truncate
-from timm_harmonic.checkpoints import CheckpointError
-from timm_harmonic.swap import harmonic_layers
+from timm_harmonic.conversion.convolutions import harmonic_layers
+from timm_harmonic.layers.dct import full_level
+from timm_harmonic.models.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -84,7 +85,7 @@ def test_config_is_the_bases(name):
     for key, value in base.pretrained_cfg.items():
         assert model.pretrained_cfg[key] == ('harmonized' if key == 'architecture' else value), key
     assert timm.data.resolve_data_config(model=model) == timm.data.resolve_data_config(model=base)
-    # As train.py asks, which sees the registered config first.
+    # As train.py does, which reads the registered config first.
     resolved = resolve_model_input_args('harmonized', base_model=name)
     again = timm.create_model(**resolved, device='meta') if name == 'resnet18' else None
     assert again is None or again.pretrained_cfg == model.pretrained_cfg
@@ -124,7 +125,7 @@ def test_features_are_the_bases(name):
             assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
     some = timm.create_model('harmonized', base_model=name, level=2, features_only=True, out_indices=(0, 2))
     assert some.feature_info.reduction() == [base.feature_info.reduction()[i] for i in (0, 2)]
-    assert {layer.level or 2 for layer in harmonic_layers(some).values()} == {2}
+    assert {layer.level for layer in harmonic_layers(some).values()} == {2}
     assert 'classifier' not in some.pretrained_cfg
 
 
@@ -155,7 +156,10 @@ def test_options_per_layer_are_json(saved):
     config = json.loads((folder / 'config.json').read_text())
     assert config['architecture'] == 'harmonized'
     assert config['model_args']['base_model'] == 'regnety_002'
-    assert config['model_args']['levels'] == {name: layer.level for name, layer in harmonic_layers(model).items()}
+    layers = harmonic_layers(model)
+    full = {name: full_level(layer.kernel_size[0]) for name, layer in layers.items()}
+    expected = {name: None if layer.level == full[name] else layer.level for name, layer in layers.items()}
+    assert config['model_args']['levels'] == expected
     assert len(set(config['model_args']['levels'].values())) > 1
 
 
@@ -189,11 +193,11 @@ def test_saved_and_adapted(saved):
     assert all(torch.equal(value, whole[key]) for key, value in headless.state_dict().items())
 
 
-def test_saved_after_folding(saved, tmp_path):
-    """A folded network is still loaded as what it was: its filters have no energy above the levels."""
+def test_saved_after_fusing(saved, tmp_path):
+    """A fused network loads as the harmonic one that it was: its filters have no energy above the levels."""
     model, _ = saved
-    save_for_hf(reparameterize_model(model), tmp_path / 'folded', safe_serialization=True)
-    again = timm.create_model(f'local-dir:{tmp_path / "folded"}', pretrained=True).eval()
+    save_for_hf(reparameterize_model(model), tmp_path / 'fused', safe_serialization=True)
+    again = timm.create_model(f'local-dir:{tmp_path / "fused"}', pretrained=True).eval()
     with torch.inference_mode():
         torch.testing.assert_close(again(images()), model(images()), rtol=1e-4, atol=1e-5)
 
@@ -240,7 +244,7 @@ def test_weights_that_are_not_there(hub):
 
 @pytest.mark.parametrize('way', ['overlay', 'checkpoint_path', 'load_checkpoint'])
 def test_checkpoint_of_the_plain_base(way, tmp_path):
-    """Users will do that: it is loaded and projected."""
+    """Its filters are projected."""
     base = build('resnet18', num_classes=5)
     path = tmp_path / 'plain.pth.tar'
     torch.save(dict(state_dict={f'module.{k}': v for k, v in base.state_dict().items()}, epoch=3), path)
@@ -290,7 +294,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         load(build('resnet34', num_classes=5).state_dict())
     with pytest.raises(CheckpointError, match='wrong shape'):
         load(base.state_dict(), base_model='resnet50')
-    # The other way round the error is timm's and torch's; it names the layers and both shapes.
+    # A plain network refuses coefficients: the error of timm and torch names the layers and both shapes.
     overlay = dict(state_dict=low, num_classes=5)
     with pytest.raises(RuntimeError, match=r'layer1\.0\.conv1\.weight.*\[64, 64, 3, 1\].*\[64, 64, 3, 3\]'):
         timm.create_model('resnet18', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5)
@@ -329,6 +333,6 @@ def test_selection_and_normalization_are_kept(tmp_path):
 
 
 def test_a_network_that_timm_did_not_build():
-    """It is harmonized as well, without a word about how timm would build it."""
+    """It is harmonized as well, and gets no options for timm to build it."""
     model = harmonize(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)))
     assert not hasattr(model, '_model_args')

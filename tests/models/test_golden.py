@@ -32,8 +32,8 @@ LAYERS = json.loads((reference.DATA / 'layers.json').read_text())
 
 
 def test_every_file_is_used():
-    stems = {path.stem for path in reference.DATA.glob('*.npz')}
-    assert stems == {*NETWORKS, 'layers', 'train_harm_resnet50_avgpool', 'train_harm_resnet50_levels_NN32'}
+    names = {path.stem for path in reference.DATA.glob('*.npz')}
+    assert names == {*NETWORKS, 'layers', 'train_harm_resnet50_avgpool', 'train_harm_resnet50_levels_NN32'}
 
 
 def from_golden(name, **kwargs):
@@ -101,7 +101,7 @@ def test_layer(case, dtype):
     ],
 )
 def test_four_training_steps(name, model_name, kwargs):
-    """SGD in float64 (train-mode batch-norm over few samples amplifies rounding): losses, logits, the root."""
+    """SGD in float64 (train-mode batch-norm over few samples amplifies rounding): losses, logits, the stem."""
     spec = json.loads((reference.DATA / f'train_{name}.json').read_text())
     golden = {key: torch.from_numpy(value) for key, value in np.load(reference.DATA / f'train_{name}.npz').items()}
     layout = 'harm_resnet50_avgpool_levels_NN32' if 'levels' in name else name
@@ -123,7 +123,7 @@ def test_four_training_steps(name, model_name, kwargs):
     np.testing.assert_allclose(losses, spec['losses'], rtol=1e-6)
     with torch.no_grad():
         assert reference.relative_error(model.eval()(x), golden['final_logits']) < 1e-6
-    root = model.conv1
-    assert reference.relative_error(root.weight.reshape(64, 147, 1, 1), golden['stem_weight']) < 1e-6
-    assert reference.relative_error(root.bn.running_mean, golden['stem_running_mean']) < 1e-6
-    assert reference.relative_error(root.bn.running_var, golden['stem_running_var']) < 1e-6
+    stem = model.conv1
+    assert reference.relative_error(stem.weight.reshape(64, 147, 1, 1), golden['stem_weight']) < 1e-6
+    assert reference.relative_error(stem.bn.running_mean, golden['stem_running_mean']) < 1e-6
+    assert reference.relative_error(stem.bn.running_var, golden['stem_running_var']) < 1e-6
