@@ -1,0 +1,145 @@
+"""Fills the tables of the pages from their sources. `python docs/tables.py` writes them, `--check` tells what differs.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. The sources are timm_harmonic/models/paper.csv, the
+registered models, and the measurements in benchmarks/results.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import timm  # noqa: E402
+from timm.models import get_pretrained_cfg  # noqa: E402
+
+from benchmarks import compression  # noqa: E402
+from timm_harmonic.hub.card import INSTALL  # noqa: E402
+from timm_harmonic.models.paper import PAPER  # noqa: E402
+
+RESULTS = ROOT / 'benchmarks' / 'results'
+BLOCK = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
+# Recipes of train_configs that are not the paper's, by file.
+RECIPES = dict(
+    vgg16_bn='paper, learning rate assumed',
+    harm_vgg16_bn='paper, learning rate assumed',
+    harm_seresnext101_32x4d="timm's, not the paper's",
+    harm_seresnext101_64x4d="timm's, not the paper's",
+)
+OTHER_FILES = dict(
+    finetune_truncated='for any truncated network',
+    harm_resnet50_a3='[ResNet strikes back](https://arxiv.org/abs/2110.00476), A3',
+)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def models() -> str:
+    """The paper's networks: errors by the paper, parameters counted on our models."""
+    rows = []
+    for name, row in PAPER.items():
+        ours = name.startswith('harm')
+        count = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
+        weights = f'`.{get_pretrained_cfg(name).tag}`' if ours and get_pretrained_cfg(name).url else ''
+        model = f'`{name}`' if ours else f"`{name}` (timm's)"
+        rows.append([model, row['title'], f'{count / 1e6:.1f}M', row['gmacs'], row['top1'], row['top5'], weights])
+    errors = ('top-1 error, paper', 'top-5 error, paper')
+    return markdown(['model', 'in the paper', 'parameters', 'GMACs', *errors, 'weights'], rows)
+
+
+def paper() -> str:
+    """One row per file of train_configs."""
+    files = {path.stem for path in (ROOT / 'train_configs').glob('*.yaml')}
+    rows = [
+        [f'`{name}`', row['title'], row['top1'], row['top5'], RECIPES.get(name, 'paper')]
+        for name, row in PAPER.items()
+        if name in files
+    ]
+    rows += [[f'`{name}`', 'none', '', '', OTHER_FILES[name]] for name in sorted(files - set(PAPER))]
+    return markdown(['file', 'row of the paper', 'top-1 error (paper)', 'top-5 error (paper)', 'recipe'], rows)
+
+
+def speed() -> str:
+    """Times as ratios to plain networks, of benchmarks/results/cpu.json."""
+    report = json.loads((RESULTS / 'cpu.json').read_text())
+    setting = dict(precision='fp32', channels_last=False, compiled=False)
+    found = {(r['model'], r['mode'], r['batch']): r['runs'] for r in report['rows'] if setting.items() <= r.items()}
+    evaluation = [('eval', batch, key) for batch in (1, 8) for key in ('fused', 'harmonic', 'original')]
+    columns = [*evaluation, ('train', 8, 'harmonic'), ('train', 8, 'original')]
+    rows = [
+        [f'`{name}`', *(f'{found[name, mode, batch][key]["ratio"]:.2f}' for mode, batch, key in columns)]
+        for name in dict.fromkeys(name for name, _, _ in found)
+    ]
+    titles = ['eval, batch 1: fused', 'unfused', 'original', 'batch 8: fused', 'unfused', 'original']
+    return markdown(['network', *titles, 'training step, batch 8', 'original'], rows)
+
+
+def truncation() -> str:
+    """Accuracy after truncation, of benchmarks/results/compression.json."""
+    report = json.loads((RESULTS / 'compression.json').read_text())
+    found = {(row['method'], row['level']): row for row in report['summary']}
+    levels = sorted({level for _, level in found if level}, reverse=True)
+    whole = found['none', None]['parameters']
+    titles = [f'{100 * found["level", level]["parameters"] / whole:.0f} %: as cut' for level in levels]
+    header = ['', *(title for of_level in titles for title in (of_level, 'fine-tuned'))]
+    rows = []
+    for method, title in compression.METHODS.items():
+        of_method = [found[method, level] for level in levels]
+        cells = [compression.cell(row[w], row[f'{w}_deviation']) for row in of_method for w in ('before', 'after')]
+        rows.append([title, *cells])
+    return markdown(header, rows)
+
+
+def quickstart() -> str:
+    """The quickstart with its defaults, of benchmarks/results/quickstart.json."""
+    report = json.loads((RESULTS / 'quickstart.json').read_text())
+    titles = dict(harm0='plain (`harm0`)', harm1='stem harmonic (`harm1`)', harm='all harmonic (`harm`)')
+    rows = []
+    for name, of in report['models'].items():
+        kinds = ('accuracy', 'fused_accuracy') if name == 'harm0' else ('accuracy', 'fused_accuracy', 'gain_over_harm0')
+        cells = [compression.cell(statistics.mean(of[kind]), statistics.stdev(of[kind])) for kind in kinds]
+        gain = f'+{cells[2]}'.replace('+-', '-') if len(cells) > 2 else ''
+        rows.append([titles[name], *cells[:2], gain, f'{of["parameters"]:,}'])
+    header = ['model', 'test accuracy, %', 'after fusing, %', 'minus plain, paired', 'parameters']
+    return markdown(header, rows)
+
+
+def install() -> str:
+    """How the package is installed today."""
+    return f'{INSTALL}.'
+
+
+TABLES = {f.__name__: f for f in (models, paper, speed, truncation, quickstart, install)}
+
+
+def fill(text: str) -> str:
+    """A page with its tables made anew."""
+    return BLOCK.sub(lambda match: f'{match[1]}{TABLES[match[2]]()}\n{match[3]}', text)
+
+
+def main(check: bool) -> int:
+    """Fills all pages, or says which tables differ from their sources. Returns the exit code."""
+    pages = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'train_configs' / 'README.md']
+    stale = []
+    for page in pages:
+        text = page.read_text()
+        filled = fill(text)
+        if filled != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(filled)
+    if stale:
+        print(f'{"differ from their sources" if check else "written"}: {", ".join(stale)}')
+    return 1 if check and stale else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(check='--check' in sys.argv[1:]))
