@@ -1,4 +1,4 @@
-"""Options and fixtures that several test files share, and the loopback instead of the network."""
+"""Options and fixtures of several test files. The network is the loopback only."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import tempfile
 import pytest
 from standin_hub import StandinHub
 
-# huggingface_hub reads these when it is imported: no test reaches the real Hub, a token or a user's cache.
+# huggingface_hub reads these on import. So no test reaches the real Hub, a token or the user's cache.
 _HUB = StandinHub()
 _HOME = tempfile.TemporaryDirectory(prefix='timm-harmonic-tests-')
 os.environ.update(
@@ -28,7 +28,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def _loopback_only(monkeypatch):
-    """Whatever a test asks for, nothing leaves this machine, not even the question where a name is."""
+    """Nothing leaves this machine, not even the look-up of a name."""
     look_up = socket.getaddrinfo
 
     def guarded(host, *args, **kwargs):
@@ -41,7 +41,7 @@ def _loopback_only(monkeypatch):
 
 @pytest.fixture(scope='module')
 def one_thread():
-    """For small networks, which gain little from more, and suffer when other processes need the cores."""
+    """For small networks: they gain little from more threads, and lose much when other processes need the cores."""
     import torch
 
     threads = torch.get_num_threads()
@@ -51,7 +51,7 @@ def one_thread():
 
 
 class _HubIsHere:
-    """A session of the Hub's client that finds huggingface.co on this machine."""
+    """A session of the Hub's client that sends requests for huggingface.co to the stand-in."""
 
     def __init__(self, session):
         self.session = session
@@ -63,7 +63,7 @@ class _HubIsHere:
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The stand-in Hub and release page, empty, with empty caches and no waiting between attempts."""
-    import huggingface_hub
+    import huggingface_hub.repocard as cards
     import huggingface_hub.utils._http as client
     import torch.hub
 
@@ -79,8 +79,8 @@ def hub(monkeypatch, tmp_path):
     urlopen = torch.hub.urlopen
     monkeypatch.setattr(torch.hub, 'urlopen', github_is_here)
     # Older clients ask this one address whether a card is valid, whatever HF_ENDPOINT says.
-    session = huggingface_hub.repocard.get_session
-    monkeypatch.setattr('huggingface_hub.repocard.get_session', lambda: _HubIsHere(session()))
+    session = cards.get_session
+    monkeypatch.setattr(cards, 'get_session', lambda: _HubIsHere(session()))
     yield _HUB
     _HUB.reset()
 

@@ -1,4 +1,4 @@
-"""Slow, obvious definitions that the tests compare with, and the rule behind the golden data."""
+"""Slow and obvious definitions for the tests to compare with, and the rule behind the golden data."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def mix(filtered, weight, bias, groups):
 
 
 def generated_tensor(seed, name, shape):
-    """A parameter of the golden data, filled from its name (see tests/data/README.md)."""
+    """A parameter of the golden data, generated from its name (see tests/data/README.md)."""
     random = np.random.RandomState(zlib.crc32(f'{seed}:{name}'.encode()))
     if name.endswith('num_batches_tracked'):
         return torch.tensor(0)
@@ -67,7 +67,7 @@ def generated_tensor(seed, name, shape):
 
 
 def generated_state_dict(name, seed=None):
-    """A state dict in the authors' layout, `.dct` tensors included, as tests/data/<name>.json lists it."""
+    """A state dict in the authors' layout, with `.dct` tensors, as tests/data/<name>.json lists it."""
     spec = json.loads((DATA / f'{name}.json').read_text())
     state = {}
     for key, shape in spec['keys']:
@@ -98,7 +98,7 @@ def relative_error(actual, expected):
 
 
 def randomize_batch_norm(model, seed=0):
-    """Gives every batch-norm statistics and scales as training would: fresh ones hide mistakes in folding."""
+    """Gives every batch-norm statistics and scales, as training would. New ones would hide mistakes in fusing."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on the loopback: what huggingface_hub asks of it, and every way to fail."""
+"""A stand-in for the Hugging Face Hub on the loopback: it answers what huggingface_hub requests, and can fail."""
 
 import base64
 import contextlib
@@ -24,7 +24,7 @@ def content_id(name, content):
 
 
 class Repository:
-    """Files by branch, and a commit's name for each state."""
+    """Files by branch. Each state has the name of a commit."""
 
     def __init__(self, private=False):
         self.private = private
@@ -49,7 +49,7 @@ class Repository:
 
 
 class StandinHub:
-    """The server: its repositories, what was asked, and the faults that are to come.
+    """The server: its repositories, the requests so far, and the faults to come.
 
     A fault is a function of the request handler that answers in its place and returns True, or returns False.
     """
@@ -82,7 +82,7 @@ class StandinHub:
         return repository
 
     def fail(self, method, path, answer, times=None):
-        """From now on, answers requests that match by `answer(handler)`, so many times or always."""
+        """From now on `answer(handler)` answers requests that match, so many times or always."""
         left = [times]
 
         def fault(handler):
@@ -107,7 +107,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def handle(self):
-        with contextlib.suppress(ConnectionError, ValueError):  # the client went away, perhaps in the middle of a chunk
+        with contextlib.suppress(ConnectionError, ValueError):  # the client has gone, perhaps in the middle of a chunk
             super().handle()
 
     def reply(self, status, body=b'', **headers):

@@ -1,8 +1,8 @@
 """timm's unmodified scripts with train_configs/, on the image folder that the quickstart exports.
 
-The scripts are in no package: the environment variable TIMM_SCRIPTS names a checkout of pytorch-image-models. Each is
-copied to a folder of its own first. Python looks for packages beside a script, where the checkout has its own timm;
-what is tested here is the installed one.
+The scripts are in no package: the environment variable TIMM_SCRIPTS names a checkout of pytorch-image-models. They are
+copied to another folder first. Python looks for packages beside a script, and the checkout has its own timm there, but
+these tests are for the installed one.
 """
 
 import csv
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.skipif(
 
 CONFIG = Path(__file__).resolve().parents[1] / 'train_configs' / 'harm_resnet50.yaml'
 TIMEOUT = 240  # seconds, for each process
-VALIDATION_PER_CLASS = 5  # most of the time would go into validating on all that the quickstart exports
+VALIDATION_PER_CLASS = 5  # of those that the quickstart exports, because validation would take most of the time
 LR = 0.1 * 16 / 256
 SMALL = ('--model-kwargs', 'layers=(1,1,1,1)')
 
-# timm's training task names its device to DistributedDataParallel, which torch refuses for the CPU. Dropping that is
-# what makes two processes possible without two GPUs; train.py stays as it is.
+# timm's training task names its device to DistributedDataParallel, which torch refuses for the CPU. Without that,
+# train.py runs in two processes on a CPU.
 _TWO_PROCESSES_ON_CPU = """
 import runpy, sys
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -71,7 +71,7 @@ class Workplace:
             patch.unlink()
 
     def run(self, script: str, *options: object) -> subprocess.CompletedProcess:
-        """One of the scripts as it is: nothing but its own imports makes timm know the models."""
+        """Runs one of the scripts as it is. Only autoloading lets timm know the models."""
         return run(sys.executable, self.scripts / script, *options, cwd=self.folder)
 
     def train(self, name: str, *options: object, launcher: tuple = (sys.executable,)) -> list[dict]:
@@ -85,7 +85,7 @@ class Workplace:
             return list(csv.DictReader(file))
 
     def validate(self, name: str, *options: object) -> dict:
-        """What validate.py prints as its result, and the mean loss of its log, for the last checkpoint of a run."""
+        """Result of validate.py for the last checkpoint of a run, with the mean loss of its log."""
         common = f'--num-classes {self.num_classes} --batch-size 16 --workers 0 --device cpu --split validation'
         paths = ('--data-dir', self.images, '--checkpoint', self.folder / name / 'last.pth.tar')
         options = ('--model', 'harm_resnet50', *paths, *common.split(), '--log-freq', 1, *options)
@@ -97,7 +97,7 @@ class Workplace:
         return torch.load(self.folder / name / 'last.pth.tar', map_location='cpu', weights_only=False)
 
     def one_image(self) -> float:
-        """The least by which two accuracies can differ, in percent."""
+        """Least difference of two accuracies, in percent."""
         return 100 / sum(1 for _ in (self.images / 'validation').glob('*/*'))
 
 
@@ -112,7 +112,7 @@ def small_run(workplace):
 
 
 def check_summary(rows: list[dict], epoch: int = 0) -> dict[str, float]:
-    """That a run wrote one row of sound numbers; returns them."""
+    """Checks that a run wrote one row of sound numbers, and returns them."""
     assert [int(row['epoch']) for row in rows] == [epoch]
     numbers = {key: float(value) for key, value in rows[0].items()}
     assert 0 < numbers['train_loss'] < 20
@@ -122,9 +122,9 @@ def check_summary(rows: list[dict], epoch: int = 0) -> dict[str, float]:
 
 
 def check_validated(validated: dict, trained: dict[str, float], images: float, loss: float) -> None:
-    """That validate.py found what train.py had found, within so many percent of the images and so much of the loss.
+    """Checks that validate.py finds what train.py found, within a percentage of the images and a share of the loss.
 
-    After one epoch on few images the accuracy is near chance, which a broken network has as well: the loss decides.
+    After one epoch on few images the accuracy is near chance, as a broken network's would be. The loss decides.
     """
     assert validated['loss'] == pytest.approx(trained['eval_loss'], rel=loss)
     for key in ('top1', 'top5'):
@@ -198,7 +198,7 @@ def authors_checkpoint(path: Path) -> dict:
     for key, value in model.state_dict().items():
         name, _, attribute = key.rpartition('.')
         if name in harmonic and attribute == 'weight':
-            # Mixing coefficients: over c * P + n at the root, (O, I, P, 1, 1) elsewhere.
+            # The stem has (O, I * P, 1, 1), in the order c * P + n. The others have (O, I, P, 1, 1).
             value = value.flatten(1)[:, :, None, None] if name == 'conv1' else value[..., None]
         layer = next((layer for layer in harmonic if key.startswith(f'{layer}.')), None)
         if layer is not None:
@@ -213,7 +213,7 @@ def authors_checkpoint(path: Path) -> dict:
 def test_fine_tuning_from_a_file_in_the_authors_layout(workplace, channels):
     path = workplace.folder / f'authors_{channels}.pth.tar'
     ours = authors_checkpoint(path)
-    # A rate so small that the weights after the epoch are those that were loaded; 0 would stand for timm's default.
+    # With so small a rate the weights stay those that were loaded. 0 would stand for timm's default.
     start = ('--pretrained', '--pretrained-path', path, '--in-chans', channels, '--lr', 1e-12)
     check_summary(workplace.train(f'tuned_{channels}', *SMALL, *start))
     tuned = workplace.checkpoint(f'tuned_{channels}')['state_dict']
@@ -237,7 +237,7 @@ def test_two_processes(workplace):
     torchrun = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2)
     trained = check_summary(workplace.train('two', *SMALL, launcher=(*torchrun, wrapper)))
     assert all(torch.isfinite(value).all() for value in workplace.checkpoint('two')['state_dict'].values())
-    # If the number of images is odd, one of them was counted twice.
+    # If the number of images is odd, one of them counts twice.
     validated = workplace.validate('two', *SMALL, '--img-size', 64)
     check_validated(validated, trained, images=2 * workplace.one_image(), loss=0.05)
 
@@ -299,8 +299,8 @@ def command_line(workplace, *arguments):
     return run(sys.executable, '-m', 'timm_harmonic', *arguments, cwd=workplace.folder)
 
 
-def test_truncate_fine_tune_validate_fold_export(workplace, small_run):
-    """The README's way, from a network that was trained here."""
+def test_truncate_fine_tune_validate_fuse_export(workplace, small_run):
+    """All steps that the pages describe, with a network that was trained here."""
     onnx = pytest.importorskip('onnx', reason="timm's onnx_export.py writes ONNX")
     last = workplace.folder / 'small' / 'last.pth.tar'
     options = ('--normalization', 'ortho', '--ratio', 0.75, '--evaluate', workplace.images)
@@ -323,7 +323,7 @@ def test_truncate_fine_tune_validate_fold_export(workplace, small_run):
     for reparam in ((), ('--reparam',)):
         result = workplace.run('validate.py', *paths, '--checkpoint', checkpoint, *common.split(), *reparam)
         found = json.loads(result.stdout.split('--result\n')[1])
-        assert found['img_size'] == 64  # what the network was saved with
+        assert found['img_size'] == 64  # as the network was saved
         # Trained in bfloat16, validated in float32.
         assert found['top1'] == pytest.approx(trained['eval_top1'], abs=2.01 * workplace.one_image())
 
@@ -339,7 +339,7 @@ def test_truncate_fine_tune_validate_fold_export(workplace, small_run):
 
 
 def test_harmonized_by_its_options(workplace):
-    """train.py builds and truncates by itself; validate.py takes the same options."""
+    """train.py builds and truncates the network, and validate.py takes the same options."""
     kwargs = ('--model-kwargs', 'base_model=mobilenetv3_small_050', 'level=3', "levels={'blocks.4.*':2}")
     common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu --batch-size 16'
     paths = ('--data-dir', workplace.images, '--model', 'harmonized', *kwargs, *common.split())
@@ -357,7 +357,7 @@ def test_harmonized_by_its_options(workplace):
 
 
 def test_harmonized_from_weights_of_the_plain_base(workplace):
-    """Both ways in which the scripts take weights project those of the base."""
+    """The scripts take weights in two ways. Both project the base's."""
     torch.manual_seed(0)
     base = timm.create_model('mobilenetv3_small_050', num_classes=workplace.num_classes)
     torch.save(base.state_dict(), workplace.folder / 'base.pth')

@@ -1,4 +1,4 @@
-"""A small harmonic network, registered as ours are, with a weight that is on the stand-in Hub and at a release page."""
+"""A small harmonic network, registered as ours are, with weights for the stand-in Hub and its release page."""
 
 import hashlib
 import io

@@ -261,9 +261,9 @@ def tied():
     return model
 
 
-def hooked():
+def hooked(kind):
     conv = nn.Conv2d(3, 3, 3)
-    conv.register_forward_hook(lambda *args: None)
+    getattr(conv, f'register_{kind}_hook')(lambda *args: None)
     return nn.Sequential(conv)
 
 
@@ -291,7 +291,10 @@ class Subclass(nn.Conv2d):
         (old_weight_norm, 'its weight is computed'),
         (lambda: nn.Sequential(Subclass(3, 3, 3)), 'Subclass may compute something else'),
         (tied, 'shares its weight with 1'),
-        (hooked, 'has hooks'),
+        (lambda: hooked('forward'), 'has hooks'),
+        (lambda: hooked('forward_pre'), 'has hooks'),
+        (lambda: hooked('full_backward'), 'has hooks'),
+        (lambda: hooked('full_backward_pre'), 'has hooks'),
         (lambda: nn.Sequential(nn.Linear(3, 3)), 'it has no convolutions'),
         (lambda: timm.create_model('nfnet_l0'), r'28 x its weights are standardised \(ScaledStdConv2d\)'),
         (lambda: timm.create_model('vit_tiny_patch16_224'), 'patch embedding'),

@@ -160,7 +160,7 @@ def test_greedy_is_near_the_optimum(network, ratio):
 
 @settings(max_examples=50, deadline=None)
 @given(st.data())
-def test_greedy_is_optimal_for_what_it_saves(data):
+def test_greedy_is_optimal_for_the_number_that_a_step_arrives_at(data):
     """Along the hull: no other choice with as few parameters as a step arrives at loses less."""
     model = harmonize(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 2)))
     layers = harmonic_layers(model)
@@ -186,7 +186,7 @@ def smooth(batches=2, channels=3, size=32):
         yield nn.functional.avg_pool2d(torch.randn(4, channels, size + 6, size + 6, generator=generator), 7, 1)
 
 
-def test_data_measure_what_the_output_loses():
+def test_losses_by_images_are_errors_of_the_output():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3, padding=1, stride=2, dtype=torch.float64)
     model = harmonize(nn.Sequential(conv, nn.ReLU()))
@@ -220,7 +220,7 @@ def test_scales_do_not_matter(network):
     assert list(of[0].values()) == pytest.approx(list(of[1].values()), rel=1e-3)
 
 
-def test_data_choose_levels(network):
+def test_levels_chosen_by_images(network):
     by_data, losses = truncate(network, energy=0.95, data=smooth()), losses_by_images(network, smooth())
     for name, level in levels(by_data).items():
         assert losses[name][level] <= 0.05
@@ -230,7 +230,7 @@ def test_data_choose_levels(network):
     assert levels(low) != levels(truncate(network, ratio=0.5))
 
 
-def test_data_leave_no_trace(network):
+def test_losses_by_images_leave_no_trace(network):
     model = copy.deepcopy(network).train()
     model.layer1.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -245,7 +245,7 @@ def test_data_leave_no_trace(network):
     assert not any(layer._forward_hooks for layer in harmonic_layers(model).values())
 
 
-def test_data_that_do_not_reach_a_layer():
+def test_a_layer_that_no_image_reaches_is_judged_by_its_filters():
     class Forked(nn.Module):
         def __init__(self):
             super().__init__()

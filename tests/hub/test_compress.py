@@ -24,7 +24,7 @@ from timm_harmonic.models.checkpoints import CheckpointError
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),
-    # timm's data set leaves closing the files to Python.
+    # timm's data set does not close files.
     pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning'),
 ]
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to the Hub and back, by the real client against a stand-in for the Hub."""
+"""From a checkpoint to the Hub and back, by the real client and a stand-in for the Hub."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def folder(released, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """What a training run of timm leaves: 4 channels, 5 classes, 96 x 96 images, averaged weights."""
+    """The files of a training run of timm: 4 channels, 5 classes, 96 x 96 images, averaged weights."""
     path = tmp_path / 'run'
     path.mkdir()
     models = []

@@ -18,7 +18,7 @@ from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 from timm_harmonic.conversion.energy import at_level
 
 LAYERS = [HarmonicConv2d, HarmonicBlock2d]
-# torch says so once in a process, of nn.Conv2d as well.
+# torch warns of this once in a process, for nn.Conv2d as well.
 EVEN_SAME = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 

@@ -415,7 +415,7 @@ def test_download_that_fails(server, tmp_path, where):
     assert not list((tmp_path / 'cache').iterdir())
 
 
-def test_no_weights_says_so_and_names_what_exists():
+def test_where_no_weights_exist_the_error_names_others():
     with pytest.raises(
         RuntimeError, match=r'No pretrained weights exist for harm_resnet18.*harm_resnet50\.ulicny_in1k'
     ):

@@ -196,7 +196,8 @@ def graph_of_program(program):
     tensors = signature.inputs_to_parameters | signature.inputs_to_buffers
     tensors |= signature.inputs_to_lifted_tensor_constants
     nodes = [node for node in program.graph.nodes if node.op == 'call_function']
-    assert not any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in nodes)  # no graph in the graph
+    # No graphs within the graph.
+    assert not any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in nodes)
 
     def operation(node):
         return getattr(node.target, '_opname', '')

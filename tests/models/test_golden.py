@@ -1,4 +1,4 @@
-"""Agreement with numbers that the authors' implementation computed (see data/README.md)."""
+"""The numbers that the authors' implementation computed (see tests/data/README.md)."""
 
 import json
 

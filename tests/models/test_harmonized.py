@@ -7,13 +7,14 @@ import reference
 import safetensors.torch
 import timm
 import torch
-from timm.models import load_checkpoint, reparameterize_model, resolve_model_input_args, save_for_hf
+from timm.models import get_model_args, load_checkpoint, reparameterize_model, resolve_model_input_args, save_for_hf
 from torch import nn
 
 from timm_harmonic import harmonize, truncate
 from timm_harmonic.conversion.convolutions import harmonic_layers
 from timm_harmonic.layers.dct import full_level
 from timm_harmonic.models.checkpoints import CheckpointError
+from timm_harmonic.models.harmonized import _WRAPPERS
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -132,6 +133,7 @@ def test_features_are_the_bases(name):
 @pytest.mark.parametrize('kind', ['list', 'dict', 'hook', 'getter'])
 def test_features_of_every_kind(kind):
     base = build('resnet18', features_only=True, feature_cls=kind)
+    assert _WRAPPERS[type(base).__name__] == kind
     model = build('harmonized', base_model='resnet18', features_only=True, feature_cls=kind)
     assert type(model) is type(base)
     assert len(model(images())) == len(base(images()))
@@ -149,6 +151,13 @@ def test_features_of_a_saved_network(name, tmp_path):
     with torch.inference_mode():
         for found, expected in zip(features(images()), plain(images()), strict=True):
             assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_options_stay_as_given():
+    """Not as levels of all layers, which the network could be built from too."""
+    given = dict(base_model='resnet18', level=4, levels={'layer4.*': 2}, exclude='conv1', num_classes=5)
+    model = timm.create_model('harmonized', **given)
+    assert get_model_args(model) == dict(given, in_chans=3, global_pool='avg')
 
 
 def test_options_per_layer_are_json(saved):

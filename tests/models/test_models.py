@@ -187,7 +187,7 @@ def test_fuse_feature_extractor(name, feature_cls):
     ],
 )
 def test_fused_network_is_timms(name, plain, kwargs):
-    """Fused, keys and arithmetic are those of timm's network: strides, dilation and groups were kept."""
+    """After fusing, keys and arithmetic are those of timm's network: strides, dilation and groups were kept."""
     torch.manual_seed(0)
     model = reference.randomize_batch_norm(tiny(name, **kwargs)).eval()
     theirs_kwargs = {k: v for k, v in kwargs.items() if k != 'stem_pool'}
@@ -287,7 +287,7 @@ def test_levels():
 
 @pytest.mark.parametrize('name', RESNETS)
 def test_initialisation(name):
-    """As the authors': coefficients by Kaiming fan-out, and zero residual branches in SE-ResNeXts alone."""
+    """As the authors': coefficients by Kaiming fan-out, and zero residual branches in SE-ResNeXts only."""
     torch.manual_seed(0)
     model = timm.create_model(name, layers=(1, 1, 1, 1))
     for layer in harmonic(model).values():
@@ -316,7 +316,7 @@ def test_vgg_classifier_starts_as_the_authors_linear_layers():
 
 @pytest.mark.parametrize('name', ['harm_resnet50', 'harm_resnet50_avgpool', 'harm_vgg11_bn'])
 def test_nothing_more_is_kept_for_the_backward_pass(name):
-    """Against the plain network: the composed filters and a few numbers beside them, which do not grow with the batch.
+    """Compared with the plain network, the composed filters and a few numbers more, which do not grow with the batch.
 
     That includes the stem, which keeps no response.
     """
@@ -331,7 +331,7 @@ def test_nothing_more_is_kept_for_the_backward_pass(name):
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         constants = {b.untyped_storage().data_ptr() for b in model.buffers()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(torch.randn(batch, 3, 64, 64))  # held: it keeps the graph, and its storages, alive
+            output = model(torch.randn(batch, 3, 64, 64))  # keeps the graph and its storages alive
         total = sum(size for pointer, size in kept.items() if pointer not in parameters | constants)
         del output
         return total
@@ -360,7 +360,7 @@ def test_export(name):
 
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_vgg11_bn'])
 def test_average_of_weights(name):
-    """ModelEmaV3 changes weights in place while it evaluates: outputs follow."""
+    """ModelEmaV3 changes weights in place while it evaluates, and outputs follow."""
     model = tiny(name, num_classes=5)
     ema = ModelEmaV3(model, decay=0.5)
     x = torch.randn(2, 3, 64, 64)

@@ -63,7 +63,7 @@ def pytest_generate_tests(metafunc):
     cases = []
     for model in MODELS if metafunc.config.getoption('--every-model') else SELECTION:
         tests = EVERY_MODEL if 'vgg' in model else {**EVERY_MODEL, **RESNETS_ONLY}
-        if model == 'harmonized':  # its class is timm's own, whose module has no filter for checkpoints
+        if model == 'harmonized':  # its class is timm's, and its module has no filter for checkpoints
             tests = {test: args for test, args in tests.items() if test != 'test_headless_checkpoint_reload'}
         for test, arguments in tests.items():
             for args in arguments:

@@ -1,4 +1,4 @@
-"""The quickstart: its patches, one tiny run through the command line, and what it leaves behind."""
+"""The quickstart: its patches, a tiny run by the command line, and the files that it writes."""
 
 import importlib.util
 import itertools
@@ -22,7 +22,7 @@ from timm_harmonic.small_data.photographs import (
     load_photographs,
 )
 
-# timm's ImageDataset leaves the closing of each image to the garbage collector.
+# timm's ImageDataset does not close images: the garbage collector does.
 pytestmark = [
     pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning'),
     pytest.mark.filterwarnings('ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning'),
@@ -41,7 +41,7 @@ def few(pictures):
 
 @pytest.fixture
 def run_cli(monkeypatch, few, tmp_path):
-    """Runs the command on three photographs; returns the results and the folder."""
+    """Runs the command on three photographs, and returns the results and the folder."""
     monkeypatch.setattr(quickstart, 'load_photographs', lambda: few)
     monkeypatch.setenv('COLUMNS', '120')
 

@@ -62,7 +62,7 @@ def _reason_to_skip(conv: nn.Module) -> str:
         return 'its weight is computed (weight_norm, spectral_norm, pruning or the like): make that permanent first'
     if type(conv) not in _HARMONIC:
         return f'{kind} may compute something else than nn.Conv2d'
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return 'has hooks, which would be lost'
     return ''
 
