@@ -153,7 +153,8 @@ def test_saved_summary_of_the_compression_is_made_from_its_rows():
     report = json.loads((RESULTS / 'compression.json').read_text())
     seeds = range(report['options']['seeds'])
     assert len(seeds) >= 5
-    assert report['summary'] == compression.summary(report['rows'])
+    # To rounding: Python 3.10 sums deviations in another way.
+    assert report['summary'] == [pytest.approx(row) for row in compression.summary(report['rows'])]
     by_cut = {}
     for row in report['rows']:
         by_cut.setdefault((row['method'], row['level']), []).append(row)

@@ -22,7 +22,7 @@ from ..conversion.losses import Losses, losses_by_filters
 from ..conversion.report import HarmonicReport, harmonic_report
 from ..conversion.truncate import choose_levels, parameters_of, truncate
 from ..models.checkpoints import CheckpointError, check_fit, read_checkpoint, rename_keys, unwrap
-from .folder import check_new, next_step, write_folder
+from .folder import STEPS, check_new, next_step, write_folder
 from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
 
 _POINTS = 40  # of the curve of parameters against energy
@@ -58,7 +58,7 @@ def compress(
     check_new(out)
     if importlib.util.find_spec('matplotlib') is None:
         raise HubError('the picture needs matplotlib: pip install matplotlib')
-    with tqdm(total=7, desc='build', unit='step', leave=False) as steps:
+    with tqdm(total=7, desc='build', **STEPS) as steps:
         source, plain = _load(model_name, checkpoint, pretrained, model_kwargs or {})
         next_step(steps, 'harmonize')
         whole = harmonize(plain, include=include, exclude=exclude, normalization=normalization)

@@ -26,6 +26,7 @@ REQUIRED = (WEIGHTS_NAME, 'config.json', 'README.md')
 _OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # in a run's folder, in a repository
 _REPORTS = ('compression.json', 'compression.md', 'compression.png')  # of a compressed network
 FILES = (*REQUIRED, *_OF_RUN.values(), *_REPORTS)
+STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 
 
 def convert(
@@ -50,7 +51,7 @@ def convert(
     if names is None:
         raise HubError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
     check_new(out)
-    with tqdm(total=4, desc='read', unit='step', leave=False) as steps:
+    with tqdm(total=4, desc='read', **STEPS) as steps:
         content = read_checkpoint(checkpoint)
         state = unwrap(content, use_ema)
         source = provenance_of(checkpoint, content, model_name, use_ema)
