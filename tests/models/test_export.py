@@ -61,6 +61,10 @@ ANY_SIZE = Export((256, 288), (33, 1), ((224, 224), (160, 224), (75, 101)))
 MULTIPLES_OF_4 = Export((256, 288), (36, 4), ((224, 224), (160, 224), (76, 100)))
 # timm's VGG pools to 7 x 7 if the features are smaller, and 224 leaves a side of 1 after its 7 x 7 convolution.
 FROM_256 = Export((256, 288), (256, 1), ((257, 300),))
+if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 13):
+    # The export of older versions cannot tell how pooling rounds other sizes, in fused networks either.
+    ANY_SIZE = MULTIPLES_OF_4 = Export((256, 288), (64, 32), ((224, 224), (160, 224), (96, 128)))
+    FROM_256 = Export((256, 288), (256, 32), ((288, 320),))
 FIXED_SQUARE = Export((224, 224), None, ((224, 224),))
 FIXED_SMALLER = Export((96, 160), None, ((96, 160),))
 

@@ -45,7 +45,7 @@ def outside_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-@torch.compiler.assume_constant_result  # torch.compile before 2.10 cannot trace the question
+@torch.compiler.assume_constant_result  # torch.compile of 2.9 cannot trace the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
