@@ -7,6 +7,9 @@ import tempfile
 import pytest
 from standin_hub import StandinHub
 
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ['OMP_NUM_THREADS'] = '1'  # a process a core, before torch is imported
+
 # huggingface_hub reads these on import. So no test reaches the real Hub, a token or the user's cache.
 _HUB = StandinHub()
 _HOME = tempfile.TemporaryDirectory(prefix='timm-harmonic-tests-')
