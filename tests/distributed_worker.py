@@ -22,7 +22,7 @@ import timm_harmonic
 
 PROCESSES = 2
 STEPS = 3
-ARGS = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), num_classes=5, dtype=torch.float64)
+ARGS = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), num_classes=5, smoothness=1, dtype=torch.float64)
 CONVERSIONS = {
     'torch': nn.SyncBatchNorm.convert_sync_batchnorm,
     'timm': timm.layers.convert_sync_batchnorm,

@@ -12,8 +12,22 @@ import torch.nn.functional as F
 DATA = Path(__file__).parent / 'data'
 
 
-def dct_functions(k, level=None, dc=True, normalization='l1'):
+def spectrum(k, level=None, dc=True, smoothness=None):
+    """What smoothness scales the functions by, one number at a time: float64 tensor (P,)."""
+    factors = []
+    for i in range(k):
+        for j in range(k):
+            if (level is None or i + j < level) and (dc or i + j > 0):
+                factors.append((1 + i + j) ** -float(smoothness or 0))
+    mean_square = sum(s * s for s in factors) / len(factors)
+    return torch.tensor([s / math.sqrt(mean_square) for s in factors], dtype=torch.float64)
+
+
+def dct_functions(k, level=None, dc=True, normalization='l1', smoothness=None):
     """The DCT functions by their formula, one number at a time: float64 tensor (P, k, k)."""
+    if smoothness is not None:
+        factors = spectrum(k, level, dc, smoothness)
+        return dct_functions(k, level, dc, 'ortho') * factors[:, None, None]
     functions = []
     for i in range(k):
         for j in range(k):

@@ -19,6 +19,8 @@ GEOMETRY = {
     'same, level': dict(kernel_size=5, stride=1, padding='same', level=4),
     'groups': dict(kernel_size=3, stride=2, padding=1, groups=3),
     'dilation, no dc, ortho': dict(kernel_size=3, stride=1, dilation=2, dc=False, normalization='ortho'),
+    'smooth': dict(kernel_size=7, stride=2, padding=3, smoothness=1),
+    'smooth, level, groups': dict(kernel_size=5, stride=2, padding=2, level=4, groups=3, smoothness=2.5),
 }
 
 

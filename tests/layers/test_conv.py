@@ -45,6 +45,7 @@ def layer_arguments(draw):
         level=level,
         dc=dc,
         normalization=draw(st.sampled_from(['l1', 'ortho'])),
+        smoothness=draw(st.none() | st.sampled_from([0, 0.5, 1, 2, 3.5])),
         dtype=draw(st.sampled_from([torch.float32, torch.float64])),
     )
 
@@ -58,8 +59,12 @@ def filled(cls, args, seed):
 
 
 def oracle(layer, x, weight, bias):
-    """Filter by each DCT function, normalise if the layer does, mix 1 x 1."""
-    functions = reference.dct_functions(layer.kernel_size[0], layer.level, layer.dc, layer.normalization)
+    """Filter by each DCT function, normalise and scale if the layer does, mix 1 x 1."""
+    kept, smoothness = (layer.kernel_size[0], layer.level, layer.dc), layer.smoothness
+    if isinstance(layer, HarmonicBlock2d) and smoothness is not None:
+        functions = reference.dct_functions(*kept, 'ortho')
+    else:
+        functions = reference.dct_functions(*kept, layer.normalization, smoothness)
     padding = layer.padding if isinstance(layer.padding, str) else layer.padding[0]
     y = reference.responses(x, functions, layer.stride, padding, layer.dilation[0], layer.padding_mode)
     if isinstance(layer, HarmonicBlock2d):
@@ -67,6 +72,7 @@ def oracle(layer, x, weight, bias):
         if layer.training:
             mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)
         y = (y - mean[:, None, None]) / torch.sqrt(var[:, None, None] + layer.bn.eps)
+        y = y * reference.spectrum(*kept, smoothness).to(y).repeat(layer.in_channels)[:, None, None]
     return reference.mix(y, weight, bias, layer.groups)
 
 

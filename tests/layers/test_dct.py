@@ -46,6 +46,28 @@ def test_basis_is_the_formula(k, normalization, dtype):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-15 if dtype == torch.float64 else 1e-7)
 
 
+@pytest.mark.parametrize('smoothness', [0, 0.5, 1, 2.0, 10])
+@pytest.mark.parametrize('k', SIZES)
+def test_smoothness_is_the_formula(k, smoothness, dtype):
+    for level in (None, *range(1, 2 * k)):
+        for dc in (True, False):
+            if not dc and 1 in (k, level):
+                continue
+            ours = dct_basis(k, level, dc, smoothness=smoothness, dtype=dtype)
+            torch.testing.assert_close(ours, reference.dct_functions(k, level, dc, smoothness=smoothness).to(dtype))
+            assert torch.equal(ours, dct_basis(k, level, dc, 'ortho', smoothness, dtype=dtype))
+            energy = ours.double().square().sum((1, 2))
+            assert energy.mean().item() == pytest.approx(1, rel=1e-6)
+            sums = torch.tensor([float(i + j) for i, j in dct_frequencies(k, level, dc)], dtype=torch.float64)
+            falls = energy * (1 + sums) ** (2 * smoothness)
+            torch.testing.assert_close(falls, falls[:1].expand_as(falls), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('k', SIZES)
+def test_smoothness_zero_is_orthonormal(k):
+    assert torch.equal(dct_basis(k, smoothness=0), dct_basis(k, normalization='ortho'))
+
+
 @pytest.mark.parametrize('k', SIZES)
 def test_number_of_frequencies(k):
     """Triangular numbers up to level k. Above, the triangle at the other corner is missing."""
@@ -61,11 +83,11 @@ def test_order_is_rows_outer():
     assert dct_frequencies(2, dc=False) == [(0, 1), (1, 0), (1, 1)]
 
 
-@pytest.mark.parametrize('normalization', ['l1', 'ortho'])
+@pytest.mark.parametrize('options', [dict(), dict(normalization='ortho'), *(dict(smoothness=s) for s in (0, 1, 3, 10))])
 @pytest.mark.parametrize('k', [2, 3, 7])
-def test_projecting_inverts_composing(k, normalization):
+def test_projecting_inverts_composing(k, options):
     filters = torch.randn(5, 4, k, k, dtype=torch.float64)
-    basis = dct_basis(k, normalization=normalization, dtype=torch.float64)
+    basis = dct_basis(k, **options, dtype=torch.float64)
     torch.testing.assert_close(compose(project(filters, basis), basis), filters)
 
 
@@ -98,6 +120,11 @@ def test_default_dtype_and_device():
         (dict(kernel_size=3, level=True), TypeError, 'level must be None or an integer'),
         (dict(kernel_size=3, level=1, dc=False), ValueError, 'no function is left'),
         (dict(kernel_size=1, dc=False), ValueError, 'no function is left'),
+        (dict(kernel_size=3, smoothness=-1), ValueError, 'smoothness must be None or a number from 0 to 10, got -1'),
+        (dict(kernel_size=3, smoothness=11), ValueError, 'smoothness must be None or a number from 0 to 10, got 11'),
+        (dict(kernel_size=3, smoothness=float('nan')), ValueError, 'smoothness must be None or .* got nan'),
+        (dict(kernel_size=3, smoothness='1'), TypeError, "smoothness must be None or a number from 0 to 10, got '1'"),
+        (dict(kernel_size=3, smoothness=True), TypeError, 'smoothness must be None or .* got True'),
         (dict(kernel_size=3, normalization='l2'), ValueError, "normalization must be one of .* got 'l2'"),
     ],
 )

@@ -14,8 +14,9 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
+from timm_harmonic.small_data.networks import NAMED
 from timm_harmonic.small_data.photographs import cut, draw_patches, load_photographs
-from timm_harmonic.small_data.training import NETWORK, RECIPE
+from timm_harmonic.small_data.quickstart import RECIPE
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 TINY_VGG = dict(mlp_ratio=0.02)
@@ -23,7 +24,7 @@ CASES = {
     'resnet_stride_4': ('harm_resnet50', TINY),
     'resnet_avg': ('harm_resnet50', dict(TINY, stem_pool='avg')),
     'resnet_max': ('harm_resnet50', dict(TINY, stem_pool='max')),
-    'resnet_levels': ('harm_resnet50', dict(TINY, levels=(None, None, 3, 2))),
+    'resnet_levels': ('harm_resnet50', dict(TINY, levels=(None, None, 3, 2), smoothness=0.5)),
     'resnext': ('harm_resnext50_32x4d', TINY),
     'seresnext': ('harm_seresnext50_32x4d', TINY),
     'vgg': ('harm_vgg11', TINY_VGG),
@@ -345,24 +346,24 @@ def test_aot_inductor(form, tmp_path):
 
 
 def patches(photographs, split, per_class):
-    """Patches (B, 1, 48, 48) of the photographs as the quickstart normalises them, and their classes."""
+    """Patches (B, 1, 48, 48) of the photographs, normalised, and their classes."""
     corners = draw_patches(photographs, split, per_class)
     stack = [torch.from_numpy(cut(photographs[name], corner).copy()) for name in corners for corner in corners[name]]
-    x = (torch.stack(stack).unsqueeze(1) / 255 - RECIPE['mean'][0]) / RECIPE['std'][0]
+    x = (torch.stack(stack).unsqueeze(1) / 255 - 0.449) / 0.226
     return x, torch.arange(len(corners)).repeat_interleave(per_class)
 
 
 def train(x, labels, epochs=8):
     """The quickstart's network after a few epochs on patches, fused."""
     torch.manual_seed(0)
-    model = timm.create_model('harm_resnet18', num_classes=int(labels.max()) + 1, **NETWORK)
-    size = RECIPE['batch_size']
+    model = timm.create_model('harm_resnet18', num_classes=int(labels.max()) + 1, in_chans=1, **NAMED['harm'])
+    size = RECIPE.batch_size
     batches = len(x) // size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE['lr'], weight_decay=RECIPE['weight_decay'])
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE['lr'], total_steps=epochs * batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE.lr, weight_decay=RECIPE.weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE.lr, total_steps=epochs * batches)
     for _ in range(epochs):
         for index in torch.randperm(len(x))[: batches * size].split(size):
-            mirrored = x[index].flip(-1) if torch.rand(()) < RECIPE['hflip'] else x[index]
+            mirrored = x[index].flip(-1) if torch.rand(()) < 0.5 else x[index]
             loss = F.cross_entropy(model(mirrored), labels[index])
             optimizer.zero_grad()
             loss.backward()

@@ -16,7 +16,7 @@ from timm.models.vgg import VGG
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, HarmonicResNet, HarmonicVGG
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, HarmonicResNet, HarmonicVGG, HarmonicWRN
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 TINY_VGG = dict(mlp_ratio=0.02)
@@ -27,6 +27,10 @@ RESNETS = [
     *('harm_seresnext50_32x4d', 'harm_seresnext101_32x4d', 'harm_seresnext101_64x4d', 'harm0_seresnext101_32x4d'),
 ]
 VGGS = [*(f'harm_vgg{depth}{bn}' for depth in (11, 13, 16, 19) for bn in ('', '_bn')), 'harm1_vgg16_bn']
+WRNS = [
+    *('harm_wrn16_8', 'harm_wrn16_8_progressive', 'harm_wrn28_10'),
+    *('harm1_wrn28_10', 'harm0_wrn16_8', 'harm0_wrn28_10'),
+]
 STRIDE_4 = {
     *(f'harm_resnet{depth}' for depth in (18, 34, 50, 101, 152)),
     *('harm1_resnet50', 'harm0_resnet50', 'harm_seresnext101_64x4d'),
@@ -43,13 +47,15 @@ def harmonic(model):
 
 
 def test_every_promised_model_is_registered():
-    assert set(timm.list_models('harm*')) == {*RESNETS, *VGGS, 'harmonized'}
+    assert set(timm.list_models('harm*')) == {*RESNETS, *VGGS, *WRNS, 'harmonized'}
     for name in RESNETS:
         assert issubclass(HarmonicResNet, ResNet)
         assert type(timm.create_model(name, device='meta')) is HarmonicResNet
     for name in VGGS:
         assert issubclass(HarmonicVGG, VGG)
         assert type(timm.create_model(name, device='meta')) is HarmonicVGG
+    for name in WRNS:
+        assert type(timm.create_model(name, device='meta')) is HarmonicWRN
 
 
 def test_import_is_silent():
@@ -216,6 +222,7 @@ def test_fused_network_is_timms(name, plain, kwargs):
         dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1),
         dict(output_stride=8, levels=(None, 3, 2, 1)),
         dict(levels=2, normalization='ortho'),
+        dict(levels=2, smoothness=1),
         dict(aa_layer=BlurPool2d),
         dict(aa_layer=BlurPool2d, stem_pool='avg'),
         dict(stem_pool='max', harmonic_stem=False),
@@ -260,6 +267,7 @@ def test_resnet_options_train(name, kwargs):
         dict(levels=[None, 4, 3, 2, 1], drop_rate=0.5),
         dict(harmonic_stem=False),
         dict(harmonic_blocks=False, normalization='ortho'),
+        dict(levels=3, smoothness=2),
         dict(global_pool='max', act_layer=nn.SiLU),
     ],
     ids=str,

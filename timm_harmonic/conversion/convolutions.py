@@ -70,8 +70,8 @@ def _reason_to_skip(conv: nn.Module) -> str:
 def make_harmonic(
     model: nn.Module,
     levels: Mapping[str, int | None],
-    normalization: str = 'l1',
     *,
+    basis: Mapping[str, Any] | None = None,
     stem: str = '',
     keep_filters: bool = False,
 ) -> None:
@@ -83,12 +83,12 @@ def make_harmonic(
     Args:
         model: Network; itself not a convolution.
         levels: Level of each convolution to swap, by qualified name. Other names are ignored.
-        normalization: 'l1' or 'ortho'.
+        basis: normalization and smoothness of the layers, where they are not the defaults.
         stem: Name of the convolution that becomes a `HarmonicBlock2d`, if one does.
         keep_filters: Whether layers take over the filters. Otherwise they start from their own initialisation.
     """
     layers: dict[str, nn.Module] = {}
-    options: dict[str, Any] = dict(normalization=normalization)
+    options: dict[str, Any] = dict(basis or {})
     for name, reason in reasons_to_skip(model).items():
         if reason or name not in levels:
             continue

@@ -5,7 +5,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..layers import HarmonicBlock2d, HarmonicLayer, check_level, dct_frequencies, format_of, full_level
+from ..layers import (
+    HarmonicBlock2d,
+    HarmonicLayer,
+    check_level,
+    dct_frequencies,
+    dct_spectrum,
+    format_of,
+    full_level,
+)
 
 
 def energy_of(layer: HarmonicLayer) -> Tensor:
@@ -42,7 +50,11 @@ def at_level(layer: HarmonicLayer, level: int | None) -> HarmonicLayer:
     kept = [present.index(pair) for pair in dct_frequencies(side, level, layer.dc)]
     if isinstance(new, HarmonicBlock2d):
         _keep_responses(new, kept)
-    weight = layer.weight.detach()[:, :, kept].contiguous(memory_format=format_of(layer.weight))
+    # The spectrum is relative to the functions that a layer keeps, so the coefficients change with it.
+    scale = [dct_spectrum(side, of, layer.dc, layer.smoothness) for of in (layer.level, level)]
+    factors = (scale[0][kept] / scale[1]).to(layer.basis)[:, None]
+    weight = (layer.weight.detach()[:, :, kept] * factors).to(layer.weight)
+    weight = weight.contiguous(memory_format=format_of(layer.weight))
     new.weight = nn.Parameter(weight, layer.weight.requires_grad)
     new.level = level
     new.init_non_persistent_buffers()

@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import get_model_args
 from torch import nn
 
-from ..layers import HarmonicLayer, check_level, full_level
+from ..layers import HarmonicLayer, check_level, full_level, name_of_basis, options_of_basis
 from .convolutions import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 from .energy import at_level
 
@@ -27,6 +27,7 @@ def harmonize(
     include: Selection | None = None,
     exclude: Selection | None = None,
     normalization: str = 'l1',
+    smoothness: float | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Makes the k x k convolutions of any network harmonic, k > 1, with the filters that they have.
@@ -45,6 +46,8 @@ def harmonize(
         include: Patterns, or a predicate of name and convolution: swap only these.
         exclude: Patterns, or a predicate: leave these plain.
         normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
+        smoothness: None for the authors' functions, or a number from 0 to 10: how much training from here on favours
+            smooth filters, see `HarmonicConv2d`. The filters themselves are taken over as they are.
         inplace: Whether to change the network itself rather than a copy.
 
     Returns:
@@ -52,28 +55,30 @@ def harmonize(
 
     Raises:
         ValueError: If nothing can be swapped, a pattern matches nothing, or a level is out of range.
-        TypeError: If a level is not an integer.
+        TypeError: If a level or smoothness has another type.
     """
     wanted = plan(model, level=level, levels=levels, include=include, exclude=exclude)
-    present = {name: layer.normalization for name, layer in harmonic_layers(model).items()}
-    if set(wanted) - set(present) and set(present.values()) - {normalization}:
+    present = {n: name_of_basis(layer.normalization, layer.smoothness) for n, layer in harmonic_layers(model).items()}
+    basis = dict(normalization=normalization, smoothness=smoothness)
+    if set(wanted) - set(present) and set(present.values()) - {name_of_basis(**basis)}:
         raise ValueError(
-            f'normalization={normalization!r} differs from that of the harmonic layers in the network: '
+            f'the basis {name_of_basis(**basis)!r} differs from that of the harmonic layers in the network: '
             f'use {next(iter(present.values()))!r}.'
         )
     if not inplace:
         # Layers that will be replaced are not copied: the copy shares them with the network until then.
         model = copy.deepcopy(model, {id(layer): layer for layer in map(model.get_submodule, wanted)})
-    return apply_plan(model, wanted, normalization)
+    return apply_plan(model, wanted, basis)
 
 
-def apply_plan(model: nn.Module, wanted: Mapping[str, int], normalization: str = 'l1') -> nn.Module:
+def apply_plan(model: nn.Module, wanted: Mapping[str, int], basis: Mapping[str, Any]) -> nn.Module:
     """Gives a network's layers the levels of a plan, in place: plain ones become harmonic, harmonic ones are lowered.
 
-    The plan may be of a network that this one is a part of. Returns the network, with the options to build it anew.
+    The plan may be of a network that this one is a part of. `basis` has the normalization and the smoothness. Returns
+    the network, with the options to build it anew.
     """
     lower = {name: at_level(layer, wanted[name]) for name, layer in harmonic_layers(model).items() if name in wanted}
-    make_harmonic(model, wanted, normalization, keep_filters=True)
+    make_harmonic(model, wanted, basis=basis, keep_filters=True)
     replace_layers(model, lower)
     return record_options(model)
 
@@ -157,7 +162,7 @@ def record_options(model: Any) -> nn.Module:
     if cfg['architecture'] != ARCHITECTURE:
         args = dict(base_model=cfg['architecture'], **args)
         model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=ARCHITECTURE)
-    for option in ('level', 'levels', 'include', 'exclude', 'normalization'):
+    for option in ('level', 'levels', 'include', 'exclude', 'normalization', 'smoothness'):
         args.pop(option, None)
     layers = harmonic_layers(model)
     full = {name: full_level(layer.kernel_size[0]) for name, layer in layers.items()}
@@ -170,7 +175,7 @@ def record_options(model: Any) -> nn.Module:
             args['levels'] = {name: lowered.get(name) for name in layers}
     if '' in reasons_to_skip(model).values():  # others could be harmonic, and are not
         args['include'] = list(layers)
-    if (normalization := next(iter(layers.values())).normalization) != 'l1':
-        args['normalization'] = normalization
+    first = next(iter(layers.values()))
+    args.update(options_of_basis(name_of_basis(first.normalization, first.smoothness)))
     model._model_args = args
     return model

@@ -6,6 +6,7 @@ from typing import Any
 from timm.models import get_model_args
 from torch import nn
 
+from ..layers import name_of_basis
 from .convolutions import harmonic_layers, reasons_to_skip
 from .energy import energy_kept
 
@@ -23,6 +24,7 @@ class Convolution:
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
     energy_kept: float | None  # share of the filters' energy; None too for coefficients loaded at their level
+    basis: str | None  # 'l1' (the authors'), 'ortho' or 'smoothness=S'
     reason: str  # why it stays plain; empty if it is harmonic or could be
 
 
@@ -61,7 +63,7 @@ class HarmonicReport:
         table = Table(box=getattr(boxes, box) if box else None, **style)
         for title in _COLUMNS:
             table.add_column(
-                title, justify='left' if title in ('convolution', 'stays plain') else 'right', no_wrap=True
+                title, justify='left' if title in ('convolution', 'basis', 'stays plain') else 'right', no_wrap=True
             )
         for conv in self.convolutions:
             table.add_row(*_cells(conv))
@@ -71,7 +73,18 @@ class HarmonicReport:
         return [line.rstrip() for line in captured.get().splitlines() if line.strip()]
 
 
-_COLUMNS = ('convolution', 'kernel', 'groups', 'level', 'kept', 'parameters', 'of', 'energy kept', 'stays plain')
+_COLUMNS = (
+    'convolution',
+    'kernel',
+    'groups',
+    'level',
+    'kept',
+    'parameters',
+    'of',
+    'energy kept',
+    'basis',
+    'stays plain',
+)
 
 
 def _cells(conv: Convolution) -> list[str]:
@@ -85,6 +98,7 @@ def _cells(conv: Convolution) -> list[str]:
         f'{conv.parameters:,}',
         f'{conv.parameters_before:,}' if harmonic else '',
         ('?' if conv.energy_kept is None else f'{conv.energy_kept:.2%}') if harmonic else '',
+        conv.basis or '',
         conv.reason if conv.reason or harmonic else 'not asked for',
     ]
 
@@ -97,10 +111,11 @@ def harmonic_report(model: nn.Module) -> HarmonicReport:
         if name in layers:
             kept, functions = module.weight.shape[2], module.kernel_size[0] ** 2
             before = module.weight.numel() // kept * functions
-            numbers = (module.level, kept, functions, before, module.weight.numel(), energy_kept(module))
+            basis = name_of_basis(module.normalization, module.smoothness)
+            numbers = (module.level, kept, functions, before, module.weight.numel(), energy_kept(module), basis)
         elif name in reasons:
             size = module.weight.numel()
-            numbers = (None, None, None, size, size, None)
+            numbers = (None, None, None, size, size, None, None)
         else:
             continue
         found.append(Convolution(name, tuple(module.kernel_size), module.groups, *numbers, reasons.get(name, '')))

@@ -38,6 +38,7 @@ def compress(
     include: Selection | None = None,
     exclude: Selection | None = None,
     normalization: str = 'l1',
+    smoothness: float | None = None,
     data: Path | None = None,
     batches: int = 8,
     batch_size: int = 32,
@@ -61,7 +62,8 @@ def compress(
     with tqdm(total=7, desc='build', **STEPS) as steps:
         source, plain = _load(model_name, checkpoint, pretrained, model_kwargs or {})
         next_step(steps, 'harmonize')
-        whole = harmonize(plain, include=include, exclude=exclude, normalization=normalization)
+        basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
+        whole = harmonize(plain, include=include, exclude=exclude, **basis)
         whole.to(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
         next_step(steps, 'truncate')
         config = _data_config(whole, {**source.run, **(data_config or {})})

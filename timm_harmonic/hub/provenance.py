@@ -13,6 +13,7 @@ import yaml
 from timm.models import get_pretrained_cfg, list_pretrained, model_entrypoint
 from torch import nn
 
+from ..layers import options_of_basis, read_name
 from ..models.checkpoints import CheckpointError, StateDict, first_line, names_of
 from ..models.download import pinned_sha256, released_digits, sha256_of
 from ..models.paper import REPOSITORY
@@ -100,12 +101,14 @@ def _summary(path: Path, epoch: int | None) -> dict[str, str]:
 
 
 def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
-    """The network that parameters belong to, loaded with them, in evaluation. Their shapes say classes and channels.
+    """The network that parameters belong to, loaded with them, in evaluation.
+
+    Their shapes say classes and channels, and their basis is part of them.
 
     `model_kwargs` replace the training run's. Raises CheckpointError if the parameters do not fit, HubError if an
     option contradicts them.
     """
-    kwargs = dict(source.run.get('model_kwargs') or {}, **model_kwargs)
+    kwargs = {**_basis_of(state), **(source.run.get('model_kwargs') or {}), **model_kwargs}
     if source.run.get('gp'):
         kwargs.setdefault('global_pool', source.run['gp'])
     with torch.device('meta'):
@@ -126,6 +129,12 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     model.pretrained_cfg.pop('state_dict', None)
     return model.eval()
+
+
+def _basis_of(state: StateDict) -> dict[str, Any]:
+    """The options of the basis that coefficients refer to, where it is not the authors'."""
+    names = {read_name(value) for key, value in state.items() if key.endswith('.basis_name')}
+    return options_of_basis(names.pop()) if len(names) == 1 else {}
 
 
 def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:

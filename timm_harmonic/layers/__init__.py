@@ -1,7 +1,17 @@
 """The harmonic layers, and the DCT basis that their filters are composed of."""
 
-from .base import HarmonicLayer, conv_args
+from .base import HarmonicLayer, conv_args, read_name
 from .block import HarmonicBlock2d
 from .compose import compose, format_of
 from .conv import HarmonicConv2d, HarmonicConv2dSame
-from .dct import check_level, dct_basis, dct_frequencies, full_level, project
+from .dct import (
+    check_level,
+    check_smoothness,
+    dct_basis,
+    dct_frequencies,
+    dct_spectrum,
+    full_level,
+    name_of_basis,
+    options_of_basis,
+    project,
+)

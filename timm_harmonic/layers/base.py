@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compose import format_of
-from .dct import check_level, dct_basis, dct_frequencies, full_level
+from .dct import check_level, check_smoothness, dct_basis, dct_frequencies, full_level, name_of_basis
 
 IntPair = int | tuple[int, int]
 
@@ -23,6 +23,11 @@ def conv_args(conv: nn.Module) -> dict[str, Any]:
     return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
+def read_name(basis_name: Tensor) -> str:
+    """The text of a layer's `basis_name`, whatever dtype a script has averaged or cast it to."""
+    return bytes(basis_name.to('cpu', torch.uint8).flatten().tolist()).decode(errors='replace')
+
+
 class HarmonicLayer(nn.Module):
     """Arguments, coefficients and basis of a harmonic layer; subclasses say what is convolved."""
 
@@ -30,6 +35,7 @@ class HarmonicLayer(nn.Module):
         weight: Tensor
         bias: Tensor | None
         basis: Tensor
+        basis_name: Tensor | None
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class HarmonicLayer(nn.Module):
         level: int | None = None,
         dc: bool = True,
         normalization: str = 'l1',
+        smoothness: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,6 +72,7 @@ class HarmonicLayer(nn.Module):
         self.level = check_level(level, full_level(side))
         self.dc = dc
         self.normalization = normalization
+        self.smoothness = check_smoothness(smoothness)
         # Share of the filters' energy that truncation left. Conversions set it; unknown for new or loaded coefficients.
         self.energy_kept: float | None = None
 
@@ -73,8 +81,9 @@ class HarmonicLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
         self.register_buffer('basis', None, persistent=False)
-        self.init_non_persistent_buffers()
+        self.register_buffer('basis_name', None)
         self._add_norm()
+        self.init_non_persistent_buffers()
         self.reset_parameters()
 
     def _add_norm(self) -> None:
@@ -85,8 +94,14 @@ class HarmonicLayer(nn.Module):
         raise NotImplementedError
 
     def init_non_persistent_buffers(self) -> None:
-        """Builds the basis anew on the coefficients' device, in the precision that filters are composed in."""
+        """Builds the basis anew on the coefficients' device, in the precision that filters are composed in.
+
+        Its name goes into the state dict, as bytes of text, unless it is the authors' basis.
+        """
         self.basis = self.basis_for(self.weight)
+        name = name_of_basis(self.normalization, self.smoothness)
+        text = torch.tensor(list(name.encode()), dtype=torch.uint8, device=self.weight.device)
+        self.basis_name = None if name == 'l1' else text
 
     def basis_for(self, weight: Tensor) -> Tensor:
         """Basis (P, k, k) on a weight's device and in its precision, but never below float32.
@@ -97,7 +112,8 @@ class HarmonicLayer(nn.Module):
         few = weight.shape[1] <= _FEW_CHANNELS and weight.device.type != 'mps'
         dtype = torch.promote_types(weight.dtype, torch.float64 if few else torch.float32)
         side = self.kernel_size[0]
-        return dct_basis(side, self.level, self.dc, self.normalization, device=weight.device, dtype=dtype)
+        options = (side, self.level, self.dc, self.normalization, self.smoothness)
+        return dct_basis(*options, device=weight.device, dtype=dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
         # A cast would round the basis for good, and to_empty() would lose it.
@@ -105,11 +121,33 @@ class HarmonicLayer(nn.Module):
         self.init_non_persistent_buffers()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f'{prefix}basis_name'
+        if f'{prefix}weight' in state_dict and (problem := self.other_basis(state_dict.get(key))):
+            error_msgs.append(f'{prefix}weight: {problem}')
+            return
         self.energy_kept = None
-        super()._load_from_state_dict(*args, **kwargs)
+        reports = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, *reports)
+        if key in missing_keys:
+            missing_keys.remove(key)  # it was compared above
         # With assign=True the coefficients may be on another device or in another dtype now.
         self.init_non_persistent_buffers()
+
+    def other_basis(self, basis_name: Tensor | None) -> str:
+        """Why coefficients do not fit if their state dict has this name of a basis; empty if they do."""
+        theirs = 'l1' if basis_name is None else read_name(basis_name)
+        ours = name_of_basis(self.normalization, self.smoothness)
+        return '' if theirs == ours else f"its coefficients refer to the basis {theirs!r}, the layer's to {ours!r}"
 
     def coefficients(self) -> Tensor:
         """Coefficients (O, C / groups, P, 1) of the filters that evaluation uses."""
@@ -117,7 +155,7 @@ class HarmonicLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments that differ from the defaults, in nn.Conv2d's manner."""
-        defaults = dict(level=full_level(self.kernel_size[0]), dc=True, normalization='l1')
+        defaults = dict(level=full_level(self.kernel_size[0]), dc=True, normalization='l1', smoothness=None)
         ours = [f', {k}={getattr(self, k)!r}' for k, default in defaults.items() if getattr(self, k) != default]
         return nn.Conv2d.extra_repr(cast(nn.Conv2d, self)) + ''.join(ours)
 

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from .base import HarmonicLayer
 from .compose import compose, outside_autocast
+from .dct import dct_spectrum
 
+# With smoothness, what is added to a variance before it divides. For images of mean 0 and deviation 1 the variances of
+# the responses are 1 on average. Without a floor, a frequency is amplified as much as it is rare in training, and
+# sharper images, which have more of it, look like others.
+_FLOOR = 0.05
 # Responses that are computed at a time where only their statistics are wanted.
 _PIECE_CPU, _PIECE = 2**19, 2**26
 
@@ -37,6 +42,7 @@ def _times(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
 def _fuse_norm(
     weight: Tensor,
     basis: Tensor,
+    spectrum: Tensor,
     mean: Tensor,
     var: Tensor,
     gamma: Tensor | None,
@@ -46,15 +52,17 @@ def _fuse_norm(
 ) -> tuple[Tensor, Tensor]:
     """Filters (O, I, k, k) and bias (O,) that equal normalising the responses and mixing them.
 
-    A response r_cn enters the mix as weight_ocn (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn). Statistics,
-    gamma and beta are (C * P,), channel-major. The dtype of basis is the precision of the result.
+    A response r_cn enters the mix as weight_ocn s_n (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn), with
+    the spectrum s. Statistics, gamma and beta are (C * P,), channel-major. The basis is s_n times the functions that
+    r_cn is the response to. Its dtype is the precision of the result.
     """
-    weight = weight.to(basis.dtype)
+    like, weight = weight, weight.to(basis.dtype)
     scale = _scale(var, gamma, eps, basis.dtype)
     shift = -mean * scale
     if beta is not None:
         shift = shift + beta
-    return compose(_times(weight, scale, groups), basis), _times(weight, shift, groups).sum((1, 2, 3))
+    mixed = _times(weight * spectrum[:, None], shift, groups)
+    return compose(_times(weight, scale, groups), basis, like), mixed.sum((1, 2, 3))
 
 
 def _in_format_of(y: Tensor, x: Tensor) -> Tensor:
@@ -77,22 +85,35 @@ class HarmonicBlock2d(HarmonicLayer):
 
     Takes the arguments of `HarmonicConv2d` and has the same attributes.
 
+    With a smoothness the normalised response to function n is multiplied by s_n before it is mixed, and variances have
+    a floor: normalising makes nearly empty high frequencies as large as the others, and both take that back. The
+    coefficients and the output then start at the scale of a plain convolution. The authors' start sqrt(P) times as
+    large, which optimizers like Adam, whose steps do not know the scale, take as long to change.
+
     Attributes:
         weight: Mixing coefficients (O, C / groups, P, 1).
-        bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n.
+        spectrum: The factors s (P,), a buffer that is in no state dict; ones without smoothness.
+        bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n. Its eps is 1e-5, as the
+            authors' is, and 0.05 with a smoothness, for images of about mean 0 and deviation 1.
 
     Raises:
-        TypeError: If kernel_size or level is not an integer.
+        TypeError: If kernel_size, level or smoothness has another type.
         ValueError: If an argument is out of range, naming it.
     """
 
     def _add_norm(self) -> None:
         dd: dict[str, Any] = {'device': self.weight.device, 'dtype': self.weight.dtype}
-        self.bn: Any = nn.BatchNorm2d(self.in_channels * self.weight.shape[2], affine=False, **dd)
+        eps = 1e-5 if self.smoothness is None else _FLOOR
+        self.bn: Any = nn.BatchNorm2d(self.in_channels * self.weight.shape[2], eps, affine=False, **dd)
+        self.register_buffer('spectrum', None, persistent=False)
 
     def reset_parameters(self) -> None:
-        """Kaiming normal over the mix's fan-out, std sqrt(2 / O), as in the authors' code; bias zero."""
-        nn.init.kaiming_normal_(self.weight.flatten(1)[..., None, None], mode='fan_out', nonlinearity='relu')
+        """Kaiming normal over fan-out; bias zero.
+
+        The std is sqrt(2 / O), that of the mix, as in the authors' code. With a smoothness it is sqrt(2 / (O * P)).
+        """
+        weight = self.weight if self.smoothness is not None else self.weight.flatten(1)[..., None, None]
+        nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         self.bn.reset_running_stats()
@@ -104,14 +125,24 @@ class HarmonicBlock2d(HarmonicLayer):
         if not torch.jit.is_scripting() and self._can_be_dense(x):
             return self._convolve(x, *self._fused_by_batch(x), self.groups)
         responses = self.bn(self.responses(x))
-        y = F.conv2d(responses, self.weight.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
+        mix = self.weight * self.spectrum.to(self.weight.dtype)[:, None]
+        y = F.conv2d(responses, mix.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
         return _in_format_of(y, x)
 
     def responses(self, x: Tensor) -> Tensor:
         """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation, in channels_last order."""
         # In this order filtering, normalising and mixing take half the time on a CPU, for a stem with 3 channels.
-        filters = self.basis.to(self.weight.dtype).repeat(self.in_channels, 1, 1).unsqueeze(1)
+        filters = self._functions().to(self.weight.dtype).repeat(self.in_channels, 1, 1).unsqueeze(1)
         return self._convolve(x.contiguous(memory_format=torch.channels_last), filters, None, self.in_channels)
+
+    def _functions(self) -> Tensor:
+        """The functions (P, k, k) whose responses are normalised: the basis as it is before smoothness scales it."""
+        return self.basis / self.spectrum[:, None, None]
+
+    def init_non_persistent_buffers(self) -> None:
+        """Builds the basis and the spectrum anew, see `HarmonicConv2d`."""
+        super().init_non_persistent_buffers()
+        self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
 
     def has_statistics(self) -> bool:
         """Whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
@@ -146,7 +177,8 @@ class HarmonicBlock2d(HarmonicLayer):
     def _fused_by(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Filters (O, C / groups, k, k) and bias (O,), with the responses normalised by these statistics."""
         bn = self.bn
-        filters, bias = _fuse_norm(self.weight, self.basis, mean, var, bn.weight, bn.bias, bn.eps, self.groups)
+        statistics = (mean, var, bn.weight, bn.bias, bn.eps)
+        filters, bias = _fuse_norm(self.weight, self.basis, self.spectrum, *statistics, self.groups)
         if self.bias is not None:
             bias = bias + self.bias
         return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
@@ -175,7 +207,7 @@ class HarmonicBlock2d(HarmonicLayer):
         kept. Pieces that fit into the cache take half the time on a CPU, and pieces save memory everywhere.
         """
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
-        functions = self.basis.to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
+        functions = self._functions().to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
         images = x.reshape(-1, 1, height, width)
         positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
         # A compiled graph contains every piece, so there they are large.

@@ -7,22 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def compose(coefficients: Tensor, basis: Tensor) -> Tensor:
+def compose(coefficients: Tensor, basis: Tensor, like: Tensor | None = None) -> Tensor:
     """Filters of coefficients: torch.einsum('oinz,nxy->oixy', coefficients, basis).
 
     The dtype of basis is the precision of the product, whatever autocast says. Filters (O, I, k, k) have the memory
-    format of the coefficients.
+    format of `like`, a weight, or of the coefficients.
     """
     if torch.jit.is_scripting():  # TorchScript cannot switch autocast off
-        return _product(coefficients, basis)
+        return _product(coefficients, basis, like)
     with outside_autocast(coefficients.device.type):
-        return _product(coefficients, basis)
+        return _product(coefficients, basis, like)
 
 
-def _product(coefficients: Tensor, basis: Tensor) -> Tensor:
+def _product(coefficients: Tensor, basis: Tensor, like: Tensor | None) -> Tensor:
     out_channels, in_channels, count = coefficients.shape[:3]
     side = basis.shape[1]
     functions = basis.reshape(count, -1)
+    last = _one_channel_last(coefficients if like is None else like)
     coefficients = coefficients.to(basis.dtype)
     if not coefficients.is_contiguous():
         # channels_last is (O, P, I) in memory: (k * k, P) @ (O, P, I) gives the (O, k, k, I) that a convolution wants.
@@ -35,6 +36,8 @@ def _product(coefficients: Tensor, basis: Tensor) -> Tensor:
         functions = torch.cat([F.pad(functions, (0, size)), F.pad(functions, (size, 0))])
     # (O * I, P) @ (P, k * k), or (O * I / 2, 2 * P) @ (2 * P, 2 * k * k)
     filters = coefficients.reshape(-1, functions.shape[0]) @ functions
+    if last:
+        return filters.reshape(out_channels, side, side, in_channels).permute(0, 3, 1, 2)
     return filters.reshape(out_channels, in_channels, side, side)
 
 
@@ -50,6 +53,12 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def _one_channel_last(weight: Tensor) -> bool:
+    """Whether a weight of one channel is in channels_last: it is contiguous as well, but convolutions go by strides."""
+    return weight.shape[1] == 1 and weight.shape[2] > 1 and weight.stride(1) == 1
+
+
 def format_of(weight: Tensor) -> torch.memory_format:
     """Memory format of a weight: contiguous or channels_last."""
-    return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+    last = not weight.is_contiguous() or _one_channel_last(weight)
+    return torch.channels_last if last else torch.contiguous_format

@@ -43,17 +43,30 @@ class HarmonicConv2d(HarmonicLayer):
         level: The paper's lambda: keep the frequencies with i + j < level. None keeps all k * k.
         dc: Whether to keep the constant function.
         normalization: 'l1' (the authors') or 'ortho'.
+        smoothness: None for the authors' layer. A number from 0 to 10 takes functions of unit energy, scaled by
+            s_ij = c (1 + i + j)^(-smoothness); normalization does not count then. See below.
         device: Device of the parameters.
         dtype: Type of the parameters.
+
+    Smoothness is a prior: filters should be smooth unless the data say otherwise. It has no parameter, and drops no
+    function. For coefficients w_n the filter has f_n = s_n w_n at frequency n, so:
+    - At the start the energy of the filters falls as s_n^2: they are smooth random filters.
+    - Weight decay on coefficients is a Sobolev penalty on filters, sum_n (1 + i + j)^(2 smoothness) f_n^2.
+    - A gradient step moves f_n by s_n^2 times the gradient: SGD preconditioned by s^2.
+    - Adam-like optimizers step by s_n instead of s_n^2, as they divide by the size of the gradient. The decay of AdamW
+      takes the same share of every coefficient, so it is no such penalty.
+    What a filter can be in the end is the same: with many images, or a long training, little of the prior is left.
 
     Attributes:
         weight: Coefficients (O, C / groups, P, 1).
         bias: (O,) or None.
         basis: DCT functions (P, k, k), a buffer that is in no state dict.
+        basis_name: Bytes of text that name a basis which is not the authors', a buffer in the state dict. Coefficients
+            of another basis are not loaded.
         level: The paper's lambda as an integer, 2k - 1 for all frequencies.
 
     Raises:
-        TypeError: If kernel_size or level is not an integer.
+        TypeError: If kernel_size, level or smoothness has another type.
         ValueError: If an argument is out of range, naming it.
     """
 
@@ -81,6 +94,7 @@ class HarmonicConv2d(HarmonicLayer):
         level: int | None = None,
         dc: bool = True,
         normalization: str = 'l1',
+        smoothness: float | None = None,
     ) -> 'HarmonicConv2d':
         """A harmonic layer with the filters of a convolution: exact with all frequencies, else the nearest in L2.
 
@@ -89,15 +103,17 @@ class HarmonicConv2d(HarmonicLayer):
             level: The paper's lambda, None for all frequencies.
             dc: Whether to keep the constant function.
             normalization: 'l1' or 'ortho'.
+            smoothness: None, or a number from 0 to 10, see above.
 
         Returns:
             Layer on conv's device, with its dtype, training flag and requires_grad.
 
         Raises:
-            TypeError: If level is not an integer.
+            TypeError: If level or smoothness has another type.
             ValueError: If the filters are not square, or an argument is out of range.
         """
-        layer = nn.utils.skip_init(cls, **conv_args(conv), level=level, dc=dc, normalization=normalization)
+        options = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness)
+        layer = nn.utils.skip_init(cls, **conv_args(conv), **options)
         with torch.no_grad():
             layer.weight.copy_(project(conv.weight, layer.basis))
             layer.weight.requires_grad_(conv.weight.requires_grad)
@@ -110,7 +126,7 @@ class HarmonicConv2d(HarmonicLayer):
         filters = state_dict.get(f'{prefix}weight')
         if filters is not None and filters.shape[2:] == self.kernel_size and self.kernel_size != (1, 1):
             coefficients = project(filters.detach(), self.basis_for(filters)).to(filters.dtype)
-            state_dict = {**state_dict, f'{prefix}weight': coefficients}
+            state_dict = {**state_dict, f'{prefix}weight': coefficients, f'{prefix}basis_name': self.basis_name}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -14,13 +14,14 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from ..conversion.convolutions import harmonic_layers
-from ..layers import HarmonicConv2d, HarmonicLayer
+from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum, name_of_basis
 
 StateDict = dict[str, Any]
 Names = str | Sequence[str] | None
 
-# Where training scripts keep parameters in what they save: timm its averaged ones, and everyone the last ones.
-_AVERAGED, _LAST = ('state_dict_ema', 'model_ema'), ('state_dict', 'model')
+# Where training scripts keep parameters in what they save: timm its averaged ones, and everyone the last ones (`params`
+# in the authors' scripts for CIFAR and STL-10).
+_AVERAGED, _LAST = ('state_dict_ema', 'model_ema'), ('state_dict', 'model', 'params')
 
 
 class CheckpointError(RuntimeError):
@@ -79,16 +80,18 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     return clean_state_dict(found[0])
 
 
-def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[str, str], norm: str) -> StateDict:
+def convert_state_dict(
+    checkpoint: StateDict, model: nn.Module, *, names: dict[str, str], norms: Sequence[str]
+) -> StateDict:
     """Brings a state dict into a model's layout. One that is in it already is returned as it is.
 
     Accepts bare and wrapped state dicts ('state_dict' and the like), with and without `module.`, the authors' names
     (harm1, harm2, classifier.N), shapes and frozen `.dct` tensors. Adapts the statistics of a stem with normalised
     responses to the model's input channels. timm then adapts the stem's weight and drops another classifier.
 
-    `names` are regular expressions over parameter names with their replacements, `norm` is the batch-norm that follows
-    a stem without a bias. Raises CheckpointError if a key or shape fits nothing, a parameter is missing, or the frozen
-    basis is another one.
+    `names` are regular expressions over parameter names with their replacements, `norms` the batch-norms that see the
+    output of a stem without a bias. Raises CheckpointError if a key or shape fits nothing, a parameter is missing, or
+    the basis is another one.
     """
     target, layers = model.state_dict(), harmonic_layers(model)
     stem = model.pretrained_cfg['first_conv']
@@ -106,7 +109,7 @@ def convert_state_dict(checkpoint: StateDict, model: nn.Module, *, names: dict[s
             value = value.reshape(target[key].shape)  # a linear layer that is a convolution here
         state[key] = value
     if stem in layers:
-        _adapt_stem(state, stem, layers[stem], norm, model.pretrained_cfg['input_size'][0])
+        _adapt_stem(state, stem, layers[stem], norms, model.pretrained_cfg['input_size'][0])
     check_fit(state, model, model.pretrained_cfg['classifier'], stem)
     return state
 
@@ -134,11 +137,11 @@ def _check_basis(key: str, dct: Tensor, layer: HarmonicLayer) -> None:
     if stored is None or not torch.allclose(stored, layer.basis.to(dct).expand_as(stored), rtol=0, atol=1e-6):
         raise CheckpointError(
             f"{key} {tuple(dct.shape)} is another basis than the model's {tuple(layer.basis.shape)} "
-            f'(level={layer.level}, dc={layer.dc}, normalization={layer.normalization!r}).'
+            f'(level={layer.level}, dc={layer.dc}, {name_of_basis(layer.normalization, layer.smoothness)}).'
         )
 
 
-def _adapt_stem(state: StateDict, stem: str, layer: HarmonicLayer, norm: str, declared: int) -> None:
+def _adapt_stem(state: StateDict, stem: str, layer: HarmonicLayer, norms: Sequence[str], declared: int) -> None:
     """Adapts the response statistics of a stem, as timm adapts the weight of a convolution.
 
     More channels repeat the source's. One channel answers as a gray image in all source channels would: timm sums the
@@ -164,11 +167,13 @@ def _adapt_stem(state: StateDict, stem: str, layer: HarmonicLayer, norm: str, de
         scale = (variances.double() + layer.bn.eps).sqrt()  # (C, P)
         common = variances.double().mean(0, keepdim=True)
         weight64 = weight.double()[..., 0] / scale  # (O, C, P)
-        shift = (weight64 * (means - means.mean(0)).double()).sum((1, 2))
+        spectrum = dct_spectrum(layer.kernel_size[0], layer.level, layer.dc, layer.smoothness)
+        shift = (weight64 * spectrum * (means - means.mean(0)).double()).sum((1, 2))
         state[f'{stem}.weight'] = (weight64 * (common + layer.bn.eps).sqrt()).unsqueeze(-1).to(weight)
         means, variances = means.mean(0), common.to(var)
-        key, sign = (f'{stem}.bias', -1) if f'{stem}.bias' in state else (f'{norm}.running_mean', 1)
-        state[key] = (state[key].double() + sign * shift).to(state[key])
+        biased = f'{stem}.bias' in state
+        for key in [f'{stem}.bias'] if biased else [f'{norm}.running_mean' for norm in norms]:
+            state[key] = (state[key].double() + (-shift if biased else shift)).to(state[key])
     state[f'{stem}.bn.running_mean'] = means.reshape(-1).clone()
     state[f'{stem}.bn.running_var'] = variances.reshape(-1).clone()
 
@@ -192,13 +197,23 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
             ours[1] = theirs[1] = 0
         return ours != theirs
 
+    layers = harmonic_layers(model)
+    names = {f'{name}.basis_name' for name in layers}
+    not_needed = ('num_batches_tracked', *names)
     problems = {
-        'missing': [k for k in target if k not in state and k not in heads and not k.endswith('num_batches_tracked')],
-        'unexpected': [k for k in state if k not in target and k not in heads],
+        'another basis': [
+            f'{name}.weight: {problem}; build the network with that'
+            for name, layer in layers.items()
+            if f'{name}.weight' in state
+            and list(state[f'{name}.weight'].shape[2:]) != list(projected.get(f'{name}.weight', ()))
+            and (problem := layer.other_basis(state.get(f'{name}.basis_name')))
+        ],
+        'missing': [k for k in target if k not in state and k not in heads and not k.endswith(not_needed)],
+        'unexpected': [k for k in state if k not in target and k not in heads and k not in names],
         'wrong shape': [
             f'{k} {tuple(state[k].shape)} for {tuple(target[k].shape)}'
             for k in state
-            if k in target and k not in heads and misfit(k)
+            if k in target and k not in heads and k not in names and misfit(k)
         ],
     }
     if any(problems.values()):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import HarmonicLayer
 from .checkpoints import convert_state_dict
-from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register
+from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register, tap_indices
 from .paper import PAPER, notes_of, paper_cfg
 from .weights import TAG, build_model, released_cfg
 
@@ -38,12 +38,14 @@ class HarmonicResNet(ResNet):
         harmonic_stem: Whether the stem is harmonic.
         harmonic_blocks: Whether the other convolutions are.
         normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
+        smoothness: None for the authors' network, or how much it favours smooth filters, from 0 to 10: see
+            `HarmonicConv2d`.
         zero_init_last: Whether residual branches start at zero, see timm's ResNet.
         **kwargs: Whatever timm's ResNet takes.
 
     Raises:
         ValueError: If an option is out of range, naming it.
-        TypeError: If levels has another type, or a keyword is unknown.
+        TypeError: If levels or smoothness has another type, or a keyword is unknown.
     """
 
     if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class HarmonicResNet(ResNet):
         harmonic_stem: bool = True,
         harmonic_blocks: bool = True,
         normalization: str = 'l1',
+        smoothness: float | None = None,
         zero_init_last: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -80,7 +83,8 @@ class HarmonicResNet(ResNet):
         if stem_pool is None:
             self.get_submodule(stem).stride = (4, 4)
             del self.feature_info[0]
-        make_network_harmonic(self, stem, self._level_of, harmonic_stem, harmonic_blocks, normalization)
+        basis = dict(normalization=normalization, smoothness=smoothness)
+        make_network_harmonic(self, stem, self._level_of, harmonic_stem, harmonic_blocks, basis)
 
     def _level_of(self, name: str) -> int | None:
         stage = re.match(r'layer(\d)', name)
@@ -94,16 +98,10 @@ class HarmonicResNet(ResNet):
             if isinstance(module, HarmonicLayer):
                 module.reset_parameters()
 
-    def _timm_taps(self, indices: int | Sequence[int] | None) -> int | list[int]:
+    def _timm_taps(self, indices: int | Sequence[int] | None) -> list[int]:
         """Indices into feature_info as timm's ResNet counts them: it always has the stem as tap 0."""
         count = len(self.feature_info)
-        if indices is None:
-            return count
-        given = [indices] if isinstance(indices, int) else list(indices)
-        low, high = (1, count) if isinstance(indices, int) else (-count, count - 1)
-        if not all(low <= i <= high for i in given):
-            raise ValueError(f'feature indices must be from {low} to {high}, got {indices!r}.')
-        return indices if isinstance(indices, int) else [i if i < 0 else i + _TIMM_TAPS - count for i in given]
+        return [i + _TIMM_TAPS - count for i in tap_indices(indices, count)]
 
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, *args: Any, **kwargs: Any
@@ -155,7 +153,7 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 # The authors' names of parameters, as regular expressions, and ours.
 KEY_NAMES = {r'(^|\.)harm(\d)\.': r'\1conv\2.'}
-checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norm='bn1')
+checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norms=['bn1'])
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicResNet:

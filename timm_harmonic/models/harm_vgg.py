@@ -26,12 +26,12 @@ class HarmonicVGG(VGG):
         num_classes: Classes, 0 for no classifier.
         in_chans: Channels of the images.
         levels: The paper's lambda for the five resolutions, see `HarmonicResNet`. The stem belongs to the first.
-        harmonic_stem: See `HarmonicResNet`, as for harmonic_blocks and normalization.
+        harmonic_stem: See `HarmonicResNet`, as for harmonic_blocks, normalization and smoothness.
         **kwargs: Whatever timm's VGG takes.
 
     Raises:
         ValueError: If an option is out of range, naming it.
-        TypeError: If levels has another type, or a keyword is unknown.
+        TypeError: If levels or smoothness has another type, or a keyword is unknown.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class HarmonicVGG(VGG):
         harmonic_stem: bool = True,
         harmonic_blocks: bool = True,
         normalization: str = 'l1',
+        smoothness: float | None = None,
         **kwargs: Any,
     ) -> None:
         check_channels(num_classes, in_chans)
@@ -51,8 +52,9 @@ class HarmonicVGG(VGG):
         for layer in (self.pre_logits.fc1, self.pre_logits.fc2):
             nn.init.normal_(layer.weight, std=0.01)
         self.levels = resolution_levels
+        basis = dict(normalization=normalization, smoothness=smoothness)
         make_network_harmonic(
-            self, 'features.0', self._level_of, harmonic_stem, harmonic_blocks, normalization, within='features.'
+            self, 'features.0', self._level_of, harmonic_stem, harmonic_blocks, basis, within='features.'
         )
 
     def _level_of(self, name: str) -> int | None:
@@ -80,7 +82,7 @@ KEY_NAMES = {
     r'^classifier\.3\.': 'pre_logits.fc2.',
     r'^classifier\.6\.': 'head.fc.',
 }
-checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norm='features.1')
+checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norms=['features.1'])
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicVGG:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..conversion.convolutions import harmonic_layers
 from ..conversion.harmonize import ARCHITECTURE, PatternLevels, apply_plan, plan
-from ..layers import HarmonicConv2d
+from ..layers import HarmonicConv2d, name_of_basis, options_of_basis
 from .checkpoints import CheckpointError, StateDict, check_fit, unwrap
 from .weights import build_model
 
@@ -60,6 +60,7 @@ def _create(
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
     normalization: str = 'l1',
+    smoothness: float | None = None,
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -72,20 +73,20 @@ def _create(
     given = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
     named = bool(given.source or given.state_dict or given.has_weights)
     ours = sys.modules[model_entrypoint(base).__module__] if base.startswith('harm') else None
-    # The normalization is also for layers that are harmonic in the base.
-    extra = dict(normalization=normalization) if ours and normalization != 'l1' else {}
+    basis = options_of_basis(name_of_basis(normalization, smoothness))
+    extra = basis if ours else {}  # the basis is also for layers that are harmonic in the base
     create_base = partial(timm.create_model, base_model, cache_dir=cache_dir, pretrained=pretrained and not named)
     choose = partial(plan, level=level, levels=levels, include=include, exclude=exclude)
 
     def make(**kwargs: Any) -> nn.Module:
         model = create_base(**extra, **kwargs)
-        return _without_args(apply_plan(model, choose(model), normalization))
+        return _without_args(apply_plan(model, choose(model), basis))
 
     def make_features(**kwargs: Any) -> nn.Module:
         # A class of its own lacks parts of the network. The choice is made on the complete one.
         wanted = choose(timm.create_model(base_model, **kwargs))
         model = create_base(features_only=True, **features, **extra, **kwargs)
-        return _without_args(apply_plan(model, wanted, normalization))
+        return _without_args(apply_plan(model, wanted, basis))
 
     loading = dict(pretrained=pretrained and named, cache_dir=cache_dir)
     cfg = _config(given, base_model, named).to_dict()

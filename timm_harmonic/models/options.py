@@ -1,6 +1,6 @@
 """What the model files share: levels of the stages, which convolutions become harmonic, entry points."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from timm.models import register_model
@@ -46,20 +46,34 @@ def make_network_harmonic(
     level_of: Callable[[str], int | None],
     harmonic_stem: bool,
     harmonic_blocks: bool,
-    normalization: str,
+    basis: Mapping[str, Any],
     within: str = '',
 ) -> None:
     """Makes a newly built network harmonic, in place: the layers start from their own initialisation.
 
     `stem` names the first convolution, which becomes a `HarmonicBlock2d`, and `level_of` gives a convolution's level by
-    its name. Only names that start with `within` count.
+    its name. `basis` has the normalization and the smoothness. Only names that start with `within` count.
     """
     wanted = {
         name: level_of(name)
         for name in reasons_to_skip(model)
         if name.startswith(within) and (harmonic_stem if name == stem else harmonic_blocks)
     }
-    make_harmonic(model, wanted, normalization, stem=stem)
+    make_harmonic(model, wanted, basis=basis, stem=stem)
+
+
+def tap_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
+    """Feature indices as timm understands them, of `count` features: from 0, None for all, n for the last n.
+
+    Raises ValueError if one is out of range.
+    """
+    if indices is None:
+        return list(range(count))
+    low, high = (1, count) if isinstance(indices, int) else (-count, count - 1)
+    given = [indices] if isinstance(indices, int) else list(indices)
+    if not all(low <= i <= high for i in given):
+        raise ValueError(f'feature indices must be from {low} to {high}, got {indices!r}.')
+    return list(range(count - indices, count)) if isinstance(indices, int) else [i % count for i in given]
 
 
 def register(create: Callable[..., nn.Module], name: str, doc: str) -> Callable[..., nn.Module]:

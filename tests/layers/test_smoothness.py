@@ -1,0 +1,177 @@
+"""Smoothness: what it does at the start and in training, and that coefficients keep to their basis."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from timm.layers import Conv2dSame
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
+from timm_harmonic.conversion.energy import at_level, energy_of
+from timm_harmonic.layers.base import read_name
+from timm_harmonic.layers.conv import HarmonicConv2dSame
+
+SMOOTHNESS = [0, 0.5, 1, 2]
+LAYERS = [HarmonicConv2d, HarmonicConv2dSame, HarmonicBlock2d]
+
+
+def deviation(make, images):
+    """Std of the outputs, over many starts of a layer."""
+    with torch.no_grad():
+        return torch.stack([make(seed)(images).var() for seed in range(40)]).mean().sqrt().item()
+
+
+@pytest.mark.parametrize('channels', [1, 3, 12])
+@pytest.mark.parametrize('level', [None, 4])
+@pytest.mark.parametrize('blurred', [False, True])
+@pytest.mark.parametrize('smoothness', SMOOTHNESS)
+def test_a_stem_starts_at_the_scale_of_a_plain_convolution(smoothness, blurred, level, channels):
+    """On images of mean 0 and deviation 1, with timm's initialisation of a plain stem.
+
+    On blurred images the floor of the variances takes most of their high frequencies away: with little smoothness, and
+    those among the functions, outputs start smaller.
+    """
+    images = torch.randn(8, channels, 70, 70, generator=torch.Generator().manual_seed(0))
+    if blurred:
+        images = nn.functional.avg_pool2d(images, 5, stride=1)
+        images = (images - images.mean((0, 2, 3), True)) / images.std((0, 2, 3), keepdim=True)
+
+    def stem(seed):
+        torch.manual_seed(seed)
+        return HarmonicBlock2d(channels, 64, 7, 2, level=level, bias=False, smoothness=smoothness)
+
+    def plain(seed):
+        torch.manual_seed(seed)
+        conv = nn.Conv2d(channels, 64, 7, 2, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        return conv
+
+    ratio = deviation(stem, images) / deviation(plain, images)
+    if blurred and smoothness < 1 and level is None:
+        assert 0.6 < ratio < 1.05
+    else:
+        assert ratio == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize('smoothness', SMOOTHNESS)
+def test_filters_start_with_the_energy_of_plain_ones_and_its_spectrum(smoothness):
+    torch.manual_seed(0)
+    layer = HarmonicConv2d(64, 256, 3, smoothness=smoothness)
+    plain = nn.init.kaiming_normal_(torch.empty(256, 64, 3, 3), mode='fan_out', nonlinearity='relu')
+    assert (layer.filters().square().mean() / plain.square().mean()).item() == pytest.approx(1, rel=0.02)
+    energy = energy_of(layer)
+    expected = reference.spectrum(3, smoothness=smoothness).square()
+    torch.testing.assert_close(energy / energy.mean(), expected, rtol=0.06, atol=0)
+
+
+def test_weight_decay_on_coefficients_is_a_sobolev_penalty_on_filters():
+    layer = HarmonicConv2d(4, 8, 5, smoothness=1.5, dtype=torch.float64)
+    functions = reference.dct_functions(5, normalization='ortho')
+    spectrum = reference.spectrum(5, smoothness=1.5)
+    of_filters = torch.einsum('oixy,nxy->oin', layer.filters(), functions)
+    penalty = (of_filters.square() / spectrum.square()).sum()
+    torch.testing.assert_close(layer.weight.square().sum(), penalty)
+    sums = torch.tensor([i + j for i in range(5) for j in range(5)])
+    ratio = (1 + sums) ** 3.0 * spectrum.square()
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+
+
+def test_a_gradient_step_is_preconditioned_by_the_spectrum():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 8, 3, bias=False, dtype=torch.float64)
+    layer = HarmonicConv2d.from_conv2d(plain, smoothness=2)
+    images, before = torch.randn(2, 4, 9, 9, dtype=torch.float64), plain.weight.detach().clone()
+    for conv in (plain, layer):
+        optimizer = torch.optim.SGD(conv.parameters(), lr=0.01)
+        conv(images).square().sum().backward()
+        optimizer.step()
+    functions, spectrum = reference.dct_functions(3, normalization='ortho'), reference.spectrum(3, smoothness=2)
+    steps = [torch.einsum('oixy,nxy->oin', new - before, functions) for new in (plain.weight, layer.filters())]
+    torch.testing.assert_close(steps[1], steps[0] * spectrum.square())
+
+
+@pytest.mark.parametrize('smoothness', [0, 1, 10])
+@pytest.mark.parametrize(('plain', 'harmonic'), [(nn.Conv2d, HarmonicConv2d), (Conv2dSame, HarmonicConv2dSame)])
+def test_conversion_is_exact_both_ways(plain, harmonic, smoothness):
+    conv = plain(6, 8, 5, groups=2, dtype=torch.float64)
+    layer = harmonic.from_conv2d(conv, smoothness=smoothness)
+    assert layer.smoothness == smoothness
+    torch.testing.assert_close(layer.fuse().weight, conv.weight, rtol=1e-12, atol=1e-14)
+    empty = harmonic(6, 8, 5, groups=2, dtype=torch.float64, smoothness=smoothness)
+    empty.load_state_dict(conv.state_dict())
+    torch.testing.assert_close(empty.filters(), conv.weight, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize('smoothness', [None, *SMOOTHNESS, 10])
+@pytest.mark.parametrize('cls', LAYERS)
+def test_lower_levels_do_not_depend_on_the_way_there(cls, smoothness):
+    """A level changes the scale of the spectrum. The filters that are kept stay as they are."""
+    torch.manual_seed(0)
+    layer = reference.randomize_batch_norm(cls(3, 8, 5, smoothness=smoothness, dtype=torch.float64)).eval()
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    low = at_level(layer, 3)
+    torch.testing.assert_close(at_level(at_level(layer, 7), 3)(images), low(images))
+    kept = reference.dct_functions(5, 3, normalization='ortho')
+    of_filters = torch.einsum('oixy,nxy->oin', layer.filters(), kept)
+    torch.testing.assert_close(low.filters(), torch.einsum('oin,nxy->oixy', of_filters, kept))
+    assert low.energy_kept == pytest.approx((low.filters().square().sum() / layer.filters().square().sum()).item())
+    assert energy_of(low).sum().item() == pytest.approx(low.filters().square().sum().item())
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_the_state_dict_says_which_basis_unless_it_is_the_authors(cls):
+    names = {}
+    for name, options in {
+        'l1': {},
+        'ortho': dict(normalization='ortho'),
+        'smoothness=1.0': dict(smoothness=1),
+        'smoothness=0.5': dict(smoothness=0.5, normalization='ortho'),
+    }.items():
+        names[name] = cls(3, 4, 3, **options)
+    assert 'basis_name' not in names['l1'].state_dict()
+    assert read_name(cls(3, 4, 3, smoothness=0).basis_name) == 'smoothness=0.0'
+    for theirs, source in names.items():
+        state = source.state_dict()
+        assert ('basis_name' in state) == (theirs != 'l1')
+        for ours, target in names.items():
+            if ours == theirs:
+                target.load_state_dict(state)
+                continue
+            before = copy.deepcopy(target.state_dict())
+            for strict in (True, False):
+                with pytest.raises(RuntimeError, match=f"refer to the basis '{theirs}', the layer's to '{ours}'"):
+                    target.load_state_dict(state, strict=strict)
+            torch.testing.assert_close(dict(target.state_dict()), dict(before), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_the_name_survives_casts_averages_and_the_meta_device(cls):
+    layer = cls(3, 4, 3, smoothness=1)
+    name = layer.basis_name.clone()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert torch.equal(layer.to(dtype).basis_name, name)
+    layer.float()
+    averaged = {key: (value.double() + value.double()) / 2 for key, value in layer.state_dict().items()}
+    layer.load_state_dict({key: value.float() for key, value in averaged.items()})  # timm's avg_checkpoints.py
+    assert torch.equal(layer.basis_name, name)
+    ema = ModelEmaV3(layer, decay=0.5)
+    ema.update(layer)
+    assert torch.equal(ema.module.basis_name, name)
+    empty = cls(3, 4, 3, smoothness=1, device='meta').to_empty(device='cpu')
+    assert torch.equal(empty.basis_name, name)
+    empty.load_state_dict(layer.state_dict())
+    with torch.device('meta'):
+        assigned = cls(3, 4, 3, smoothness=1)
+    assigned.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(assigned.basis_name, name)
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(assigned.eval()(images), layer.eval()(images))
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+def test_smoothness_shows(cls):
+    assert 'smoothness=0.5' in repr(cls(3, 4, 3, smoothness=0.5))
+    assert 'smoothness' not in repr(cls(3, 4, 3))
