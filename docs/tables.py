@@ -19,7 +19,9 @@ from timm.models import get_pretrained_cfg  # noqa: E402
 
 from benchmarks import compression  # noqa: E402
 from timm_harmonic.hub.card import INSTALL  # noqa: E402
-from timm_harmonic.models.paper import PAPER  # noqa: E402
+from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
+from timm_harmonic.small_data.networks import MEANINGS  # noqa: E402
+from timm_harmonic.small_data.summary import interval  # noqa: E402
 
 RESULTS = ROOT / 'benchmarks' / 'results'
 BLOCK = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)
@@ -63,8 +65,25 @@ def paper() -> str:
         for name, row in PAPER.items()
         if name in files
     ]
-    rows += [[f'`{name}`', 'none', '', '', OTHER_FILES[name]] for name in sorted(files - set(PAPER))]
+    small = {name for row in PAPER_SMALL for name in row['files'].split()}
+    rows += [[f'`{name}`', 'none', '', '', OTHER_FILES[name]] for name in sorted(files - set(PAPER) - small)]
     return markdown(['file', 'row of the paper', 'top-1 error (paper)', 'top-5 error (paper)', 'recipe'], rows)
+
+
+def paper_small() -> str:
+    """The paper's networks for small images, and the files of train_configs that are for them."""
+    rows = []
+    for row in PAPER_SMALL:
+        options = {key: float(value) for key, _, value in (of.partition('=') for of in row['options'].split())}
+        options = {key: int(value) if value.is_integer() else value for key, value in options.items()}
+        count = sum(p.numel() for p in timm.create_model(row['model'], device='meta', **options).parameters())
+        model = f'`{row["model"]}`' + (f' `{row["options"]}`' if row['options'] else '')
+        files = ', '.join(f'`{name}`' for name in row['files'].split())
+        figures = [row[key] for key in ('cifar10', 'cifar100', 'stl10_folds', 'stl10')]
+        rows.append([row['title'], model, f'{count / 1e6:.1f}M', *figures, files])
+    errors = ['CIFAR-10 error, paper', 'CIFAR-100 error, paper']
+    accuracies = ['STL-10 accuracy, folds, paper', 'all, paper']
+    return markdown(['in the paper', 'model', 'parameters', *errors, *accuracies, 'file'], rows)
 
 
 def speed() -> str:
@@ -101,14 +120,14 @@ def truncation() -> str:
 def quickstart() -> str:
     """The quickstart with its defaults, of benchmarks/results/quickstart.json."""
     report = json.loads((RESULTS / 'quickstart.json').read_text())
-    titles = dict(harm0='plain (`harm0`)', harm1='stem harmonic (`harm1`)', harm='all harmonic (`harm`)')
+    titles = {name: f'{meaning} (`{name}`)' for name, meaning in MEANINGS.items()}
     rows = []
-    for name, of in report['models'].items():
-        kinds = ('accuracy', 'fused_accuracy') if name == 'harm0' else ('accuracy', 'fused_accuracy', 'gain_over_harm0')
+    for name, of in report['networks'].items():
+        kinds = ('accuracy', 'fused_accuracy')
         cells = [compression.cell(statistics.mean(of[kind]), statistics.stdev(of[kind])) for kind in kinds]
-        gain = f'+{cells[2]}'.replace('+-', '-') if len(cells) > 2 else ''
-        rows.append([titles[name], *cells[:2], gain, f'{of["parameters"]:,}'])
-    header = ['model', 'test accuracy, %', 'after fusing, %', 'minus plain, paired', 'parameters']
+        gain = '' if name == 'harm0' else interval(of['difference'])
+        rows.append([titles[name], *cells, gain, f'{of["parameters"]:,}'])
+    header = ['model', 'test accuracy, %', 'after fusing, %', 'minus plain, paired (95 % interval)', 'parameters']
     return markdown(header, rows)
 
 
@@ -117,7 +136,7 @@ def install() -> str:
     return f'{INSTALL}.'
 
 
-TABLES = {f.__name__: f for f in (models, paper, speed, truncation, quickstart, install)}
+TABLES = {f.__name__: f for f in (models, paper, paper_small, speed, truncation, quickstart, install)}
 
 
 def fill(text: str) -> str:

@@ -21,7 +21,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_harmonic import cli
-from timm_harmonic.models.paper import PAPER
+from timm_harmonic.models.paper import PAPER, PAPER_SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'train_configs').glob('*.yaml'))
@@ -29,6 +29,8 @@ SNAPSHOT = Path(__file__).parent / 'data' / 'train_options.json'
 
 # Rows of the paper that have a file: all but one, which its harmonic twin's file names.
 ROWS = [name for name in PAPER if name != 'harm0_seresnext101_32x4d']
+# Rows for small images, by file.
+SMALL = {name: row for row in PAPER_SMALL for name in row['files'].split()}
 # Rows whose recipe the authors publish.
 SGD_ROWS = [name for name in ROWS if 'seresnext' not in name]
 
@@ -124,7 +126,7 @@ each_config = pytest.mark.parametrize('name', [path.stem for path in CONFIGS])
 
 
 def test_there_is_one_file_for_every_row():
-    assert {path.stem for path in CONFIGS} == {*ROWS, 'harm_resnet50_a3', 'finetune_truncated'}
+    assert {path.stem for path in CONFIGS} == {*ROWS, *SMALL, 'harm_resnet50_a3', 'finetune_truncated'}
 
 
 @each_config
@@ -164,7 +166,7 @@ def test_wrong_keys_and_values_are_noticed(key, value):
     assert key in problems({key: value}, json.loads(SNAPSHOT.read_text())['options'])
 
 
-@pytest.mark.parametrize('name', [path.stem for path in CONFIGS if path.stem != 'finetune_truncated'])
+@pytest.mark.parametrize('name', [*ROWS, 'harm_resnet50_a3'])
 def test_the_model_exists_and_is_the_one_of_the_file_name(name):
     config = load(name)
     assert config['device_modules'] == ['timm_harmonic']
@@ -179,7 +181,7 @@ def test_the_model_exists_and_is_the_one_of_the_file_name(name):
     assert model.num_classes == 1000
 
 
-@each_config
+@pytest.mark.parametrize('name', sorted({path.stem for path in CONFIGS} - set(SMALL)))
 def test_the_comment_states_the_total_batch(name):
     text, config = (ROOT / 'train_configs' / f'{name}.yaml').read_text(), load(name)
     stated = re.search(
@@ -209,6 +211,45 @@ def test_the_comment_and_the_readme_state_the_papers_errors(name):
     readme = (ROOT / 'train_configs' / 'README.md').read_text()
     row = re.search(rf'^\| `{name}` \|.*$', readme, re.MULTILINE).group(0)
     assert numbers(row) == list(sum(zip(*errors_of(name), strict=True), ()))
+
+
+def options_of(row):
+    """Options of a row of the table for small images, as YAML has them."""
+    return {key: yaml.safe_load(value) for key, _, value in (of.partition('=') for of in row['options'].split())}
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_small_images(name):
+    """The network of the row, the authors' recipe, and their figures in the comment."""
+    config, row, dataset = load(name), SMALL[name], name.rpartition('_')[2]
+    assert config['device_modules'] == ['timm_harmonic']
+    assert config['model'] == row['model']
+    assert config['model_kwargs'] == options_of(row)
+    model = timm.create_model(config['model'], num_classes=config['num_classes'], **config['model_kwargs'])
+    assert config['num_classes'] == (100 if dataset == 'cifar100' else 10)
+    size = 96 if dataset == 'stl10' else 32
+    assert config['img_size'] == size
+    epochs = dict(stl10=(1000, [300, 400, 600, 800])).get(dataset, (200, [60, 120, 160]))
+    args = arguments(name)
+    assert (args.epochs, args.decay_milestones) == epochs
+    assert args.batch_size == (32 if dataset == 'stl10' else 128)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert (group['momentum'], group['nesterov'], group['weight_decay']) == (0.9, False, 5e-4)
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
+    for epoch in range(1, args.epochs):
+        scheduler.step(epoch)
+        steps = sum(epoch + 1 >= milestone for milestone in epochs[1])  # at the start of the 60th epoch, as the authors
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(0.1 * 0.2**steps)
+    comment = (ROOT / 'train_configs' / f'{name}.yaml').read_text().replace('\n# ', ' ')
+    figures = [row['stl10'], row['stl10_folds']] if dataset == 'stl10' else [row[dataset]]
+    plain = next(
+        r for r in PAPER_SMALL if r['model'] == row['model'].replace('harm_', 'harm0_') and r['title'] != row['title']
+    )
+    figures += [plain['stl10'], plain['stl10_folds']] if dataset == 'stl10' else [plain[dataset]]
+    stated = re.search(r'Paper: test (.+?)Not re-measured here', comment).group(1)
+    assert numbers(stated) == numbers(' '.join(figures))
 
 
 def test_the_file_of_the_twin_states_the_errors_of_the_baseline():

@@ -8,9 +8,10 @@ from .conversion.truncate import truncate
 from .layers.block import HarmonicBlock2d
 from .layers.conv import HarmonicConv2d
 from .layers.dct import dct_basis
-from .models import harm_resnet, harm_vgg, harmonized
+from .models import harm_resnet, harm_vgg, harm_wrn, harmonized
 from .models.harm_resnet import HarmonicResNet
 from .models.harm_vgg import HarmonicVGG
+from .models.harm_wrn import HarmonicWRN
 
 __version__ = version('timm-harmonic')
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     'HarmonicConv2d',
     'HarmonicResNet',
     'HarmonicVGG',
+    'HarmonicWRN',
     'dct_basis',
     'harm_resnet',
     'harm_vgg',
+    'harm_wrn',
     'harmonic_report',
     'harmonize',
     'harmonized',

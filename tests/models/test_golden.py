@@ -27,13 +27,20 @@ NETWORKS = {
     'resnet101_maxpool': 'resnet101',
     'se_resnext101_32x4d': 'harm0_seresnext101_32x4d',
 }
+# The authors' wide residual networks for small images, and our options of harm_wrn16_8.
+WIDE = {
+    'harm_wrn16_8': {},
+    'harm_wrn16_8_level3': dict(levels=3),
+    'harm1_wrn16_8': dict(harmonic_blocks=False),
+    'harm_wrn16_8_stl': dict(stem_stride=2),
+}
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 LAYERS = json.loads((reference.DATA / 'layers.json').read_text())
 
 
 def test_every_file_is_used():
     names = {path.stem for path in reference.DATA.glob('*.npz')}
-    assert names == {*NETWORKS, 'layers', 'train_harm_resnet50_avgpool', 'train_harm_resnet50_levels_NN32'}
+    assert names == {*NETWORKS, *WIDE, 'layers', 'train_harm_resnet50_avgpool', 'train_harm_resnet50_levels_NN32'}
 
 
 def from_golden(name, **kwargs):
@@ -49,6 +56,24 @@ def test_network(name):
     x = reference.generated_images(spec['seed'], spec['input_shape'])
     model = from_golden(name).eval()
     assert sum(p.numel() for p in model.parameters()) == spec['trainable_parameters']
+    with torch.inference_mode():
+        for dtype, tolerance in TOLERANCE.items():
+            error = reference.relative_error(model.to(dtype)(x.to(dtype)), expected)
+            assert error < tolerance, f'{dtype}: {error}'
+
+
+@pytest.mark.parametrize('name', WIDE)
+def test_wide_network(name, tmp_path):
+    """From a file as the authors' training saves it."""
+    spec = json.loads((reference.DATA / f'{name}.json').read_text())
+    expected = torch.from_numpy(np.load(reference.DATA / f'{name}.npz')['logits'])
+    path = tmp_path / 'model.pt7'
+    torch.save(dict(params=reference.generated_state_dict(name), epoch=7, optimizer=dict(state={})), path)
+    classes = dict(num_classes=spec['num_classes'])
+    overlay = dict(file=str(path), **classes)
+    model = timm.create_model('harm_wrn16_8', True, pretrained_cfg_overlay=overlay, **classes, **WIDE[name]).eval()
+    assert sum(p.numel() for p in model.parameters()) == spec['trainable_parameters']
+    x = reference.generated_images(spec['seed'], spec['input_shape'])
     with torch.inference_mode():
         for dtype, tolerance in TOLERANCE.items():
             error = reference.relative_error(model.to(dtype)(x.to(dtype)), expected)

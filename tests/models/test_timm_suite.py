@@ -11,11 +11,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import smooth_models  # noqa: F401  registers networks with smoothness
 import timm
 
 import timm_harmonic  # noqa: F401  registers the models
 
 MODELS = timm.list_models('harm*')
+SMOOTH = timm.list_models('smooth*')
 # Every kind of block, stem and normalisation: basic blocks and bottlenecks, grouped, with attention, with levels.
 SELECTION = [
     'harm_resnet18',
@@ -27,7 +29,10 @@ SELECTION = [
     'harm_seresnext50_32x4d',
     'harm_vgg11',
     'harm_vgg11_bn',
+    'harm_wrn16_8',
+    'harm0_wrn16_8',
     'harmonized',
+    *SMOOTH,
 ]
 # What timm tests on every model of its own, and the arguments after the model's name.
 EVERY_MODEL = {
@@ -49,20 +54,25 @@ EVERY_MODEL = {
     'test_head_hidden_size': [({},)],
     'test_headless_checkpoint_reload': [({},)],
 }
-# timm's VGG has neither dilation nor gradient checkpointing, and leaves one position to pool for 64 x 64 pixels.
+# timm's VGG has neither dilation nor gradient checkpointing, and leaves one position to pool for 64 x 64 pixels. The
+# features of a wide residual network have a stride of 4 at most.
 RESNETS_ONLY = {
     'test_reset_classifier_keeps_pool': [()],
     'test_model_features_output_stride': [(8,), (16,)],
     'test_features_only_grad_checkpointing_backward': [()],
 }
+# timm's ResNetV2 normalises its last feature on the way to the head, and gives it out as it is before.
+NOT_PREACTIVATED = ('test_model_features_output_stride', 'test_forward_after_prune_intermediate_layers')
 
 
 def pytest_generate_tests(metafunc):
     if 'timm_test' not in metafunc.fixturenames:
         return
     cases = []
-    for model in MODELS if metafunc.config.getoption('--every-model') else SELECTION:
+    for model in [*MODELS, *SMOOTH] if metafunc.config.getoption('--every-model') else SELECTION:
         tests = EVERY_MODEL if 'vgg' in model else {**EVERY_MODEL, **RESNETS_ONLY}
+        if 'wrn' in model:
+            tests = {test: args for test, args in tests.items() if test not in NOT_PREACTIVATED}
         if model == 'harmonized':  # its class is timm's, and its module has no filter for checkpoints
             tests = {test: args for test, args in tests.items() if test != 'test_headless_checkpoint_reload'}
         for test, arguments in tests.items():
@@ -108,7 +118,8 @@ def test_as_a_timm_model(timm_tests, timm_test, args):
 
 
 def test_selection_is_registered():
-    assert set(SELECTION) <= set(MODELS)
+    assert len(SMOOTH) == 4
+    assert set(SELECTION) <= {*MODELS, *SMOOTH}
 
 
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50_avgpool', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])

@@ -1,8 +1,15 @@
-"""What the paper reports, read from paper.csv: the one table that configs, cards and the pages are made from.
+"""What the papers report, read from two tables that configs, cards and the pages are made from.
 
+paper.csv, ImageNet-1k:
 A row is one network of Ulicny, Krylov, Dahyot (arXiv:2001.06570): errors in percent on the ImageNet-1k validation set,
 one crop at 224, or at 224 / 320. Multiply-adds (gmacs, in billions, at 224) were counted on the authors' networks.
-`page` is the folder of the authors' repository whose README has the row. No error was re-measured here.
+`page` is the folder of the authors' repository whose README has the row.
+
+paper_small.csv, small images, from the READMEs in the folders cifar and stl: test errors in percent on CIFAR-10 and
+CIFAR-100, the median of five runs; test accuracies in percent on STL-10, mean and deviation, of ten folds of 1,000
+images and of all 5,000. `options` are ours, `files` are in train_configs/.
+
+Nothing of this was re-measured here.
 """
 
 import csv
@@ -13,8 +20,14 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 REPOSITORY = 'https://github.com/matej-ulicny/harmonic-networks'
 
-_TABLE = Path(__file__).with_name('paper.csv').read_text(encoding='utf-8')
-PAPER: dict[str, dict[str, str]] = {row['model']: row for row in csv.DictReader(_TABLE.splitlines())}
+
+def _rows(name: str) -> list[dict[str, str]]:
+    text = Path(__file__).with_name(name).read_text(encoding='utf-8')
+    return list(csv.DictReader(text.splitlines()))
+
+
+PAPER: dict[str, dict[str, str]] = {row['model']: row for row in _rows('paper.csv')}
+PAPER_SMALL: list[dict[str, str]] = _rows('paper_small.csv')
 
 
 def notes_of(row: dict[str, str]) -> tuple[str, ...]:
@@ -25,8 +38,8 @@ def notes_of(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def paper_cfg(first_conv: str, classifier: str, **kwargs: Any) -> dict[str, Any]:
-    """timm's pretrained config with what all networks of the paper have in common, and more entries."""
-    return dict(
+    """timm's pretrained config with what the networks of the paper have in common, and more or other entries."""
+    common: dict[str, Any] = dict(
         num_classes=1000,
         input_size=(3, 224, 224),
         pool_size=(7, 7),
@@ -40,5 +53,5 @@ def paper_cfg(first_conv: str, classifier: str, **kwargs: Any) -> dict[str, Any]
         origin_url=REPOSITORY,
         paper_name='Harmonic Convolutional Networks based on Discrete Cosine Transform',
         paper_ids='arXiv:2001.06570',
-        **kwargs,
     )
+    return {**common, **kwargs}
