@@ -2,7 +2,7 @@
 
     python .ci/oldest.py pyproject.toml
 
-It reads what users install: the dependencies and the extras `compress` and `quickstart`, not the tools of the tests.
+It reads what users install: the dependencies and the extras for commands, not the tools of the tests.
 """
 
 import sys
@@ -15,11 +15,13 @@ from packaging.requirements import Requirement
 def main() -> None:
     project = tomli.loads(Path(sys.argv[1]).read_text())['project']
     extras = project['optional-dependencies']
-    for line in sorted({*project['dependencies'], *extras['compress'], *extras['quickstart']}):
-        requirement = Requirement(line)
+    lines = {*project['dependencies'], *extras['compress'], *extras['compare'], *extras['quickstart']}
+    for requirement in map(Requirement, sorted(lines)):
+        if requirement.name == project['name']:
+            continue  # another extra
         floors = [specifier.version for specifier in requirement.specifier if specifier.operator == '>=']
         if len(floors) != 1:
-            raise SystemExit(f'{line}: a dependency without a lower bound promises every version')
+            raise SystemExit(f'{requirement}: a dependency without a lower bound promises every version')
         print(f'{requirement.name}=={floors[0]}')
 
 

@@ -8,9 +8,9 @@ those of the levels 3, 2 and 1, and each result is measured as it is and after s
 
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_harmonic import harmonize, truncate
-from timm_harmonic.small_data.photographs import export_patches, load_photographs
-from timm_harmonic.small_data.training import NETWORK, RECIPE, accuracy_on, fit, loader, reasonable_threads
+from timm_harmonic.small_data.networks import NAMED
+from timm_harmonic.small_data.photographs import load_photographs
+from timm_harmonic.small_data.quickstart import RECIPE, patches
+from timm_harmonic.small_data.training import Images, batches, evaluate, fit, reasonable_threads
 
 from .environment import environment
 
@@ -48,10 +50,8 @@ def count(model: nn.Module) -> int:
 
 def plain(num_classes: int, share: float = 1.0) -> nn.Module:
     """The quickstart's network without anything harmonic, its stages this much narrower."""
-    options = dict(NETWORK, channels=tuple(max(1, round(c * share)) for c in NETWORK['channels']))
-    return timm.create_model(
-        'harm_resnet18', num_classes=num_classes, harmonic_stem=False, harmonic_blocks=False, **options
-    )
+    options = dict(NAMED['harm0'], channels=tuple(max(1, round(c * share)) for c in NAMED['harm0']['channels']))
+    return timm.create_model('harm_resnet18', num_classes=num_classes, in_chans=1, **options)
 
 
 def narrower(num_classes: int, parameters: int) -> nn.Module:
@@ -101,39 +101,41 @@ def build_without(model: nn.Module, kept: list[int]) -> nn.Module:
 def one_seed(seed: int, photographs: dict[str, Any], normalization: str, bar: tqdm) -> list[dict[str, Any]]:
     """Every method at every size, from one trained network."""
     classes = len(photographs)
-    with tempfile.TemporaryDirectory() as folder:
-        export_patches(folder, photographs, TRAIN, TEST, seed)
-        train, (test,) = loader(folder, 'train'), list(loader(folder, 'validation'))
+    train, test = patches(photographs, TRAIN, seed, TEST)
+    random_seed(seed)
+    trained = plain(classes)
+    fit(trained, train, dataclasses.replace(RECIPE, epochs=EPOCHS), seed)
+    harmonic = harmonize(trained.eval(), normalization=normalization)
+    calibration = [pixels for pixels, _ in batches(train, RECIPE, seed, epoch=0)]
+    rows = []
+
+    def note(method: str, level: int | None, model: nn.Module, before: float | None, epochs: int) -> None:
+        lr = MORE_LR if before is not None else RECIPE.lr
+        fit(model, train, dataclasses.replace(RECIPE, epochs=epochs, lr=lr), seed)
+        after = accuracy_on(model, test)
+        rows.append(dict(seed=seed, method=method, level=level, parameters=count(model), before=before, after=after))
+        bar.update()
+
+    note('none', None, trained, accuracy_on(harmonic, test), MORE)
+    for level in LEVELS:
+        low = truncate(harmonic, level=level)
+        size = count(low)
+        models = dict(
+            level=low,
+            weights=truncate(harmonic, max_params=size),
+            data=truncate(harmonic, max_params=size, data=calibration),
+            filters=without_filters(reparameterize_model(harmonic), size),  # the plain network, not trained on
+        )
+        for method, model in models.items():
+            note(method, level, model, accuracy_on(model, test), MORE)
         random_seed(seed)
-        trained = plain(classes)
-        fit(trained, train, seed, EPOCHS)
-        harmonic = harmonize(trained.eval(), normalization=normalization)
-        calibration = [images for images, _ in train]
-        rows = []
-
-        def note(method: str, level: int | None, model: nn.Module, before: float | None, epochs: int) -> None:
-            fit(model, train, seed, epochs, lr=MORE_LR if before is not None else RECIPE['lr'])
-            after = accuracy_on(model, *test)
-            rows.append(
-                dict(seed=seed, method=method, level=level, parameters=count(model), before=before, after=after)
-            )
-            bar.update()
-
-        note('none', None, trained, accuracy_on(harmonic, *test), MORE)
-        for level in LEVELS:
-            low = truncate(harmonic, level=level)
-            size = count(low)
-            models = dict(
-                level=low,
-                weights=truncate(harmonic, max_params=size),
-                data=truncate(harmonic, max_params=size, data=calibration),
-                filters=without_filters(reparameterize_model(harmonic), size),  # the plain network, not trained on
-            )
-            for method, model in models.items():
-                note(method, level, model, accuracy_on(model, *test), MORE)
-            random_seed(seed)
-            note('narrower', level, narrower(classes, size), None, EPOCHS + MORE)
+        note('narrower', level, narrower(classes, size), None, EPOCHS + MORE)
     return rows
+
+
+def accuracy_on(model: nn.Module, test: Images) -> float:
+    """Percentage of the test patches."""
+    return evaluate(model, test)[0]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

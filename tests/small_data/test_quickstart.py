@@ -21,6 +21,7 @@ from timm_harmonic.small_data.photographs import (
     export_patches,
     load_photographs,
 )
+from timm_harmonic.small_data.summary import write_whole
 
 # timm's ImageDataset does not close images: the garbage collector does.
 pytestmark = [
@@ -130,7 +131,7 @@ def test_missing_picture_is_named(monkeypatch):
 
 
 def test_run_writes_what_it_prints(run_cli, capsys):
-    results, folder = run_cli('--models', 'harm0,harm1,harm,harm_ortho')
+    results, folder = run_cli('--models', 'harm0,harm1,harm,smooth')
     assert sorted(os.listdir(folder)) == ['quickstart.png', 'results.json']
     with Image.open(folder / 'quickstart.png') as image:
         assert image.size[0] > 1000
@@ -138,9 +139,9 @@ def test_run_writes_what_it_prints(run_cli, capsys):
     printed = capsys.readouterr().out
     assert 'Measured here: 1 seed' in printed
     rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in printed.splitlines() if '│' in line]
-    assert [row[0] for row in rows] == list(results['models']) == ['harm0', 'harm1', 'harm', 'harm_ortho']
+    assert [row[0] for row in rows] == list(results['networks']) == ['harm0', 'harm1', 'harm', 'smooth']
     for name, accuracy, fused, gain, parameters, _ in rows:
-        model = results['models'][name]
+        model = results['networks'][name]
         assert float(accuracy) == pytest.approx(model['accuracy'][0], abs=0.051)
         assert float(fused) == pytest.approx(model['fused_accuracy'][0], abs=0.051)
         assert model['fused_accuracy'] == model['accuracy']
@@ -149,12 +150,12 @@ def test_run_writes_what_it_prints(run_cli, capsys):
         assert model['accuracy_deviation'] is None
         assert np.sum(model['stem_energy']) == pytest.approx(100)
         if name != 'harm0':
-            difference = model['accuracy'][0] - results['models']['harm0']['accuracy'][0]
+            difference = model['accuracy'][0] - results['networks']['harm0']['accuracy'][0]
             assert float(gain) == pytest.approx(difference, abs=0.051)
     assert results['curve_epochs'] == [1, 2]
     assert results['data']['train_patches'] == 12
     assert results['environment']['torch'] == torch.__version__
-    assert len({model['parameters'] for model in results['models'].values()}) == 1
+    assert len({model['parameters'] for model in results['networks'].values()}) == 1
 
 
 def test_same_seed_same_result_and_global_state_is_left_alone(run_cli):
@@ -172,7 +173,7 @@ def test_same_seed_same_result_and_global_state_is_left_alone(run_cli):
     torch.manual_seed(8)
     second, _ = run_cli('--models', 'harm', '--seeds', '2', out='second')
     for key in ('accuracy', 'curves', 'stem_energy', 'accuracy_deviation'):
-        assert first['models']['harm'][key] == second['models']['harm'][key], key
+        assert first['networks']['harm'][key] == second['networks']['harm'][key], key
 
 
 def test_models_see_the_same_images_in_the_same_order(run_cli, monkeypatch):
@@ -200,7 +201,7 @@ def test_interrupted_write_keeps_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quickstart._write_whole(path, interrupt)
+        write_whole(path, interrupt)
     assert path.read_text() == 'old'
     assert os.listdir(tmp_path) == ['results.json']
 

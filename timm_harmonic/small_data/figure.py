@@ -1,4 +1,4 @@
-"""The picture of the quickstart: learning curves, and the learned filters of the stem in pixels and by frequency."""
+"""Pictures of comparisons: learning curves, paired differences, learned filters in pixels and by frequency."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,19 @@ import numpy as np
 from torch import Tensor
 
 from ..layers import dct_basis, project
+from .networks import MEANINGS
+from .summary import interval
 
-# By model: what it is, a colour of Okabe and Ito, which colour-blind readers can tell apart, and a marker.
-_STYLES = {
-    'harm0': ('nothing harmonic', '#404040', 'o'),
-    'harm1': ('stem harmonic', '#0072B2', 's'),
-    'harm': ('all harmonic', '#D55E00', '^'),
-    'harm_ortho': ('all, orthonormal', '#009E73', 'D'),
-}
+# Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
+_STYLES = (
+    ('#404040', 'o'),
+    ('#0072B2', 's'),
+    ('#D55E00', '^'),
+    ('#009E73', 'D'),
+    ('#CC79A7', 'v'),
+    ('#E69F00', 'P'),
+    ('#56B4E9', 'X'),
+)
 _COLUMNS = 8  # filters in a row
 _SHOWN = 32  # filters of a stem
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8}
@@ -50,20 +55,24 @@ def _mosaic(filters: np.ndarray) -> np.ndarray:
     return canvas
 
 
-def _draw_curves(axes: Any, results: dict[str, Any]) -> None:
+def style(place: int) -> tuple[str, str]:
+    """Colour and marker of the network at a place in the list."""
+    return _STYLES[place % len(_STYLES)]
+
+
+def _draw_curves(axes: Any, results: dict[str, Any], title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    epochs, seeds, data = results['curve_epochs'], results['options']['seeds'], results['data']
-    for name, model in results['models'].items():
-        meaning, colour, marker = _STYLES[name]
-        curves = np.array(model['curves'])  # (seed, epoch)
-        mean = curves.mean(0)
-        label = f'{name}, {meaning}: {model["accuracy_mean"]:.1f} %'
+    epochs, chance, seeds = results['curve_epochs'], results['data']['chance'], 1
+    for place, (name, of) in enumerate(results['networks'].items()):
+        colour, marker = style(place)
+        curves = np.array(of['curves'])  # (seed, epoch)
+        mean, seeds = curves.mean(0), len(curves)
+        label = f'{", ".join(filter(None, (name, MEANINGS.get(name))))}: {of["accuracy_mean"]:.1f} %'
         axes.plot(epochs, mean, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=label)
         if seeds > 1:
             deviation = curves.std(0, ddof=1)
             axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
-    chance = data['chance']
     axes.axhline(chance, color='0.5', linestyle=':', linewidth=1)
     place = dict(textcoords='offset points', ha='right', va='top', color='0.35')
     axes.annotate('chance', (max(epochs), chance), (0, -2), **place)
@@ -73,12 +82,51 @@ def _draw_curves(axes: Any, results: dict[str, Any]) -> None:
     axes.spines[['top', 'right']].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), fontsize=8, frameon=False)
-    title = f'Which of {len(data["classes"])} photographs is a patch from?\n{data["train_patches"]} training patches, '
     spread = f'mean and ±1 standard deviation over {seeds} seeds' if seeds > 1 else 'one seed'
-    axes.set_title(f'{title}{data["test_patches"]} test patches\n{spread}', loc='left')
+    axes.set_title(f'{title}\n{spread}', loc='left')
 
 
-def draw(results: dict[str, Any], stems: dict[str, Tensor], path: Path) -> None:
+def _draw_differences(axes: Any, results: dict[str, Any]) -> None:
+    """Differences to the baseline, a dot a seed, with mean and interval."""
+    networks, baseline = results['networks'], results['baseline']
+    for place, (name, of) in enumerate(networks.items()):
+        if name == baseline:
+            continue
+        colour, marker = style(place)
+        found = of['difference']
+        axes.scatter(found['pairs'], [place] * len(found['pairs']), s=12, color=colour, alpha=0.4, linewidths=0)
+        low, high = (found[key] if found[key] is not None else found['mean'] for key in ('low', 'high'))
+        reach = [[found['mean'] - low], [high - found['mean']]]
+        axes.errorbar(found['mean'], place, xerr=reach, color=colour, marker=marker, capsize=4, linewidth=1.6)
+        axes.annotate(interval(found), (found['mean'], place), (0, 8), textcoords='offset points', ha='center')
+    axes.axvline(0, color='0.5', linestyle=':', linewidth=1)
+    places = [place for place, name in enumerate(networks) if name != baseline]
+    axes.set(yticks=places, yticklabels=[name for name in networks if name != baseline], xlabel='percentage points')
+    axes.set_ylim(max(places, default=1) + 0.6, min(places, default=0) - 0.6)
+    axes.grid(color='0.92', axis='x')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right', 'left']].set_visible(False)
+    axes.set_title(f'Test accuracy minus {baseline}\na dot a seed, mean and 95 % interval', loc='left')
+
+
+def draw_comparison(results: dict[str, Any], path: Path) -> None:
+    """Draws results of `compare` as a PNG: learning curves, and differences paired by seed."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    data = results['data']
+    with matplotlib.rc_context(_FONTS):
+        figure = Figure(figsize=(11, max(4.4, 3.4 + 0.35 * len(results['networks']))), layout='constrained')
+        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
+        left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+        title = f'{data["train"]} training and {data["test"]} test images of {len(data["classes"])} classes'
+        _draw_curves(left, results, title)
+        _draw_differences(right, results)
+        figure.savefig(path, format='png', dpi=160)
+
+
+def draw_quickstart(results: dict[str, Any], stems: dict[str, Tensor], path: Path) -> None:
     """Draws results of `quickstart` as a PNG, with the filters (O, 1, k, k) of fused stems by the model's name."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -91,12 +139,16 @@ def draw(results: dict[str, Any], stems: dict[str, Tensor], path: Path) -> None:
         FigureCanvasAgg(figure)  # no window, whatever backend the user has set
         halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.65), wspace=0.03)
         left, right = halves
-        _draw_curves(left.subplots(), results)
+        data = results['data']
+        title = (
+            f'Which of {len(data["classes"])} photographs is a patch from?\n{data["train_patches"]} training patches, '
+        )
+        _draw_curves(left.subplots(), results, f'{title}{data["test_patches"]} test patches')
         grid = right.subplots(count, 3, squeeze=False, width_ratios=(4, 4, 1.35))
-        energies = {name: np.array(results['models'][name]['stem_energy']) for name in stems}
+        energies = {name: np.array(results['networks'][name]['stem_energy']) for name in stems}
         # Three decades: below, a frequency plays no part.
         shared = LogNorm(vmin=0.02, vmax=max(20.0, *(energy.max() for energy in energies.values())), clip=True)
-        for row, (name, filters) in zip(grid, stems.items(), strict=True):
+        for order, (row, (name, filters)) in enumerate(zip(grid, stems.items(), strict=True)):
             strongest = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:_SHOWN]]
             row[0].imshow(_mosaic(strongest[:, 0].numpy()), cmap='RdBu_r', vmin=-1, vmax=1)
             row[1].imshow(_mosaic(np.abs(_coefficients(strongest))), cmap='magma_r', vmin=0, vmax=1)
@@ -107,7 +159,7 @@ def draw(results: dict[str, Any], stems: dict[str, Tensor], path: Path) -> None:
             row[2].set(xticks=ticks, yticks=ticks, ylabel='vertical freq.')
             row[2].tick_params(length=2)
             place = dict(transform=row[0].transAxes, rotation=90, ha='right', va='center', weight='bold')
-            row[0].text(-0.02, 0.5, name, color=_STYLES[name][1], **place)
+            row[0].text(-0.02, 0.5, name, color=style(order)[0], **place)
         grid[-1][2].set_xlabel('horizontal freq.')
         for axes, title in zip(grid[0], _TITLES, strict=True):
             axes.set_title(title)

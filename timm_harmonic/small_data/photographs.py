@@ -38,7 +38,7 @@ def load_photographs() -> dict[str, np.ndarray]:
     Gray, because several pictures are: otherwise colour alone would tell the others apart. Raises QuickstartError if a
     package or a picture is missing, naming it.
     """
-    paths = {Path(path).stem: _package_folder(package) / path for package, path in PHOTOGRAPHS}
+    paths = {Path(path).stem: path_of(package, path) for package, path in PHOTOGRAPHS}
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
         raise QuickstartError(
@@ -52,11 +52,12 @@ def load_photographs() -> dict[str, np.ndarray]:
     return pictures
 
 
-def _package_folder(package: str) -> Path:
+def path_of(package: str, path: str) -> Path:
+    """Path of a file of an installed package. Raises QuickstartError without the package."""
     spec = importlib.util.find_spec(package)  # finds it without the seconds that an import may take
     if spec is None or spec.origin is None:
         raise QuickstartError(f'the package {package} is missing: pip install scikit-image scikit-learn')
-    return Path(spec.origin).parent
+    return Path(spec.origin).parent / path
 
 
 def _grid(picture: np.ndarray, split: str) -> list[tuple[int, int]]:

@@ -1,100 +1,113 @@
-"""Training a small network on an image folder of patches: the recipe of the quickstart."""
+"""Training a network on few images that fit into memory: the recipe, and one run by it."""
 
+import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 from torch import Tensor, nn
-from torchvision.transforms import Compose, RandomCrop
+from torchvision.transforms import InterpolationMode, v2
 
-from .photographs import PATCH_SIZE
-
-NETWORK: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), stem_pool='max', in_chans=1)
-# One recipe for all models, tuned for the plain network and not for the harmonic ones. Augmentation matters: of those
-# tried, shifts gave the plain network its best accuracy. With crops that zoom, which resample the training patches and
-# not the test patches, the plain network was ahead of the harmonic ones.
-RECIPE: dict[str, Any] = dict(
-    batch_size=32,
-    opt='adamw',
-    lr=5e-3,
-    weight_decay=0.05,
-    sched='cosine',
-    warmup_share=0.1,  # of all updates
-    smoothing=0.0,
-    shift=4,  # pixels, each way
-    crop_scale=(1.0, 1.0),  # share of the patch's area
-    crop_ratio=(1.0, 1.0),
-    hflip=0.5,
-    mean=(0.449,),
-    std=(0.226,),
-)
-_THREADS = 1  # so small a network gains little from more, and slows down when other programs need the cores
+AUGMENTATIONS = ('shift', 'zoom', 'none')
+ZOOM = (0.4, 1.0)  # share of an image's area that a crop has
+_EVALUATED = 64  # images at a time
 
 
-@contextmanager
-def reasonable_threads() -> Iterator[int]:
-    """Fixes torch's threads, so that results do not depend on the number of cores. Restores all global state."""
-    threads, state, np_state = torch.get_num_threads(), random.getstate(), np.random.get_state()
-    torch.set_num_threads(_THREADS)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield _THREADS
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(state)
-        np.random.set_state(np_state)
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images in memory: pixels (N, C, H, W), normalised, and their labels (N,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> 'Images':
+        return Images(self.pixels[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> 'Images':
+        """The images on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
 
 
-def loader(folder: str, split: str) -> Any:
-    """timm's loader of one split, 'train' or 'validation'. All of RECIPE that concerns images is used here."""
-    training = split == 'train'
-    dataset = create_dataset('', folder, split=split, is_training=training, input_img_mode='L')
-    # Training drops a last batch that is not full: with few patches, one batch holds them all.
-    batch_size = min(RECIPE['batch_size'], len(dataset)) if training else len(dataset)
-    images = dict(hflip=RECIPE['hflip'], color_jitter=None, mean=RECIPE['mean'], std=RECIPE['std'], crop_pct=1.0)
-    crops = dict(scale=RECIPE['crop_scale'], ratio=RECIPE['crop_ratio'])
-    here = dict(num_workers=0, device=torch.device('cpu'), use_prefetcher=False, persistent_workers=False)
-    size = (1, PATCH_SIZE, PATCH_SIZE)
-    patches = create_loader(dataset, size, batch_size, is_training=training, **images, **crops, **here)
-    if training:
-        shift = RandomCrop(PATCH_SIZE, padding=RECIPE['shift'], padding_mode='reflect')
-        dataset.transform = Compose([shift, dataset.transform])
-    return patches
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. It is the same for all networks that are compared, but for what is searched."""
+
+    epochs: int = 30
+    batch_size: int = 32
+    opt: str = 'adamw'
+    lr: float = 5e-3
+    weight_decay: float = 0.05
+    warmup_share: float = 0.1  # of all updates; then the learning rate falls as a cosine
+    augment: str = 'shift'  # one of AUGMENTATIONS
+    flip: bool = True  # left and right, at random
+    interpolation: str = 'bicubic'  # of zooming crops; bilinear blurs them more
+
+
+def augmentation(augment: str, flip: bool, size: int, interpolation: str = 'bicubic') -> v2.Transform:
+    """What training does to each image (C, H, W) of `size` pixels.
+
+    'shift' moves it by up to an eighth of its side, with reflected borders. 'zoom' cuts 40 to 100 % of its area, with a
+    ratio of sides from 3 / 4 to 4 / 3, and resizes the cut. 'none' does neither. Raises ValueError for another name.
+    """
+    if augment not in AUGMENTATIONS:
+        raise ValueError(f'augment must be one of {AUGMENTATIONS}, got {augment!r}.')
+    steps: list[nn.Module] = [v2.RandomHorizontalFlip(0.5 if flip else 0.0)]
+    if augment == 'shift':
+        steps.append(v2.RandomCrop(size, padding=size // 8, padding_mode='reflect'))
+    elif augment == 'zoom':
+        steps.append(v2.RandomResizedCrop(size, scale=ZOOM, interpolation=InterpolationMode(interpolation)))
+    return v2.Compose(steps)
+
+
+def batches(train: Images, recipe: Recipe, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of an epoch: pixels and labels. Order and augmentation follow from seed and epoch alone.
+
+    A last batch that is not full is dropped. Fewer images than a batch are one batch.
+    """
+    size = min(recipe.batch_size, len(train))
+    augment = augmentation(recipe.augment, recipe.flip, train.pixels.shape[-1], recipe.interpolation)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+        order = torch.randperm(len(train))[: len(train) // size * size]
+        pixels = torch.stack([augment(train.pixels[i]) for i in order])
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    yield from zip(pixels.split(size), train.labels[order].split(size), strict=True)
 
 
 def fit(
     model: nn.Module,
-    train: Any,
+    train: Images,
+    recipe: Recipe,
     seed: int,
-    epochs: int,
     after_epoch: Callable[[int], None] = lambda epoch: None,
-    lr: float = RECIPE['lr'],
 ) -> float:
-    """Trains a network by the recipe, in place. Returns the seconds that it took, without those of after_epoch.
+    """Trains a network by a recipe, in place. Returns the seconds that it took, without those of after_epoch.
 
-    `after_epoch` is called with the number of each epoch, from 1. The seed is that of order and augmentation.
+    `after_epoch` is called with the number of each epoch, from 1. The seed is that of order, augmentation and dropout.
     """
-    optimizer = create_optimizer_v2(model, opt=RECIPE['opt'], lr=lr, weight_decay=RECIPE['weight_decay'], momentum=0.9)
-    warmup = dict(warmup_epochs=RECIPE['warmup_share'] * epochs, warmup_lr=0.0)
-    steps = dict(num_epochs=epochs, step_on_epochs=False, updates_per_epoch=len(train))
-    scheduler, _ = create_scheduler_v2(optimizer, sched=RECIPE['sched'], **warmup, **steps)
+    optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9)
+    updates_per_epoch = max(1, len(train) // recipe.batch_size)
+    warmup = dict(warmup_epochs=recipe.warmup_share * recipe.epochs, warmup_lr=0.0)
+    steps = dict(num_epochs=recipe.epochs, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
+    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', **warmup, **steps)
     random_seed(seed)  # again: models draw different numbers of initial weights
     seconds, updates = 0.0, 0
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, recipe.epochs + 1):
         start = time.perf_counter()
         model.train()
-        for images, labels in train:
+        for pixels, labels in batches(train, recipe, seed, epoch):
             scheduler.step_update(updates)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=RECIPE['smoothing'])
+            loss = F.cross_entropy(model(pixels), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -105,7 +118,27 @@ def fit(
 
 
 @torch.inference_mode()
-def accuracy_on(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percentage of images (B, C, H, W) for which a network, set to evaluation, predicts the label (B,)."""
-    predictions = model.eval()(images).argmax(1)
-    return 100 * (predictions == labels).float().mean().item()
+def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
+    """Percentage of images whose label a network, set to evaluation, predicts, and its mean cross-entropy."""
+    model.eval()
+    pixels = images.pixels.contiguous(memory_format=torch.channels_last)
+    logits = torch.cat([model(part) for part in pixels.split(_EVALUATED)])
+    accuracy = 100 * (logits.argmax(1) == images.labels).float().mean().item()
+    return accuracy, F.cross_entropy(logits, images.labels).item()
+
+
+@contextmanager
+def reasonable_threads(threads: int = 1) -> Iterator[int]:
+    """Fixes torch's threads, so that results do not depend on the number of cores. Restores all global state.
+
+    One by default: so small a network gains little from more, and slows down when other programs need the cores.
+    """
+    before, state, np_state = torch.get_num_threads(), random.getstate(), np.random.get_state()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield threads
+    finally:
+        torch.set_num_threads(before)
+        random.setstate(state)
+        np.random.set_state(np_state)

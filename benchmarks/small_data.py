@@ -1,0 +1,211 @@
+"""Plain against harmonic on few images: eight tasks, three networks, the same search for all.
+
+    python -m benchmarks.small_data --out benchmarks/results
+
+Every network tries the same settings of learning rate and weight decay on inner splits of the training images, and is
+trained with its best one on eight sets of training images. Test images choose nothing. What is done is kept in --work,
+and after an interruption the same command goes on. Hours on two cores: --only takes a part.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from timm_harmonic.small_data.networks import network
+from timm_harmonic.small_data.runs import Store
+from timm_harmonic.small_data.search import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, setting
+from timm_harmonic.small_data.summary import accuracy, interval, summarise
+from timm_harmonic.small_data.training import Recipe, reasonable_threads
+
+from .environment import environment
+from .tasks import TASKS
+
+_WRN, _RESNET = 'depth=10,width=2', "stem_pool='max'"
+_PLAIN = 'harmonic_stem=False,harmonic_blocks=False'
+
+
+def _variants(base: str, options: str) -> dict[str, str]:
+    """Names of one network, plain and harmonic in every way, by what tables call them."""
+    given = f'{base}:{options}' if options else base
+    comma = ',' if options else ':'
+    smooth = {f'smooth {s}': f'{given}{comma}smoothness={s}' for s in ('0', '0.5', '1', '2')}
+    return {
+        'plain': f'{given}{comma}{_PLAIN}',
+        'harm1': f'{given}{comma}harmonic_blocks=False',
+        'harm': given,
+        **smooth,
+    }
+
+
+# By group: its title, the network in all its variants, and how many trials, seeds and epochs it gets.
+GROUPS: dict[str, tuple[str, dict[str, str], dict[str, int]]] = {
+    'small': ('small ResNet', _variants('harm', ''), dict(trials=6, seeds=8, epochs=30)),
+    'wrn': ('WRN-10-2', _variants('harm_wrn16_8', _WRN), dict(trials=4, seeds=8, epochs=30)),
+    'resnet18': ('ResNet-18', _variants('harm_resnet18', _RESNET), dict(trials=4, seeds=8, epochs=30)),
+}
+# What is compared: group, task, training images of each class, optimizer.
+SETTINGS = [
+    *(('small', task, 10, 'adamw') for task in TASKS),
+    ('small', 'photographs_shift', 10, 'momentum'),
+    *(('resnet18', task, 10, 'adamw') for task in ('photographs_shift', 'photographs_zoom')),
+    *(('wrn', task, 10, 'adamw') for task in ('digits', 'photographs_shift')),
+    *(('small', name, count, 'adamw') for name, task in TASKS.items() for count in task.counts[1:]),
+]
+_LR = dict(adamw=(5e-3, 0.05), momentum=(0.05, 5e-4))
+
+
+class Unit(NamedTuple):
+    """One variant of a network in one setting."""
+
+    group: str
+    task: str
+    count: int
+    opt: str
+    variant: str
+
+
+def units() -> Iterator[Unit]:
+    """Everything that is measured, in the order that matters most first."""
+    for group, task, count, opt in SETTINGS:
+        for variant in GROUPS[group][1]:
+            yield Unit(group, task, count, opt, variant)
+
+
+def measure(unit: Unit, work: Path) -> dict[str, Any]:
+    """Search and runs of one unit, or what is kept of them."""
+    _, variants, amount = GROUPS[unit.group]
+    task = TASKS[unit.task]
+    lr, weight_decay = _LR[unit.opt]
+    flags: dict[str, Any] = dict(augment=task.augment, flip=task.flip, interpolation=task.interpolation)
+    recipe = Recipe(epochs=amount['epochs'], opt=unit.opt, lr=lr, weight_decay=weight_decay, **flags)
+    net = network(variants[unit.variant])
+    settings = dict(unit._asdict(), network=variants[unit.variant], **amount)
+    store = Store(work / f'{"-".join(map(str, unit)).replace(" ", "")}.jsonl', settings)
+    draw = cache(lambda seed: task.draw(unit.count, seed))
+    with reasonable_threads():
+        amounts = (amount['trials'], amount['seeds'])
+        protocol = Protocol(draw, [net], task.classes, recipe, *amounts, store, curves=False)
+        runs = [protocol.final(net, seed) for seed in range(protocol.seeds)]
+        best = setting(recipe, protocol.best(net))
+    return dict(unit._asdict(), runs=runs, lr=best.lr, weight_decay=best.weight_decay)
+
+
+def summary(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each unit: accuracy, and the difference to the plain twin of the same setting, paired by seed."""
+    found = {Unit(*(row[key] for key in Unit._fields)): row for row in measured}
+    rows = []
+    for unit in units():
+        plain = found.get(unit._replace(variant='plain'))
+        if unit not in found or plain is None:
+            continue
+        row = found[unit]
+        of = summarise(row['runs'], None if unit.variant == 'plain' else plain['runs'])
+        harm = found.get(unit._replace(variant='harm'))
+        of['minus_harm'] = summarise(row['runs'], harm['runs'])['difference'] if harm else None
+        del of['curves'], of['fused_accuracy']
+        rows.append(dict(unit._asdict(), **of, lr=row['lr'], weight_decay=row['weight_decay']))
+    return rows
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    env, rows = report['environment'], report['rows']
+    amounts = '; '.join(
+        f'{title} {of["trials"]} trials, {of["seeds"]} seeds, {of["epochs"]} epochs' for title, _, of in GROUPS.values()
+    )
+    ranges = '; '.join(
+        f'{opt} learning rate {lr[0]:g} to {lr[1]:g}, weight decay {decay[0]:g} to {decay[1]:g}'
+        for opt, (lr, decay) in RANGES.items()
+    )
+    lines = [
+        '# Plain against harmonic networks on few images',
+        '',
+        f'Measured on {env["processor"]}, torch {env["torch"]}, timm {env["timm"]}, {env["date"]}. Every network tries '
+        f'the same settings, log-uniform at random ({ranges}), judged by {INNER_SPLITS} inner splits that hold out '
+        f'{INNER_SHARE:.0%} of the training images, then is trained with its best one on all of them: {amounts}. Each '
+        'seed has its own training images, the same for all networks. Test accuracy in percent, mean ± standard '
+        'deviation over seeds; differences to plain are paired by seed, with their 95 % interval.',
+        '',
+    ]
+    for group, task, count, opt in SETTINGS:
+        of = [r for r in rows if (r['group'], r['task'], r['count'], r['opt']) == (group, task, count, opt)]
+        if not of:
+            continue
+        title = f'{TASKS[task].title}, {count} a class: {GROUPS[group][0]}, {opt}'
+        lines += [f'## {title}', '', '| network | accuracy | minus plain | minus harm |', '|---|---|---|---|']
+        for row in of:
+            differences = [interval(row['difference']), interval(row['minus_harm']) if row['variant'] != 'harm' else '']
+            lines.append(f'| {row["variant"]} | {accuracy(row)} | {" | ".join(differences)} |')
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Differences to plain, a panel a variant, a line a setting."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = report['rows']
+    settings = [s for s in SETTINGS if any((r['group'], r['task'], r['count'], r['opt']) == s for r in rows)]
+    shown = dict(harm1='#0072B2', harm='#D55E00', **{'smooth 1': '#009E73'})
+    figure = Figure(figsize=(11, 1.2 + 0.3 * len(settings)), layout='constrained')
+    FigureCanvasAgg(figure)
+    for axes, (variant, colour) in zip(
+        figure.subplots(1, len(shown), sharey=True, sharex=True), shown.items(), strict=True
+    ):
+        for place, (group, task, count, opt) in enumerate(settings):
+            of = [
+                r
+                for r in rows
+                if (r['group'], r['task'], r['count'], r['opt'], r['variant']) == (group, task, count, opt, variant)
+            ]
+            for row in of:
+                gain = row['difference']
+                reach = [[gain['mean'] - gain['low']], [gain['high'] - gain['mean']]]
+                axes.errorbar(gain['mean'], place, xerr=reach, color=colour, marker='o', markersize=4, capsize=3)
+        axes.axvline(0, color='0.5', linestyle=':', linewidth=1)
+        axes.set(title=variant, xlabel='minus plain (percentage points)')
+        axes.grid(color='0.92', axis='x')
+        axes.spines[['top', 'right', 'left']].set_visible(False)
+    labels = [f'{TASKS[task].title}, {count}: {GROUPS[group][0]}, {opt}' for group, task, count, opt in settings]
+    axes.set(yticks=range(len(settings)), yticklabels=labels, ylim=(len(settings) - 0.5, -0.5))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.small_data', description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for small_data.json, .md and .png')
+    parser.add_argument(
+        '--work', type=Path, default=Path('build/small_data'), metavar='DIR', help='what is done so far'
+    )
+    parser.add_argument('--only', nargs='+', choices=[*GROUPS, *TASKS], metavar='NAME', help='groups or tasks')
+    parser.add_argument('--variants', nargs='+', metavar='NAME', help="only these, as 'smooth 1'")
+    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='runs at a time, a thread each (default: 2)')
+    parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
+    args = parser.parse_args()
+    if args.show:
+        print(table(json.loads(args.show.read_text())))
+        return
+    wanted = [u for u in units() if not args.only or u.group in args.only or u.task in args.only]
+    wanted = [u for u in wanted if not args.variants or u.variant in args.variants]
+    with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool:
+        started = [pool.submit(measure, unit, args.work) for unit in wanted]
+        measured = [done.result() for done in tqdm(as_completed(started), total=len(started), unit='network')]
+    report: dict[str, Any] = dict(environment=environment(), rows=summary(measured))
+    print(table(report))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / 'small_data.json').write_text(json.dumps(report, indent=1) + '\n')
+        (args.out / 'small_data.md').write_text(table(report))
+        plot(report, args.out / 'small_data.png')
+
+
+if __name__ == '__main__':
+    main()

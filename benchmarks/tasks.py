@@ -1,0 +1,149 @@
+"""Small-data tasks without a download: from the pictures and digits in the wheels of scikit-image and scikit-learn."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+from sklearn.datasets import load_digits
+from torch.nn.functional import interpolate
+
+from timm_harmonic.small_data.photographs import PHOTOGRAPHS, cut, draw_patches, load_photographs, path_of
+from timm_harmonic.small_data.training import Images
+
+_TEST = 24  # patches of each photograph, as many as the half of the smallest holds
+_BANDS, _NOISE = 13, 8.0  # gray levels of 255
+_TEXTURES = ('brick', 'coins', 'grass', 'gravel', 'ihc', 'moon')
+_SURFACE = 48  # pixels of a side of a texture
+_SURFACES = 40  # test images of each texture
+_DIGITS, _DIGITS_SIDE = 600, 32  # test digits, and what they are enlarged to
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task: `draw(count, seed)` gives training and test images, with `count` training images of each class."""
+
+    title: str
+    draw: Callable[[int, int], tuple[Images, Images]]
+    classes: tuple[str, ...]
+    augment: str
+    counts: tuple[int, ...]
+    flip: bool = True
+    interpolation: str = 'bicubic'
+
+
+def _normalised(*splits: tuple[list[np.ndarray], list[int]]) -> tuple[Images, Images]:
+    """Images (C, H, W) and labels of the training and the test images, by mean and deviation of the first."""
+    train, test = ((torch.from_numpy(np.stack(images)).float(), torch.tensor(labels)) for images, labels in splits)
+    mean, std = train[0].mean((0, 2, 3), keepdim=True), train[0].std((0, 2, 3), keepdim=True)
+    return Images((train[0] - mean) / std, train[1]), Images((test[0] - mean) / std, test[1])
+
+
+@cache
+def _gray() -> dict[str, np.ndarray]:
+    return load_photographs()
+
+
+@cache
+def _coloured() -> dict[str, np.ndarray]:
+    """The photographs that have colours, (H, W, 3)."""
+    found = {}
+    for package, path in PHOTOGRAPHS:
+        with Image.open(path_of(package, path)) as image:
+            picture = np.asarray(image.convert('RGB'))
+        if (picture != picture[..., :1]).any():
+            found[Path(path).stem] = picture
+    return {name: found[name] for name in sorted(found)}
+
+
+def _cuts(pictures: dict[str, np.ndarray], split: str, count: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
+    """Patches (C, H, W) and labels. Where they may be is decided on the gray pictures."""
+    corners = draw_patches({name: _gray()[name] for name in pictures}, split, count, seed)
+    places = [(label, name, corner) for label, (name, of) in enumerate(corners.items()) for corner in of]
+    cuts = [np.atleast_3d(cut(pictures[name], corner)).transpose(2, 0, 1) for _, name, corner in places]
+    return cuts, [label for label, _, _ in places]
+
+
+def photographs(count: int, seed: int) -> tuple[Images, Images]:
+    """Gray patches: left halves of the pictures to learn from, right halves to test."""
+    return _normalised(_cuts(_gray(), 'train', count, seed), _cuts(_gray(), 'validation', _TEST, 0))
+
+
+def colours(count: int, seed: int) -> tuple[Images, Images]:
+    """The same in colour."""
+    return _normalised(_cuts(_coloured(), 'train', count, seed), _cuts(_coloured(), 'validation', _TEST, 0))
+
+
+def bands(count: int, seed: int) -> tuple[Images, Images]:
+    """Thirteen bands, as of a satellite: smooth mixtures of the three colours, each with noise of its own."""
+    centres, peaks = np.linspace(0, 1, _BANDS)[:, None], np.array([0.8, 0.5, 0.2])
+    shares = np.exp(-(((centres - peaks) / 0.25) ** 2))
+    shares /= shares.sum(1, keepdims=True)
+    splits = []
+    for split, number, of_seed in (('train', count, seed), ('validation', _TEST, 0)):
+        random = np.random.default_rng([of_seed, len(split)])
+        cuts, labels = _cuts(_coloured(), split, number, of_seed)
+        mixed = [np.einsum('bc,cxy->bxy', shares, patch) for patch in cuts]
+        splits.append(([bands + _NOISE * random.standard_normal(bands.shape) for bands in mixed], labels))
+    return _normalised(*splits)
+
+
+def digits(count: int, seed: int) -> tuple[Images, Images]:
+    """The handwritten digits of scikit-learn, enlarged from 8 x 8; the same 600 to test."""
+    data = load_digits()
+    pixels = interpolate(torch.from_numpy(data.images).float().unsqueeze(1), (_DIGITS_SIDE,) * 2, mode='bilinear')
+    order = np.random.default_rng(0).permutation(len(pixels))
+    test, pool = order[:_DIGITS], order[_DIGITS:]
+    random = np.random.default_rng([seed, 1])
+    train = np.concatenate([random.permutation(pool[data.target[pool] == digit])[:count] for digit in range(10)])
+    return _normalised(*((list(pixels[of].numpy()), data.target[of].tolist()) for of in (train, test)))
+
+
+def textures(count: int, seed: int) -> tuple[Images, Images]:
+    """Surfaces under any rotation and uneven light of any strength: left halves to learn from, right halves to test."""
+    splits = []
+    for side, number, of_seed in (('left', count, seed), ('right', _SURFACES, 0)):
+        images: list[np.ndarray] = []
+        for label, name in enumerate(_TEXTURES):
+            random = np.random.default_rng([of_seed, label, len(side)])
+            picture = _gray()[name].astype(np.float32)
+            middle = picture.shape[1] // 2
+            half = picture[:, :middle] if side == 'left' else picture[:, middle:]
+            images += [_surface(half, random)[None] for _ in range(number)]
+        splits.append((images, [label for label in range(len(_TEXTURES)) for _ in range(number)]))
+    return _normalised(*splits)
+
+
+def _surface(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A patch of a picture, rotated and lit at random, not an empty one."""
+    reach = _SURFACE * 3 // 4 + 1  # half a side, with room to rotate
+    while True:
+        top, left = (int(random.integers(reach, size - reach)) for size in picture.shape)
+        patch = picture[top - reach : top + reach, left - reach : left + reach]
+        if patch.std() > 4:
+            break
+    rotated = ndimage.rotate(patch, random.uniform(0, 360), reshape=False, order=1, mode='reflect')
+    margin = reach - _SURFACE // 2
+    patch = rotated[margin : margin + _SURFACE, margin : margin + _SURFACE]
+    ramp = np.linspace(-1, 1, _SURFACE)
+    light = 1 + random.uniform(-0.5, 0.5) * ramp[:, None] + random.uniform(-0.5, 0.5) * ramp
+    return (patch * light * random.uniform(0.6, 1.4) + random.uniform(-30, 30)).astype(np.float32)
+
+
+_GRAY_CLASSES, _COLOUR_CLASSES = tuple(_gray()), tuple(_coloured())
+TASKS = {
+    'photographs_shift': Task('photographs, shifts', photographs, _GRAY_CLASSES, 'shift', (10, 20)),
+    'photographs_zoom': Task('photographs, zooming crops', photographs, _GRAY_CLASSES, 'zoom', (10, 20)),
+    'digits': Task('digits', digits, tuple('0123456789'), 'shift', (10, 20, 50), flip=False),
+    'textures': Task('textures, rotation and light', textures, _TEXTURES, 'shift', (10, 20, 50)),
+    'photographs_blurred': Task(
+        'photographs, zooming crops, bilinear', photographs, _GRAY_CLASSES, 'zoom', (10,), interpolation='bilinear'
+    ),
+    'colours_shift': Task('the same in colour, shifts', colours, _COLOUR_CLASSES, 'shift', (10, 20)),
+    'colours_zoom': Task('the same in colour, zooming crops', colours, _COLOUR_CLASSES, 'zoom', (10, 20)),
+    'bands': Task('thirteen bands', bands, _COLOUR_CLASSES, 'shift', (10, 20)),
+}

@@ -1,0 +1,423 @@
+"""`timm-harmonic compare`: what it reads and refuses, the same search for all, interruptions and time limits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from timm_harmonic import cli
+from timm_harmonic.small_data import compare as module
+from timm_harmonic.small_data.compare import compare
+from timm_harmonic.small_data.folder import DataError, read_folder, read_image, stratified
+from timm_harmonic.small_data.networks import NAMED, network
+from timm_harmonic.small_data.runs import CompareError, Store, run
+from timm_harmonic.small_data.search import RANGES, Protocol, setting
+from timm_harmonic.small_data.summary import difference
+from timm_harmonic.small_data.training import AUGMENTATIONS, Images, Recipe, augmentation, batches
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+FAST = dict(trials=2, seeds=2, epochs=2, img_size=32)
+
+
+def picture(random, label, size, channels=3):
+    """Noise over stripes, whose direction is the class."""
+    stripes = np.sin(np.arange(size) / (2 + label))
+    waves = 60 * (stripes if label % 2 else stripes[:, None])
+    return np.clip(128 + waves + 20 * random.standard_normal((size, size)), 0, 255)[..., None].repeat(channels, 2)
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.npy':
+        np.save(path, array.astype(np.float32))
+    elif path.suffix == '.tif':
+        tifffile.imwrite(path, array.astype(np.uint16), photometric='minisblack', planarconfig='contig')
+    else:
+        Image.fromarray(array.astype(np.uint8).squeeze()).save(path)
+
+
+def make(folder, count=10, classes=('cat', 'dog', 'emu'), splits=('train', 'test'), suffix='.png', channels=3, size=40):
+    """An image folder of `count` images a class and split."""
+    random = np.random.default_rng(0)
+    for split in splits:
+        for label, name in enumerate(classes):
+            for i in range(count):
+                save(folder / split / name / f'{i}{suffix}', picture(random, label, size, channels))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    return make(tmp_path_factory.mktemp('pictures'))
+
+
+def test_a_comparison_from_the_command_line(pictures, tmp_path, capsys):
+    models = ['harm0', 'harm:smoothness=1', 'harm_resnet18:layers=(1,1,1,1),channels=(8,16,32,64),levels=3']
+    options = ['--trials', '2', '--seeds', '3', '--epochs', '2', '--img-size', '32', '--augment', 'zoom']
+    assert cli.main(['compare', str(pictures), '--out', str(tmp_path), '--models', *models, *options]) == 0
+    assert sorted(os.listdir(tmp_path)) == ['compare.png', 'results.json', 'runs.jsonl']
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert list(results['networks']) == models
+    assert results['baseline'] == 'harm0'
+    for name, of in results['networks'].items():
+        assert len(of['accuracy']) == len(of['curves']) == 3
+        assert of['fused_accuracy'] == of['accuracy']
+        gains = np.subtract(of['accuracy'], results['networks']['harm0']['accuracy'])
+        assert of['difference']['mean'] == pytest.approx(gains.mean())
+        best = max(of['trials'], key=lambda trial: trial['accuracy'])
+        assert best['accuracy'] == max(trial['accuracy'] for trial in of['trials'])
+        assert (of['lr'], of['weight_decay']) in [(t['lr'], t['weight_decay']) for t in of['trials']], name
+    settings = [[(t['lr'], t['weight_decay']) for t in of['trials']] for of in results['networks'].values()]
+    assert settings[0] == settings[1] == settings[2]  # the same search for all
+    with Image.open(tmp_path / 'compare.png') as image:
+        assert image.size[0] > 1000
+    printed = capsys.readouterr().out
+    assert '30 training and 30 test images' in printed.replace('\n', ' ')
+    assert f'train.py --data-dir {pictures}' in printed
+    # Everything is there already: the same command trains nothing.
+    before = (tmp_path / 'runs.jsonl').read_bytes()
+    assert cli.main(['compare', str(pictures), '--out', str(tmp_path), '--models', *models, *options]) == 0
+    assert (tmp_path / 'runs.jsonl').read_bytes() == before
+    assert json.loads((tmp_path / 'results.json').read_text())['networks'] == results['networks']
+
+
+def test_test_images_choose_nothing(pictures, tmp_path, monkeypatch):
+    """Other test images change what is measured in the end, and nothing before."""
+    compare(pictures, tmp_path / 'a', ['harm0', 'smooth'], **FAST)
+    prepare = module._prepare
+
+    def other(images):
+        train, test, *rest = prepare(images)
+        return train, Images(torch.zeros_like(test.pixels), test.labels), *rest
+
+    monkeypatch.setattr(module, '_prepare', other)
+    compare(pictures, tmp_path / 'b', ['harm0', 'smooth'], **FAST)
+    first, second = (
+        [json.loads(line) for line in (tmp_path / out / 'runs.jsonl').read_text().splitlines()] for out in 'ab'
+    )
+    searched = [line for line in first if line.get('key', '').startswith('search')]
+    assert len(searched) == 2 * 2 * 2
+    assert searched == [line for line in second if line.get('key', '').startswith('search')]
+    results = [json.loads((tmp_path / out / 'results.json').read_text())['networks'] for out in 'ab']
+    assert results[0] != results[1]
+
+
+def test_killed_and_resumed_gives_the_same(pictures, tmp_path):
+    """Killed in the middle of a run, and with half a line written."""
+    options = ['--models', 'harm0', 'smooth', '--trials', '2', '--seeds', '2', '--epochs', '6', '--img-size', '32']
+    command = [sys.executable, '-m', 'timm_harmonic', 'compare', str(pictures), *options]
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    runs = tmp_path / 'killed' / 'runs.jsonl'
+    process = subprocess.Popen(
+        [*command, '--out', str(runs.parent)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (runs.exists() and runs.read_text().count('\n') >= 4):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = runs.read_text().count('\n')
+    assert done < 1 + 2 * (2 * 2 + 2)
+    with runs.open('a') as file:
+        file.write('{"key": "final har')
+    for out in ('killed', 'whole'):
+        finished = subprocess.run(
+            [*command, '--out', str(tmp_path / out)], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert finished.returncode == 0, finished.stderr
+    killed, whole = (json.loads((tmp_path / out / 'results.json').read_text()) for out in ('killed', 'whole'))
+    for results in (killed, whole):
+        for of in results['networks'].values():
+            del of['seconds']
+    assert killed['networks'] == whole['networks']
+
+
+def test_other_options_are_refused(pictures, tmp_path):
+    compare(pictures, tmp_path, ['harm0'], **FAST)
+    before = (tmp_path / 'results.json').read_bytes()
+    with pytest.raises(CompareError, match=r'other settings \(recipe\): name another --out'):
+        compare(pictures, tmp_path, ['harm0'], **dict(FAST, epochs=3))
+    assert (tmp_path / 'results.json').read_bytes() == before
+
+
+def test_time_limit_lowers_trials_and_seeds(pictures, tmp_path, capsys):
+    started = time.monotonic()
+    results = compare(
+        pictures, tmp_path, ['harm0', 'smooth'], trials=500, seeds=400, epochs=2, img_size=32, time_limit=0.2
+    )
+    assert time.monotonic() - started < 60
+    search = results['search']
+    assert 1 <= search['trials'] < 500
+    assert 2 <= search['seeds'] < 400
+    assert search['left_out'] == dict(trials=500 - search['trials'], seeds=400 - search['seeds'])
+    assert len(results['networks']['smooth']['accuracy']) == search['seeds']
+    assert 'Left out for the time limit' in capsys.readouterr().out
+
+
+def test_too_little_time_says_how_much_is_needed(pictures, tmp_path):
+    with pytest.raises(CompareError, match=r'take about \d+\.\d minutes: raise --time-limit'):
+        compare(pictures, tmp_path, ['harm0'], **dict(FAST, epochs=1000), time_limit=0.01)
+    assert not (tmp_path / 'results.json').exists()
+
+
+@pytest.mark.parametrize('suffix', ['.npy', '.tif'])
+def test_thirteen_channels(suffix, tmp_path, capsys):
+    folder = make(tmp_path / 'images', 6, suffix=suffix, channels=13)
+    results = compare(folder, tmp_path / 'out', ['harm0', 'smooth'], **FAST)
+    assert results['data']['channels'] == 13
+    assert len(results['data']['mean']) == len(results['data']['std']) == 13
+    assert results['command'] == ''
+    assert "timm's train.py does not read these files" in capsys.readouterr().out
+
+
+def test_classes_alone_are_split_by_a_seed(tmp_path):
+    folder = make(tmp_path / 'images', 8, splits=('.',))
+    results = [compare(folder, tmp_path / out, ['harm0'], **FAST) for out in 'ab']
+    assert (results[0]['data']['train'], results[0]['data']['test']) == (18, 6)
+    assert results[0]['networks']['harm0']['accuracy'] == results[1]['networks']['harm0']['accuracy']
+
+
+def test_validation_judges_where_there_is_a_test_split_too(tmp_path):
+    folder = make(tmp_path / 'images', 6, splits=('train', 'val', 'test'))
+    results = compare(folder, tmp_path / 'out', ['harm0'], **FAST)
+    assert results['search']['judged_by'] == 'validation/'
+    only = make(tmp_path / 'other', 6, splits=('train', 'val'))
+    assert compare(only, tmp_path / 'out2', ['harm0'], **FAST)['search']['judged_by'].startswith('2 inner splits')
+
+
+def test_momentum(pictures, tmp_path):
+    results = compare(pictures, tmp_path, ['harm0'], opt='momentum', **FAST)
+    assert tuple(results['search']['lr']) == RANGES['momentum'][0]
+
+
+def spoil(folder, what):
+    """Makes a good folder a bad one."""
+    first = folder / 'train' / 'cat' / '0.png'
+    if what == 'unreadable':
+        first.write_bytes(b'no image')
+    elif what == 'truncated':
+        first.write_bytes(first.read_bytes()[:40])
+    elif what == 'not finite':
+        np.save(first.with_suffix('.npy'), np.full((40, 40, 3), np.nan))
+    elif what == 'pickle':
+        np.save(first.with_suffix('.npy'), np.array([object()]), allow_pickle=True)
+    elif what == 'gray':
+        Image.open(first).convert('L').save(first)
+    elif what == 'one image':
+        for path in (folder / 'train' / 'cat').iterdir():
+            if path != first:
+                path.unlink()
+    elif what == 'class only in test':
+        (folder / 'test' / 'new').mkdir()
+        Image.open(first).save(folder / 'test' / 'new' / '0.png')
+    elif what == 'one class':
+        for split in ('train', 'test'):
+            for name in ('dog', 'emu'):
+                for path in (folder / split / name).iterdir():
+                    path.unlink()
+    elif what == 'no test':
+        (folder / 'test').rename(folder / 'others')
+    elif what == 'constant':
+        for path in folder.rglob('*.png'):
+            Image.new('RGB', (40, 40)).save(path)
+
+
+@pytest.mark.parametrize(
+    ('what', 'message'),
+    [
+        ('unreadable', r'1 files cannot be read; pass --skip-bad .*\n  train/cat/0.png: cannot identify'),
+        ('truncated', r'1 files cannot be read; .*\n  train/cat/0.png'),
+        ('not finite', r'train/cat/0.npy: it has values that are not finite'),
+        ('pickle', r'train/cat/0.npy: '),
+        ('gray', r'same number of channels: .* has 1, .* has 3'),
+        ('one image', r'class cat has 1 image to learn from: at least two'),
+        ('class only in test', r'train of .* has no images of new'),
+        ('one class', r'has 1 class with images: two are needed'),
+        ('no test', r'has train/, but neither validation/ nor test/'),
+        ('constant', r'channel 0 is the same everywhere'),
+    ],
+)
+def test_bad_folders(what, message, tmp_path):
+    folder = make(tmp_path / 'images', 4)
+    spoil(folder, what)
+    with pytest.raises(DataError, match=message):
+        compare(folder, tmp_path / 'out', ['harm0'], **FAST)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_empty_and_missing_folders(tmp_path, capsys):
+    with pytest.raises(DataError, match='has 0 classes with images'):
+        compare(tmp_path, tmp_path / 'out', ['harm0'])
+    assert cli.main(['compare', str(tmp_path / 'nowhere')]) == 1
+    assert 'is no folder' in capsys.readouterr().err
+
+
+def test_bad_files_can_be_left_out_and_are_named(tmp_path, capsys):
+    folder = make(tmp_path / 'images', 4)
+    spoil(folder, 'unreadable')
+    results = compare(folder, tmp_path / 'out', ['harm0'], skip_bad=True, **FAST)
+    assert results['data']['train'] == 11
+    assert results['data']['skipped'][0].startswith('train/cat/0.png')
+    assert '1 files were left out: train/cat/0.png' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('no_such_model', "'no_such_model' is neither"),
+        ('harm:levels', 'options must be NAME=VALUE'),
+        ('resnet18:3=4', 'options must be NAME=VALUE'),
+    ],
+)
+def test_bad_networks(text, message, pictures, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compare(pictures, tmp_path, [text])
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_networks():
+    assert network('harm:levels=(1,2,3,4),smoothness=0.5').options == {
+        **NAMED['harm'], 'levels': (1, 2, 3, 4), 'smoothness': 0.5
+    }  # fmt: skip
+    assert network('resnet18:stem_type=deep').options == dict(stem_type='deep')
+    assert network('smooth').model == 'harm_resnet18'
+
+
+def test_pictures_of_every_kind(tmp_path):
+    random = np.random.default_rng(0)
+    gray = random.integers(0, 65536, (20, 30), dtype=np.uint16)
+    Image.fromarray(gray).save(tmp_path / 'a.png')
+    np.testing.assert_array_equal(read_image(tmp_path / 'a.png'), gray[..., None])
+    colour = random.integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / 'b.png')  # with alpha
+    np.testing.assert_array_equal(read_image(tmp_path / 'b.png'), colour[..., :3])
+    Image.fromarray(colour[..., :3]).convert('P').save(tmp_path / 'c.gif')
+    assert read_image(tmp_path / 'c.gif').shape == (20, 30, 3)
+    pages = random.integers(0, 65536, (5, 20, 30), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / 'd.tif', pages, photometric='minisblack')
+    np.testing.assert_array_equal(read_image(tmp_path / 'd.tif'), pages.transpose(1, 2, 0))
+    bands = random.random((20, 30, 13)).astype(np.float32)
+    tifffile.imwrite(tmp_path / 'e.tiff', bands, photometric='minisblack', planarconfig='contig')
+    np.testing.assert_array_equal(read_image(tmp_path / 'e.tiff'), bands)
+    Image.fromarray(colour[..., :3]).save(tmp_path / 'f.tif', compression='tiff_lzw')
+    np.testing.assert_array_equal(read_image(tmp_path / 'f.tif'), colour[..., :3])
+    np.save(tmp_path / 'g.npy', bands[..., 0])
+    np.testing.assert_array_equal(read_image(tmp_path / 'g.npy'), bands[..., :1])
+
+
+def test_images_are_resized_and_cut_in_the_middle(tmp_path):
+    folder = make(tmp_path, 3, size=90)
+    assert read_folder(folder).size == 64
+    assert read_folder(folder, 48).splits['train'][0].shape == (9, 3, 48, 48)
+    small = make(tmp_path / 'small', 3, size=20)
+    assert read_folder(small).size == 20
+
+
+def test_stratified_keeps_every_class_on_both_sides():
+    labels = torch.tensor([0] * 9 + [1] * 2 + [2] * 40)
+    kept, out = stratified(labels, 0.25, 0, 'abc')
+    assert sorted([*kept.tolist(), *out.tolist()]) == list(range(len(labels)))
+    assert torch.bincount(labels[out]).tolist() == [2, 1, 10]
+    assert not torch.equal(out, stratified(labels, 0.25, 1, 'abc')[1])
+
+
+@pytest.mark.parametrize('augment', AUGMENTATIONS)
+@pytest.mark.parametrize('channels', [1, 13])
+def test_augmentation_follows_seed_and_epoch_alone(augment, channels):
+    images = Images(torch.randn(20, channels, 24, 24), torch.arange(20))
+    recipe = Recipe(batch_size=8, augment=augment)
+    torch.manual_seed(1)
+    first = list(batches(images, recipe, 3, 5))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second = list(batches(images, recipe, 3, 5))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [len(labels) for _, labels in first] == [8, 8]
+    for (pixels, labels), (others, other_labels) in zip(first, second, strict=True):
+        assert torch.equal(pixels, others)
+        assert torch.equal(labels, other_labels)
+        assert pixels.shape == (8, channels, 24, 24)
+    assert not torch.equal(first[0][1], next(batches(images, recipe, 3, 6))[1])
+
+
+def test_augmentation_does_what_it_says():
+    image = torch.arange(24.0).expand(1, 24, 24)
+    assert torch.equal(augmentation('none', False, 24)(image), image)
+    torch.manual_seed(0)
+    shifts = {int((augmentation('shift', False, 24)(image)[0, 0, 12] - 12).item()) for _ in range(200)}
+    assert shifts == set(range(-3, 4))
+    widths = [augmentation('zoom', False, 24)(image)[0, 0].diff().mean().item() for _ in range(200)]
+    assert 0.5 < min(widths) < 0.7
+    assert 0.95 < max(widths) < 1.05
+    assert torch.equal(augmentation('none', True, 24)(image).sort().values, image)
+    with pytest.raises(ValueError, match='augment must be one of'):
+        augmentation('blur', True, 24)
+
+
+def test_trials_are_the_same_for_all_and_in_the_stated_range():
+    recipe = Recipe()
+    assert setting(recipe, 0) == recipe
+    found = [setting(recipe, trial) for trial in range(1, 200)]
+    assert found == [setting(recipe, trial) for trial in range(1, 200)]
+    for name, (low, high) in zip(('lr', 'weight_decay'), RANGES['adamw'], strict=True):
+        values = np.array([getattr(of, name) for of in found])
+        assert low <= values.min() < low * 1.3
+        assert high / 1.3 < values.max() <= high
+        assert np.median(np.log(values)) == pytest.approx(np.log(low * high) / 2, abs=0.4)
+
+
+def test_the_best_setting_is_used(tmp_path, monkeypatch):
+    images = Images(torch.randn(12, 1, 24, 24), torch.arange(12) % 2)
+    seen = []
+
+    def fake(net, train, test, num_classes, recipe, seed, *args):
+        seen.append((len(train), len(test), recipe.lr))
+        return dict(accuracy=50 + recipe.lr, loss=1.0), None
+
+    monkeypatch.setattr('timm_harmonic.small_data.search.run', fake)
+    store = Store(tmp_path / 'runs.jsonl', {})
+    protocol = Protocol(lambda seed: (images, images), [network('harm0')], 'ab', Recipe(), 5, 2, store)
+    protocol.final(protocol.networks[0], 1)
+    *search, last = seen
+    assert len(search) == 10
+    assert {(train, test) for train, test, _ in search} == {(8, 4)}
+    assert last == (12, 12, max(lr for *_, lr in search))
+
+
+def test_a_run_repeats(one_thread):
+    images = Images(torch.randn(16, 3, 24, 24), torch.arange(16) % 4)
+    results = [run(network('smooth'), images, images, 4, Recipe(epochs=2), seed)[0] for seed in (0, 0, 1)]
+    for result in results:
+        del result['seconds']
+    assert results[0] == results[1] != results[2]
+
+
+def test_interval_is_students():
+    found = difference([3.0, 5.0, 7.0], [1.0, 1.0, 1.0])
+    assert found['pairs'] == [2, 4, 6]
+    assert found['mean'] == 4
+    half = 4.302652729911275 * 2 / 3**0.5  # quantile 0.975 with two degrees of freedom
+    assert (found['low'], found['high']) == pytest.approx((4 - half, 4 + half))
+    assert difference([1.0], [0.0])['low'] is None
+
+
+def test_interrupted_figure_leaves_no_half(pictures, tmp_path, monkeypatch):
+    def broken(results, path):
+        Path(path).write_text('half')
+        raise OSError('disk is full')
+
+    monkeypatch.setattr(module, 'draw_comparison', broken)
+    with pytest.raises(OSError, match='disk is full'):
+        compare(pictures, tmp_path, ['harm0'], **FAST)
+    assert sorted(os.listdir(tmp_path)) == ['results.json', 'runs.jsonl']

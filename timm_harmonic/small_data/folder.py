@@ -1,0 +1,196 @@
+"""Image folders in memory: whatever Pillow opens, TIFF with any channels or pages, and .npy."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
+
+_TRAIN, _VALIDATION, _TEST = ('train', 'training'), ('validation', 'val', 'valid'), ('test', 'testing')
+_TIFF = ('.tif', '.tiff')
+_LARGEST = 64  # pixels of a side, if the user names no size
+
+
+class DataError(ValueError):
+    """A folder of images is not what it should be; the message says where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Images of a folder: pixels (N, C, H, W), not normalised, and labels (N,) by 'train', 'validation', 'test'.
+
+    A folder without splits has all its images in 'train'.
+    """
+
+    classes: list[str]
+    splits: dict[str, tuple[Tensor, Tensor]]
+    skipped: list[str]  # files that could not be read, and why
+    plain_files: bool  # whether timm's own loader can read them
+
+    @property
+    def channels(self) -> int:
+        """Channels of all images."""
+        return next(iter(self.splits.values()))[0].shape[1]
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return next(iter(self.splits.values()))[0].shape[-1]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image as (H, W, C), in the values that the file has; gray ones have one channel, and an alpha channel is left
+    out. Raises DataError if the file is no image, or has values that are not finite.
+    """
+    try:
+        if path.suffix.lower() == '.npy':
+            array = np.load(path, allow_pickle=False)
+        elif path.suffix.lower() in _TIFF:
+            array = _read_tiff(path)
+        else:
+            array = _read_picture(path)
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:  # Pillow raises SyntaxError for some
+        raise DataError(str(error) or type(error).__name__) from error
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in 'buif':
+        raise DataError(f'shape {array.shape} of {array.dtype} is not (H, W) or (H, W, C) of numbers')
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise DataError('it has values that are not finite')
+    return array
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        if image.mode in ('1', 'LA', 'La'):
+            return np.asarray(image.convert('L'))
+        if image.mode.startswith(('I', 'F', 'L')):  # gray of 8, 16 or 32 bits
+            return np.asarray(image)
+        return np.asarray(image.convert('RGB'))
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            series = file.series[0]
+            array, axes = series.asarray(), series.axes
+    except ValueError as error:
+        if 'imagecodecs' in str(error):  # a compression that Pillow may know
+            return _read_picture(path)
+        raise
+    height, width = axes.index('Y'), axes.index('X')
+    array = np.moveaxis(array, (height, width), (0, 1))
+    return array.reshape(*array.shape[:2], -1)  # samples, pages and planes are channels
+
+
+def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -> Folder:
+    """Reads an image folder: train/ and validation/ or test/ with a folder for each class, or class folders alone.
+
+    Every image is resized, so that its shorter side has `size` pixels, and its centre is cut. Without a size it is the
+    median shorter side, 64 at most. Raises DataError if the folder is not such a folder, a file cannot be read
+    (unless `skip_bad`), or the images do not fit together.
+    """
+    files = _files(folder)
+    classes = sorted({name for of_class in files.values() for name in of_class})
+    if len(classes) < 2:
+        raise DataError(
+            f'{str(folder)!r} has {len(classes)} class{"" if classes else "es"} with images: two are needed.'
+        )
+    for split, of_class in files.items():
+        if lacking := [name for name in classes if not of_class.get(name)]:
+            raise DataError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
+    bad: list[str] = []
+    arrays: dict[str, list[tuple[np.ndarray, int]]] = {split: [] for split in files}
+    channels: dict[int, Path] = {}
+    with tqdm(total=sum(len(paths) for of in files.values() for paths in of.values()), desc='read', leave=False) as bar:
+        for split, of_class in files.items():
+            for name, paths in of_class.items():
+                for path in paths:
+                    bar.update()
+                    try:
+                        array = read_image(path)
+                    except DataError as error:
+                        bad.append(f'{path.relative_to(folder)}: {error}')
+                        continue
+                    channels.setdefault(array.shape[2], path.relative_to(folder))
+                    arrays[split].append((array, classes.index(name)))
+    if bad and not skip_bad:
+        shown = '\n  '.join(bad[:10] + [f'and {len(bad) - 10} more'] * (len(bad) > 10))
+        raise DataError(f'{len(bad)} files cannot be read; pass --skip-bad to leave them out:\n  {shown}')
+    if len(channels) > 1:
+        found = ', '.join(f'{path} has {count}' for count, path in sorted(channels.items()))
+        raise DataError(f'images must have the same number of channels: {found}.')
+    sides = [min(array.shape[:2]) for of_split in arrays.values() for array, _ in of_split]
+    side = size or min(_LARGEST, int(np.median(sides or [1])))
+    splits = {}
+    for split, of_split in arrays.items():
+        found = Counter(label for _, label in of_split)
+        if lost := [classes[label] for label in range(len(classes)) if label not in found]:
+            raise DataError(f'{split} has no readable images of {", ".join(lost)}.')
+        pixels = torch.stack([_square(array, side) for array, _ in of_split])
+        splits[split] = pixels, torch.tensor([label for _, label in of_split])
+    suffixes = {path.suffix.lower() for of in files.values() for paths in of.values() for path in paths}
+    plain = not suffixes & {'.npy', *_TIFF} and set(channels) <= {1, 3}
+    return Folder(classes, splits, bad, plain)
+
+
+def _square(array: np.ndarray, side: int) -> Tensor:
+    image = torch.from_numpy(array).permute(2, 0, 1)
+    if min(image.shape[1:]) != side:
+        image = functional.resize(image, [side], antialias=True)
+    return functional.center_crop(image, [side, side])
+
+
+def _files(folder: Path) -> dict[str, dict[str, list[Path]]]:
+    """Paths by split and class."""
+    if not folder.is_dir():
+        raise DataError(f'{str(folder)!r} is no folder.')
+    here = {path.name.lower(): path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
+    found: dict[str, Path] = {}
+    for split, names in (('train', _TRAIN), ('validation', _VALIDATION), ('test', _TEST)):
+        for name in names:
+            if name in here:
+                found[split] = here[name]
+    if 'train' not in found:
+        found = {'train': folder}
+    elif len(found) == 1:
+        raise DataError(f'{str(folder)!r} has {found["train"].name}/, but neither validation/ nor test/.')
+    return {split: _by_class(path) for split, path in found.items()}
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    classes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith('.'):
+            files = sorted(p for p in path.rglob('*') if p.is_file() and not p.name.startswith('.'))
+            if files:
+                classes[path.name] = files
+    return classes
+
+
+def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Indices of a split of each class by a seed: the larger part, and about `share` of its images, at least one.
+
+    Raises DataError if a class has a single image.
+    """
+    random = np.random.default_rng(seed)
+    parts: Any = ([], [])
+    for label, name in enumerate(classes):
+        own = np.flatnonzero(labels.numpy() == label)
+        if len(own) < 2:
+            raise DataError(f'class {name} has {len(own)} image to learn from: at least two are needed.')
+        order, held_out = random.permutation(own), max(1, round(share * len(own)))
+        parts[0].append(order[held_out:])
+        parts[1].append(order[:held_out])
+    kept, out = (torch.from_numpy(np.sort(np.concatenate(part))) for part in parts)
+    return kept, out

@@ -1,0 +1,71 @@
+"""The networks that are compared: any of timm with options, and the small ones that have names here."""
+
+import ast
+import dataclasses
+from typing import Any
+
+import timm
+from timm.utils import random_seed
+from torch import nn
+
+# A ResNet for a few hundred images of 32 to 96 pixels, of 0.3 million parameters.
+_SMALL: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), stem_pool='max')
+NAMED: dict[str, dict[str, Any]] = {
+    'harm0': dict(_SMALL, harmonic_stem=False, harmonic_blocks=False),
+    'harm1': dict(_SMALL, harmonic_blocks=False),
+    'harm': _SMALL,
+    'smooth': dict(_SMALL, smoothness=1),
+}
+MEANINGS = dict(
+    harm0='nothing harmonic', harm1='stem harmonic', harm='all harmonic', smooth='all harmonic, smoothness 1'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network by the name that the user gave it."""
+
+    name: str
+    model: str  # timm's name
+    options: dict[str, Any]
+
+    def build(self, num_classes: int, in_chans: int, seed: int) -> nn.Module:
+        """A new network. Its initial weights follow from the seed."""
+        random_seed(seed)
+        return timm.create_model(self.model, num_classes=num_classes, in_chans=in_chans, **self.options)
+
+
+def network(text: str) -> Network:
+    """The network of a name: one of NAMED or timm's, with options as `harm_resnet18:smoothness=1,levels=3`.
+
+    Raises ValueError if timm has no such model, or an option is no NAME=VALUE.
+    """
+    model, _, options = text.partition(':')
+    given = dict(_option(part, text) for part in _split(options)) if options else {}
+    if model in NAMED:
+        return Network(text, 'harm_resnet18', {**NAMED[model], **given})
+    if not timm.is_model(model):
+        raise ValueError(f'{model!r} is neither one of {", ".join(NAMED)} nor a model of timm.')
+    return Network(text, model, given)
+
+
+def _split(options: str) -> list[str]:
+    """Options between the commas that are not in brackets."""
+    parts, depth = [''], 0
+    for letter in options:
+        depth += (letter in '([{') - (letter in ')]}')
+        if letter == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _option(part: str, text: str) -> tuple[str, Any]:
+    key, equals, value = part.strip().partition('=')
+    if not key.isidentifier() or not equals:
+        raise ValueError(f'{text!r}: options must be NAME=VALUE, got {part!r}.')
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value

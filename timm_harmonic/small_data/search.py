@@ -1,0 +1,129 @@
+"""The same search for every network, then the same number of seeds: the protocol of a comparison."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .folder import stratified
+from .networks import Network
+from .runs import CompareError, Store, run
+from .training import Images, Recipe
+
+# Log-uniform ranges of learning rate and weight decay, by timm's name of the optimizer.
+RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    'adamw': ((5e-4, 2e-2), (1e-3, 1.0)),
+    'momentum': ((3e-3, 3e-1), (1e-5, 1e-2)),
+}
+INNER_SPLITS = 2  # a setting is judged by its mean over these
+INNER_SHARE = 0.25  # of the training images that judge
+_SAFETY = 0.85  # share of a time limit that is planned
+
+Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
+
+
+def setting(recipe: Recipe, trial: int) -> Recipe:
+    """The recipe of a trial. The first is the recipe itself; learning rate and weight decay of the others are random.
+
+    They depend on the trial alone: all networks try the same ones.
+    """
+    if trial == 0:
+        return recipe
+    random = np.random.default_rng([trial, 20])
+    (lr, wd) = (float(np.exp(random.uniform(*np.log(bounds)))) for bounds in RANGES[recipe.opt])
+    return dataclasses.replace(recipe, lr=lr, weight_decay=wd)
+
+
+@dataclasses.dataclass
+class Protocol:
+    """What is compared and how: every network gets `trials` settings on inner splits, then `seeds` runs of the best.
+
+    `draw` gives the training and the test images of a seed. The search sees the training images of seed 0 only.
+    Everything that is finished is in `store`, and not made again.
+    """
+
+    draw: Draw
+    networks: Sequence[Network]
+    classes: Sequence[str]
+    recipe: Recipe
+    trials: int
+    seeds: int
+    store: Store
+    device: torch.device | str = 'cpu'
+    curves: bool = True  # whether test accuracy is measured during the final runs as well
+    validation: Images | None = None  # judges settings in place of inner splits
+    describe: Callable[[str], None] = lambda text: None
+    after_epoch: Callable[[int], None] = lambda epoch: None
+
+    def inner(self, split: int) -> tuple[Images, Images]:
+        """Images to try a setting on, and those that judge it."""
+        train, _ = self.draw(0)
+        if self.validation is not None:
+            return train, self.validation
+        kept, out = stratified(train.labels, INNER_SHARE, split, self.classes)
+        return train[kept], train[out]
+
+    @property
+    def splits(self) -> int:
+        """Inner splits that judge a setting."""
+        return 1 if self.validation is not None else INNER_SPLITS
+
+    def trial(self, network: Network, trial: int) -> tuple[float, float]:
+        """Mean accuracy of a setting on the inner splits, and minus its mean cross-entropy."""
+        found = []
+        for split in range(self.splits):
+            self.describe(f'search {trial + 1}/{self.trials} {network.name}')
+            key = f'search {network.name} {trial} {split}'
+            found.append(self.store.get(key, lambda split=split: self._judge(network, trial, split)))
+        return tuple(np.mean(found, 0).tolist())
+
+    def _judge(self, network: Network, trial: int, split: int) -> tuple[float, float]:
+        images, recipe = self.inner(split), setting(self.recipe, trial)
+        measured, _ = self._run(network, *images, recipe, split, curve=False)
+        return measured['accuracy'], -measured['loss']
+
+    def _run(self, network: Network, train: Images, test: Images, recipe: Recipe, seed: int, curve: bool) -> Any:
+        return run(network, train, test, len(self.classes), recipe, seed, self.after_epoch, self.device, curve)
+
+    def best(self, network: Network) -> int:
+        """The trial with the highest accuracy; of equal ones that with the lowest cross-entropy."""
+        return max(range(self.trials), key=lambda trial: self.trial(network, trial))
+
+    def final(self, network: Network, seed: int) -> dict[str, Any]:
+        """One run by the best setting on all training images of a seed."""
+        recipe = setting(self.recipe, self.best(network))
+        self.describe(f'seed {seed + 1}/{self.seeds} {network.name}')
+        return self.store.get(
+            f'final {network.name} {seed}', lambda: self._run(network, *self.draw(seed), recipe, seed, self.curves)[0]
+        )
+
+    def fit_into(self, seconds: float) -> None:
+        """Lowers trials and seeds so that the comparison takes about so long, by the time of one epoch of each network.
+
+        Raises CompareError if not even one trial and two seeds fit.
+        """
+        train, test = self.draw(0)
+        started = time.monotonic()
+        probe = dataclasses.replace(self.recipe, epochs=1)
+
+        def measure() -> list[float]:
+            runs = [self._run(network, train, test, probe, 0, curve=False)[0] for network in self.networks]
+            return [sum(measured['seconds'] for measured in runs), time.monotonic() - started]
+
+        epoch, spent = self.store.get('probe', measure)
+        final = epoch * self.recipe.epochs
+        trial = final * (1 if self.validation is not None else INNER_SPLITS * (1 - INNER_SHARE))
+        budget = seconds * _SAFETY - spent
+        least = (spent + min(1, self.trials) * trial + min(2, self.seeds) * final) / _SAFETY
+        if least > seconds:
+            raise CompareError(
+                f'one trial and two seeds of {len(self.networks)} networks take about {least / 60:.1f} minutes: raise '
+                '--time-limit, or lower --epochs, --img-size or the number of --models.'
+            )
+        share = min(1.0, budget / (self.trials * trial + self.seeds * final))
+        self.seeds = max(min(2, self.seeds), int(self.seeds * share))
+        left = budget - self.seeds * final
+        self.trials = max(min(1, self.trials), min(self.trials, int(left / trial)))
