@@ -78,6 +78,17 @@ def units() -> Iterator[Unit]:
             yield Unit(group, task, count, opt, variant)
 
 
+def path_of(unit: Unit, work: Path) -> Path:
+    """Where the results of a unit are kept."""
+    return work / f'{"-".join(map(str, unit)).replace(" ", "")}.jsonl'
+
+
+def is_done(unit: Unit, work: Path) -> bool:
+    """Whether all runs of a unit are kept."""
+    path = path_of(unit, work)
+    return path.exists() and path.read_text().count('"key": "final') == GROUPS[unit.group][2]['seeds']
+
+
 def measure(unit: Unit, work: Path) -> dict[str, Any]:
     """Search and runs of one unit, or what is kept of them."""
     _, variants, amount = GROUPS[unit.group]
@@ -87,7 +98,7 @@ def measure(unit: Unit, work: Path) -> dict[str, Any]:
     recipe = Recipe(epochs=amount['epochs'], opt=unit.opt, lr=lr, weight_decay=weight_decay, **flags)
     net = network(variants[unit.variant])
     settings = dict(unit._asdict(), network=variants[unit.variant], **amount)
-    store = Store(work / f'{"-".join(map(str, unit)).replace(" ", "")}.jsonl', settings)
+    store = Store(path_of(unit, work), settings)
     draw = cache(lambda seed: task.draw(unit.count, seed))
     with reasonable_threads():
         amounts = (amount['trials'], amount['seeds'])
@@ -188,6 +199,7 @@ def main() -> None:
     parser.add_argument('--only', nargs='+', choices=[*GROUPS, *TASKS], metavar='NAME', help='groups or tasks')
     parser.add_argument('--variants', nargs='+', metavar='NAME', help="only these, as 'smooth 1'")
     parser.add_argument('--jobs', type=int, default=2, metavar='N', help='runs at a time, a thread each (default: 2)')
+    parser.add_argument('--done', action='store_true', help='report what is done, and run nothing else')
     parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
     args = parser.parse_args()
     if args.show:
@@ -195,6 +207,8 @@ def main() -> None:
         return
     wanted = [u for u in units() if not args.only or u.group in args.only or u.task in args.only]
     wanted = [u for u in wanted if not args.variants or u.variant in args.variants]
+    if args.done:
+        wanted = [unit for unit in wanted if is_done(unit, args.work)]
     with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool:
         started = [pool.submit(measure, unit, args.work) for unit in wanted]
         measured = [done.result() for done in tqdm(as_completed(started), total=len(started), unit='network')]

@@ -58,7 +58,7 @@ def compare(
     train, test, validation, mean, std = _prepare(images)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, opt=opt, augment=augment, flip=flip)
     settings = dict(recipe=dataclasses.asdict(recipe), networks={n.name: [n.model, n.options] for n in networks})
-    settings |= dict(images=[fingerprint(train), fingerprint(test)], trials=trials, seeds=seeds, time_limit=time_limit)
+    settings |= dict(images=[fingerprint(train), fingerprint(test)])
     store = Store(out / 'runs.jsonl', settings)
     with tqdm(unit='epoch', smoothing=0.05) as bar:
         protocol = Protocol(
@@ -77,13 +77,7 @@ def compare(
         if time_limit is not None:
             protocol.fit_into(60 * time_limit)
         bar.reset(_epochs_left(protocol))
-        for trial in range(protocol.trials):
-            for net in networks:
-                protocol.trial(net, trial)
-        runs: dict[str, list[dict[str, Any]]] = {net.name: [] for net in networks}
-        for seed in range(protocol.seeds):
-            for net in networks:
-                runs[net.name].append(protocol.final(net, seed))
+        runs = protocol.run_all()
     baseline = _baseline(networks, len(images.classes), images.channels)
     found = {net.name: dict(summarise(runs[net.name], runs[baseline]), **_chosen(protocol, net)) for net in networks}
     results = dict(
@@ -195,13 +189,13 @@ def _print(results: dict[str, Any], out: Path) -> None:
         console.print(f'{len(data["skipped"])} files were left out: {", ".join(data["skipped"][:5])}', highlight=False)
     title = (
         f'Measured here: {search["seeds"]} seeds, {data["train"]} training and {data["test"]} test images, '
-        f'{len(data["classes"])} classes, largest {data["chance"]:.1f} %'
+        f'{len(data["classes"])} classes, the largest has {data["chance"]:.1f} %'
     )
     caption = (
         f'mean ± standard deviation; difference to {results["baseline"]}, paired by seed, with its 95 % interval; '
         f'learning rate and weight decay are the best of {search["trials"]} for each network'
     )
-    console.print(table(results['networks'], results['baseline'], title, caption))
+    console.print(table(results['networks'], results['baseline'], title, caption, fused=False))
     if any(search['left_out'].values()):
         left = search['left_out']
         console.print(f'Left out for the time limit: {left["trials"]} trials and {left["seeds"]} seeds a network.')

@@ -10,8 +10,8 @@ import torch
 
 from .folder import stratified
 from .networks import Network
-from .runs import CompareError, Store, run
-from .training import Images, Recipe
+from .runs import CompareError, Store, curve_epochs, run
+from .training import Images, Recipe, evaluate, fit
 
 # Log-uniform ranges of learning rate and weight decay, by timm's name of the optimizer.
 RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
@@ -42,7 +42,7 @@ class Protocol:
     """What is compared and how: every network gets `trials` settings on inner splits, then `seeds` runs of the best.
 
     `draw` gives the training and the test images of a seed. The search sees the training images of seed 0 only.
-    Everything that is finished is in `store`, and not made again.
+    Everything that is finished is in `store`, and not made again: more trials and seeds can follow.
     """
 
     draw: Draw
@@ -55,6 +55,7 @@ class Protocol:
     device: torch.device | str = 'cpu'
     curves: bool = True  # whether test accuracy is measured during the final runs as well
     validation: Images | None = None  # judges settings in place of inner splits
+    deadline: float | None = None  # by time.monotonic(); set by fit_into
     describe: Callable[[str], None] = lambda text: None
     after_epoch: Callable[[int], None] = lambda epoch: None
 
@@ -94,28 +95,68 @@ class Protocol:
 
     def final(self, network: Network, seed: int) -> dict[str, Any]:
         """One run by the best setting on all training images of a seed."""
-        recipe = setting(self.recipe, self.best(network))
+        best = self.best(network) if self.trials else 0
+        recipe = setting(self.recipe, best)
         self.describe(f'seed {seed + 1}/{self.seeds} {network.name}')
         return self.store.get(
-            f'final {network.name} {seed}', lambda: self._run(network, *self.draw(seed), recipe, seed, self.curves)[0]
+            f'final {network.name} {best} {seed}',
+            lambda: self._run(network, *self.draw(seed), recipe, seed, self.curves)[0],
         )
+
+    def run_all(self) -> dict[str, list[dict[str, Any]]]:
+        """Searches, then trains by the best settings: the runs of each network, one a seed.
+
+        If the next round would end after the deadline there is none, but for one trial and two seeds. `trials` and
+        `seeds` are then what was done.
+        """
+        for trial in range(self.trials):
+            started = time.monotonic()
+            for network in self.networks:
+                self.trial(network, trial)
+            if self._late(2 * (time.monotonic() - started)):
+                self.trials = trial + 1
+                break
+        runs: dict[str, list[dict[str, Any]]] = {network.name: [] for network in self.networks}
+        for seed in range(self.seeds):
+            started = time.monotonic()
+            for network in self.networks:
+                runs[network.name].append(self.final(network, seed))
+            if seed > 0 and self._late(time.monotonic() - started):
+                self.seeds = seed + 1
+                break
+        return runs
+
+    def _late(self, ahead: float) -> bool:
+        """Whether the deadline is less than so many seconds ahead."""
+        return self.deadline is not None and time.monotonic() + ahead > self.deadline
+
+    def _time(self, network: Network) -> tuple[float, float]:
+        """Seconds of an epoch of training, and of measuring the test accuracy."""
+        train, test = (images.to(self.device) for images in self.draw(0))
+        model = network.build(len(self.classes), train.pixels.shape[1], 0).to(self.device)
+        model = model.to(memory_format=torch.channels_last)
+        fit(model, train, dataclasses.replace(self.recipe, epochs=1), 0)  # the first is slower than the others
+        epoch = fit(model, train, dataclasses.replace(self.recipe, epochs=2), 0) / 2
+        started = time.monotonic()
+        evaluate(model, test)
+        return epoch, time.monotonic() - started
 
     def fit_into(self, seconds: float) -> None:
         """Lowers trials and seeds so that the comparison takes about so long, by the time of one epoch of each network.
 
         Raises CompareError if not even one trial and two seeds fit.
         """
-        train, test = self.draw(0)
         started = time.monotonic()
-        probe = dataclasses.replace(self.recipe, epochs=1)
+        self.deadline = started + seconds
 
         def measure() -> list[float]:
-            runs = [self._run(network, train, test, probe, 0, curve=False)[0] for network in self.networks]
-            return [sum(measured['seconds'] for measured in runs), time.monotonic() - started]
+            times = [self._time(network) for network in self.networks]
+            return [sum(column) for column in zip(*times, strict=True)] + [time.monotonic() - started]
 
-        epoch, spent = self.store.get('probe', measure)
-        final = epoch * self.recipe.epochs
-        trial = final * (1 if self.validation is not None else INNER_SPLITS * (1 - INNER_SHARE))
+        epoch, test, spent = self.store.get('probe', measure)
+        searched = epoch * self.recipe.epochs
+        trial = searched * (1 if self.validation is not None else INNER_SPLITS * (1 - INNER_SHARE))
+        final = searched + test * (2 + (len(curve_epochs(self.recipe.epochs)) if self.curves else 0))
         budget = seconds * _SAFETY - spent
         least = (spent + min(1, self.trials) * trial + min(2, self.seeds) * final) / _SAFETY
         if least > seconds:

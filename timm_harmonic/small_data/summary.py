@@ -82,15 +82,15 @@ def accuracy(of: dict[str, Any]) -> str:
     return f'{of["accuracy_mean"]:.1f}' + ('' if spread is None else f' ± {spread:.1f}')
 
 
-def table(networks: dict[str, dict[str, Any]], baseline: str, title: str, caption: str) -> Table:
-    """The table of a comparison: a row a network."""
+def table(networks: dict[str, dict[str, Any]], baseline: str, title: str, caption: str, fused: bool = True) -> Table:
+    """The table of a comparison: a row a network; with its accuracy after fusing, or without."""
     lines = Table(title=title, caption=caption)
-    lines.add_column('network', no_wrap=True)
-    titles = ('test accuracy, %', 'after fusing, %', f'minus {baseline}', 'parameters', 'seconds a run')
+    lines.add_column('network', overflow='fold')
+    titles = ['test accuracy, %', *(['fused, %'] if fused else []), f'minus {baseline}', 'parameters', 'seconds']
     for name in titles:
         lines.add_column(name, justify='right')
     for name, of in networks.items():
-        fused = f'{statistics.mean(of["fused_accuracy"]):.1f}'
+        after = [f'{statistics.mean(of["fused_accuracy"]):.1f}'] if fused else []
         gain = '' if name == baseline else interval(of['difference'])
-        lines.add_row(name, accuracy(of), fused, gain, f'{of["parameters"]:,}', f'{of["seconds"]:.1f}')
+        lines.add_row(name, accuracy(of), *after, gain, f'{of["parameters"]:,}', f'{of["seconds"]:.1f}')
     return lines
