@@ -212,7 +212,10 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool:
         started = [pool.submit(measure, unit, args.work) for unit in wanted]
         measured = [done.result() for done in tqdm(as_completed(started), total=len(started), unit='network')]
-    report: dict[str, Any] = dict(environment=environment(), rows=summary(measured))
+    titles: dict[str, Any] = dict(
+        tasks={name: task.title for name, task in TASKS.items()}, groups={name: of[0] for name, of in GROUPS.items()}
+    )
+    report: dict[str, Any] = dict(environment=environment(), **titles, rows=summary(measured))
     print(table(report))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

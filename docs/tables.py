@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -131,12 +132,54 @@ def quickstart() -> str:
     return markdown(header, rows)
 
 
+def _small_data(count: int | None) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """Settings of benchmarks/results/small_data.json by their title, with their rows by variant."""
+    report = json.loads((RESULTS / 'small_data.json').read_text())
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in report['rows']:
+        if count is not None and (row['group'], row['count'], row['opt']) != ('small', count, 'adamw'):
+            continue
+        parts = [report['tasks'][row['task']], f'{row["count"]} a class']
+        if count is None:
+            parts += [report['groups'][row['group']], dict(momentum='SGD', adamw='AdamW')[row['opt']]]
+        found.setdefault(', '.join(parts), {})[row['variant']] = row
+    return list(found.items())
+
+
+def small_data() -> str:
+    """Plain against the paper's network and smoothness 1, with ten images of each class."""
+    rows = [
+        [title, *(cell_of(of[name]) for name in ('plain', 'harm', 'smooth 1')), interval(of['smooth 1']['difference'])]
+        for title, of in _small_data(10)
+        if {'plain', 'harm', 'smooth 1'} <= set(of)
+    ]
+    return markdown(['test accuracy, %', 'plain', 'harmonic (the paper)', '`smoothness=1`', 'minus plain'], rows)
+
+
+def small_data_all() -> str:
+    """Every network and setting: the accuracy of plain, and the differences to it."""
+    names = ['harm1', 'harm', 'smooth 0', 'smooth 0.5', 'smooth 1', 'smooth 2']
+    rows = []
+    for title, of in _small_data(None):
+        differences = [interval(of[name]['difference']) if name in of else '' for name in names]
+        rows.append([title, cell_of(of['plain']), *differences])
+    return markdown(['', 'plain, %', *names], rows)
+
+
+def cell_of(row: dict[str, Any]) -> str:
+    """Accuracy of a row of small_data.json."""
+    return compression.cell(row['accuracy_mean'], row['accuracy_deviation'])
+
+
 def install() -> str:
     """How the package is installed today."""
     return f'{INSTALL}.'
 
 
-TABLES = {f.__name__: f for f in (models, paper, paper_small, speed, truncation, quickstart, install)}
+TABLES = {
+    f.__name__: f
+    for f in (models, paper, paper_small, speed, truncation, quickstart, small_data, small_data_all, install)
+}
 
 
 def fill(text: str) -> str:
