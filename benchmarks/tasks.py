@@ -143,7 +143,7 @@ TASKS = {
     'photographs_blurred': Task(
         'photographs, zooming crops, bilinear', photographs, _GRAY_CLASSES, 'zoom', (10,), interpolation='bilinear'
     ),
-    'colours_shift': Task('the same in colour, shifts', colours, _COLOUR_CLASSES, 'shift', (10, 20)),
-    'colours_zoom': Task('the same in colour, zooming crops', colours, _COLOUR_CLASSES, 'zoom', (10, 20)),
+    'colours_shift': Task('photographs in colour, shifts', colours, _COLOUR_CLASSES, 'shift', (10, 20)),
+    'colours_zoom': Task('photographs in colour, zooming crops', colours, _COLOUR_CLASSES, 'zoom', (10, 20)),
     'bands': Task('thirteen bands', bands, _COLOUR_CLASSES, 'shift', (10, 20)),
 }

@@ -139,9 +139,13 @@ def _small_data(count: int | None) -> list[tuple[str, dict[str, dict[str, Any]]]
     for row in report['rows']:
         if count is not None and (row['group'], row['count'], row['opt']) != ('small', count, 'adamw'):
             continue
-        parts = [report['tasks'][row['task']], f'{row["count"]} a class']
+        parts = [report['tasks'][row['task']]]
         if count is None:
-            parts += [report['groups'][row['group']], dict(momentum='SGD', adamw='AdamW')[row['opt']]]
+            parts += [
+                f'{row["count"]} a class',
+                report['groups'][row['group']],
+                dict(momentum='SGD', adamw='AdamW')[row['opt']],
+            ]
         found.setdefault(', '.join(parts), {})[row['variant']] = row
     return list(found.items())
 
