@@ -125,11 +125,17 @@ def summary(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def _setting(row: dict[str, Any]) -> tuple[str, str, int, str]:
+    return row['group'], row['task'], row['count'], row['opt']
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     env, rows = report['environment'], report['rows']
     amounts = '; '.join(
-        f'{title} {of["trials"]} trials, {of["seeds"]} seeds, {of["epochs"]} epochs' for title, _, of in GROUPS.values()
+        f'{of["title"]} {of["trials"]} trials, {of["seeds"]} seeds, {of["epochs"]} epochs'
+        for name, of in report['groups'].items()
+        if any(row['group'] == name for row in rows)
     )
     ranges = '; '.join(
         f'{opt} learning rate {lr[0]:g} to {lr[1]:g}, weight decay {decay[0]:g} to {decay[1]:g}'
@@ -145,11 +151,9 @@ def table(report: dict[str, Any]) -> str:
         'deviation over seeds; differences to plain are paired by seed, with their 95 % interval.',
         '',
     ]
-    for group, task, count, opt in SETTINGS:
-        of = [r for r in rows if (r['group'], r['task'], r['count'], r['opt']) == (group, task, count, opt)]
-        if not of:
-            continue
-        title = f'{TASKS[task].title}, {count} a class: {GROUPS[group][0]}, {opt}'
+    for group, task, count, opt in dict.fromkeys(map(_setting, rows)):
+        of = [row for row in rows if _setting(row) == (group, task, count, opt)]
+        title = f'{report["tasks"][task]}, {count} a class: {report["groups"][group]["title"]}, {opt}'
         lines += [f'## {title}', '', '| network | accuracy | minus plain | minus harm |', '|---|---|---|---|']
         for row in of:
             differences = [interval(row['difference']), interval(row['minus_harm']) if row['variant'] != 'harm' else '']
@@ -164,7 +168,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = report['rows']
-    settings = [s for s in SETTINGS if any((r['group'], r['task'], r['count'], r['opt']) == s for r in rows)]
+    settings = list(dict.fromkeys(map(_setting, rows)))
     shown = dict(harm1='#0072B2', harm='#D55E00', **{'smooth 1': '#009E73'})
     figure = Figure(figsize=(11, 1.2 + 0.3 * len(settings)), layout='constrained')
     FigureCanvasAgg(figure)
@@ -172,11 +176,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         figure.subplots(1, len(shown), sharey=True, sharex=True), shown.items(), strict=True
     ):
         for place, (group, task, count, opt) in enumerate(settings):
-            of = [
-                r
-                for r in rows
-                if (r['group'], r['task'], r['count'], r['opt'], r['variant']) == (group, task, count, opt, variant)
-            ]
+            of = [r for r in rows if _setting(r) == (group, task, count, opt) and r['variant'] == variant]
             for row in of:
                 gain = row['difference']
                 reach = [[gain['mean'] - gain['low']], [gain['high'] - gain['mean']]]
@@ -185,7 +185,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set(title=variant, xlabel='points above plain')
         axes.grid(color='0.92', axis='x')
         axes.spines[['top', 'right', 'left']].set_visible(False)
-    labels = [f'{TASKS[task].title}, {count}: {GROUPS[group][0]}, {opt}' for group, task, count, opt in settings]
+    labels = [
+        f'{report["tasks"][task]}, {count}: {report["groups"][group]["title"]}, {opt}'
+        for group, task, count, opt in settings
+    ]
     axes.set(yticks=range(len(settings)), yticklabels=labels, ylim=(len(settings) - 0.5, -0.5))
     figure.savefig(path, dpi=150)
 
@@ -213,7 +216,8 @@ def main() -> None:
         started = [pool.submit(measure, unit, args.work) for unit in wanted]
         measured = [done.result() for done in tqdm(as_completed(started), total=len(started), unit='network')]
     titles: dict[str, Any] = dict(
-        tasks={name: task.title for name, task in TASKS.items()}, groups={name: of[0] for name, of in GROUPS.items()}
+        tasks={name: task.title for name, task in TASKS.items()},
+        groups={name: dict(title=title, **amount) for name, (title, _, amount) in GROUPS.items()},
     )
     report: dict[str, Any] = dict(environment=environment(), **titles, rows=summary(measured))
     print(table(report))

@@ -143,7 +143,7 @@ def _small_data(count: int | None) -> list[tuple[str, dict[str, dict[str, Any]]]
         if count is None:
             parts += [
                 f'{row["count"]} a class',
-                report['groups'][row['group']],
+                report['groups'][row['group']]['title'],
                 dict(momentum='SGD', adamw='AdamW')[row['opt']],
             ]
         found.setdefault(', '.join(parts), {})[row['variant']] = row

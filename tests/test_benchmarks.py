@@ -12,7 +12,7 @@ import timm
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compression, conversion, imports
+from benchmarks import compression, conversion, imports, small_data
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
@@ -20,7 +20,14 @@ from benchmarks.report import plot, table
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
 # What renders the Markdown beside each saved report.
-TABLES = dict(cpu=table, cuda=table, compression=compression.table, conversion=conversion.table, imports=imports.table)
+TABLES = dict(
+    cpu=table,
+    cuda=table,
+    compression=compression.table,
+    conversion=conversion.table,
+    imports=imports.table,
+    small_data=small_data.table,
+)
 SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 
 

@@ -55,6 +55,8 @@ def _has_autocast(device_type: str) -> bool:
 
 def _one_channel_last(weight: Tensor) -> bool:
     """Whether a weight of one channel is in channels_last: it is contiguous as well, but convolutions go by strides."""
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return False
     return weight.shape[1] == 1 and weight.shape[2] > 1 and weight.stride(1) == 1
 
 
