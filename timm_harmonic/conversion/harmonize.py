@@ -59,7 +59,7 @@ def harmonize(
     """
     wanted = plan(model, level=level, levels=levels, include=include, exclude=exclude)
     present = {n: name_of_basis(layer.normalization, layer.smoothness) for n, layer in harmonic_layers(model).items()}
-    basis = dict(normalization=normalization, smoothness=smoothness)
+    basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
     if set(wanted) - set(present) and set(present.values()) - {name_of_basis(**basis)}:
         raise ValueError(
             f'the basis {name_of_basis(**basis)!r} differs from that of the harmonic layers in the network: '

@@ -112,7 +112,15 @@ def harmonic_report(model: nn.Module) -> HarmonicReport:
             kept, functions = module.weight.shape[2], module.kernel_size[0] ** 2
             before = module.weight.numel() // kept * functions
             basis = name_of_basis(module.normalization, module.smoothness)
-            numbers = (module.level, kept, functions, before, module.weight.numel(), energy_kept(module), basis)
+            numbers: tuple[Any, Any, Any, Any, Any, Any, Any] = (
+                module.level,
+                kept,
+                functions,
+                before,
+                module.weight.numel(),
+                energy_kept(module),
+                basis,
+            )
         elif name in reasons:
             size = module.weight.numel()
             numbers = (None, None, None, size, size, None, None)

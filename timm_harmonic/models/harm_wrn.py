@@ -85,7 +85,7 @@ class HarmonicWRN(ResNetV2):
             **kwargs,
         )
         self.levels = group_levels
-        dd = {name: kwargs.get(name) for name in ('device', 'dtype')}
+        dd: dict[str, Any] = {name: kwargs.get(name) for name in ('device', 'dtype')}
         conv = nn.Conv2d(in_chans, _STEM_WIDTH, 3, stem_stride, 1, bias=False, **dd)
         self.stem = nn.Sequential(OrderedDict(conv=conv))
         stem, *groups = self.feature_info

@@ -57,7 +57,9 @@ def compare(
     images = read_folder(folder, img_size, skip_bad)
     train, test, validation, mean, std = _prepare(images)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, opt=opt, augment=augment, flip=flip)
-    settings = dict(recipe=dataclasses.asdict(recipe), networks={n.name: [n.model, n.options] for n in networks})
+    settings: dict[str, Any] = dict(
+        recipe=dataclasses.asdict(recipe), networks={n.name: [n.model, n.options] for n in networks}
+    )
     settings |= dict(images=[fingerprint(train), fingerprint(test)])
     store = Store(out / 'runs.jsonl', settings)
     with tqdm(unit='epoch', smoothing=0.05) as bar:
@@ -72,7 +74,7 @@ def compare(
             device,
             validation=validation,
             describe=bar.set_description,
-            after_epoch=lambda epoch: bar.update() and None,
+            after_epoch=lambda epoch: bar.update(),
         )
         if time_limit is not None:
             protocol.fit_into(60 * time_limit)

@@ -134,8 +134,8 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -
     side = size or min(_LARGEST, int(np.median(sides or [1])))
     splits = {}
     for split, of_split in arrays.items():
-        found = Counter(label for _, label in of_split)
-        if lost := [classes[label] for label in range(len(classes)) if label not in found]:
+        present = Counter(label for _, label in of_split)
+        if lost := [classes[label] for label in range(len(classes)) if label not in present]:
             raise DataError(f'{split} has no readable images of {", ".join(lost)}.')
         pixels = torch.stack([_square(array, side) for array, _ in of_split])
         splits[split] = pixels, torch.tensor([label for _, label in of_split])

@@ -110,7 +110,7 @@ def quickstart(
             images = patches(photographs, train_per_class, seed, test_per_class)
             for net in networks:
                 bar.set_description(f'seed {seed + 1}/{seeds} {net.name}')
-                measured, fused = run(net, *images, len(photographs), recipe, seed, lambda epoch: bar.update() and None)
+                measured, fused = run(net, *images, len(photographs), recipe, seed, lambda epoch: bar.update())
                 runs[net.name].append(measured)
                 stems[net.name].append(fused.conv1.weight.detach())
         about = environment()

@@ -33,7 +33,7 @@ def run(
     num_classes: int,
     recipe: Recipe,
     seed: int,
-    after_epoch: Callable[[int], None] = lambda epoch: None,
+    after_epoch: Callable[[int], object] = lambda epoch: None,
     device: torch.device | str = 'cpu',
     curve: bool = True,
 ) -> tuple[dict[str, Any], nn.Module]:
@@ -43,7 +43,7 @@ def run(
     follows from the seed.
     """
     model = network.build(num_classes, train.pixels.shape[1], seed)
-    model = model.to(device, memory_format=torch.channels_last)  # on a CPU, twice as fast
+    model = model.to(device).to(memory_format=torch.channels_last)  # on a CPU, twice as fast
     train, test = train.to(device), test.to(device)
     points: list[float] = []
     wanted = curve_epochs(recipe.epochs) if curve else []

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ class Protocol:
     validation: Images | None = None  # judges settings in place of inner splits
     deadline: float | None = None  # by time.monotonic(); set by fit_into
     describe: Callable[[str], None] = lambda text: None
-    after_epoch: Callable[[int], None] = lambda epoch: None
+    after_epoch: Callable[[int], object] = lambda epoch: None
 
     def inner(self, split: int) -> tuple[Images, Images]:
         """Images to try a setting on, and those that judge it."""
@@ -78,7 +79,7 @@ class Protocol:
         for split in range(self.splits):
             self.describe(f'search {trial + 1}/{self.trials} {network.name}')
             key = f'search {network.name} {trial} {split}'
-            found.append(self.store.get(key, lambda split=split: self._judge(network, trial, split)))
+            found.append(self.store.get(key, partial(self._judge, network, trial, split)))
         return tuple(np.mean(found, 0).tolist())
 
     def _judge(self, network: Network, trial: int, split: int) -> tuple[float, float]:

@@ -89,7 +89,7 @@ def fit(
     train: Images,
     recipe: Recipe,
     seed: int,
-    after_epoch: Callable[[int], None] = lambda epoch: None,
+    after_epoch: Callable[[int], object] = lambda epoch: None,
 ) -> float:
     """Trains a network by a recipe, in place. Returns the seconds that it took, without those of after_epoch.
 
