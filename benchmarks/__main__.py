@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from .environment import environment
+from .files import write
 from .measure import Setting, growth, measure
 from .report import plot, table
 
@@ -117,12 +118,7 @@ def main() -> None:
         print(table(json.loads(args.show.read_text())))
         return
     report = run(args)
-    print(table(report))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f'{args.device}.json').write_text(json.dumps(report, indent=1) + '\n')
-        (args.out / f'{args.device}.md').write_text(table(report))
-        plot(report, args.out / f'{args.device}.png')
+    write(report, table, args.out, args.device, plot)
 
 
 if __name__ == '__main__':

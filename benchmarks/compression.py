@@ -26,9 +26,10 @@ from timm_harmonic import harmonize, truncate
 from timm_harmonic.small_data.networks import NAMED
 from timm_harmonic.small_data.photographs import load_photographs
 from timm_harmonic.small_data.quickstart import RECIPE, patches
-from timm_harmonic.small_data.training import Images, batches, evaluate, fit, reasonable_threads
+from timm_harmonic.small_data.training import Images, batches, evaluate, fit, one_thread
 
 from .environment import environment
+from .files import write
 
 LEVELS = (3, 2, 1)
 EPOCHS, MORE, MORE_LR = 30, 15, 1e-3
@@ -226,16 +227,11 @@ def main() -> None:
         return
     photographs = load_photographs()
     options = dict(seeds=args.seeds, normalization=args.normalization, classes=len(photographs))
-    with reasonable_threads(), tqdm(total=args.seeds * (1 + len(LEVELS) * len(METHODS))) as bar:
+    with one_thread(), tqdm(total=args.seeds * (1 + len(LEVELS) * len(METHODS))) as bar:
         report: dict[str, Any] = dict(environment=environment(), options=options)
         rows = [row for seed in range(args.seeds) for row in one_seed(seed, photographs, args.normalization, bar)]
         report.update(rows=rows, summary=summary(rows))
-    print(table(report))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / 'compression.json').write_text(json.dumps(report, indent=1) + '\n')
-        (args.out / 'compression.md').write_text(table(report))
-        plot(report, args.out / 'compression.png')
+    write(report, table, args.out, 'compression', plot)
 
 
 if __name__ == '__main__':

@@ -4,7 +4,6 @@ python -m benchmarks.conversion --out benchmarks/results
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from timm_harmonic import harmonic_report, harmonize, truncate
 
 from .environment import environment
+from .files import write
 
 
 def seconds(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -80,11 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     report = dict(environment=environment(), rows=[measure(name, args.rounds) for name in args.models])
-    print(table(report))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / 'conversion.json').write_text(json.dumps(report, indent=1) + '\n')
-        (args.out / 'conversion.md').write_text(table(report))
+    write(report, table, args.out, 'conversion')
 
 
 if __name__ == '__main__':

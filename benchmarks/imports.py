@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .environment import environment
+from .files import write
 
 # Both variants wrap importlib.metadata.entry_points; one leaves ours out, the other clocks it.
 _PROGRAM = """
@@ -99,11 +100,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, help='folder for imports.json and imports.md')
     args = parser.parse_args()
     report = {'environment': environment(), 'imports': measure(args.rounds)}
-    print(table(report))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / 'imports.json').write_text(json.dumps(report, indent=1) + '\n')
-        (args.out / 'imports.md').write_text(table(report))
+    write(report, table, args.out, 'imports')
 
 
 if __name__ == '__main__':

@@ -22,9 +22,10 @@ from timm_harmonic.small_data.networks import network
 from timm_harmonic.small_data.runs import Store
 from timm_harmonic.small_data.search import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, setting
 from timm_harmonic.small_data.summary import accuracy, interval, summarise
-from timm_harmonic.small_data.training import Recipe, reasonable_threads
+from timm_harmonic.small_data.training import Recipe, one_thread
 
 from .environment import environment
+from .files import write
 from .tasks import TASKS
 
 _WRN, _RESNET = 'depth=10,width=2', "stem_pool='max'"
@@ -100,7 +101,7 @@ def measure(unit: Unit, work: Path) -> dict[str, Any]:
     settings = dict(unit._asdict(), network=variants[unit.variant], **amount)
     store = Store(path_of(unit, work), settings)
     draw = cache(lambda seed: task.draw(unit.count, seed))
-    with reasonable_threads():
+    with one_thread():
         amounts = (amount['trials'], amount['seeds'])
         protocol = Protocol(draw, [net], task.classes, recipe, *amounts, store, curves=False)
         runs = [protocol.final(net, seed) for seed in range(protocol.seeds)]
@@ -220,12 +221,7 @@ def main() -> None:
         groups={name: dict(title=title, **amount) for name, (title, _, amount) in GROUPS.items()},
     )
     report: dict[str, Any] = dict(environment=environment(), **titles, rows=summary(measured))
-    print(table(report))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / 'small_data.json').write_text(json.dumps(report, indent=1) + '\n')
-        (args.out / 'small_data.md').write_text(table(report))
-        plot(report, args.out / 'small_data.png')
+    write(report, table, args.out, 'small_data', plot)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
 """The `timm-harmonic` command: argument parsing only, the work is in the modules."""
 
 import argparse
-import ast
 import inspect
 import sys
 from collections.abc import Sequence
@@ -9,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_MODELS = ('harm0', 'harm1', 'harm', 'smooth')
+from .small_data.networks import MEANINGS, option
+
+_MODELS = tuple(MEANINGS)
 
 
 def _positive(text: str) -> int:
@@ -27,13 +28,10 @@ def _models(text: str) -> list[str]:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition('=')
-    if not key.isidentifier() or not equals:
-        raise argparse.ArgumentTypeError(f'must be NAME=VALUE, got {text!r}')
     try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+        return option(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:

@@ -103,6 +103,9 @@ def test_conversion_is_exact_both_ways(plain, harmonic, smoothness):
     empty = harmonic(6, 8, 5, groups=2, dtype=torch.float64, smoothness=smoothness)
     empty.load_state_dict(conv.state_dict())
     torch.testing.assert_close(empty.filters(), conv.weight, rtol=1e-12, atol=1e-14)
+    assigned = harmonic(6, 8, 5, groups=2, dtype=torch.float64, smoothness=smoothness, device='meta')
+    assigned.load_state_dict(conv.state_dict(), assign=True)
+    torch.testing.assert_close(assigned.filters(), conv.weight, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize('smoothness', [None, *SMOOTHNESS, 10])

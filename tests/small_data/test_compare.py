@@ -276,8 +276,8 @@ def test_bad_files_can_be_left_out_and_are_named(tmp_path, capsys):
     ('text', 'message'),
     [
         ('no_such_model', "'no_such_model' is neither"),
-        ('harm:levels', 'options must be NAME=VALUE'),
-        ('resnet18:3=4', 'options must be NAME=VALUE'),
+        ('harm:levels', "must be NAME=VALUE, got 'levels'"),
+        ('resnet18:3=4', "must be NAME=VALUE, got '3=4'"),
     ],
 )
 def test_bad_networks(text, message, pictures, tmp_path):

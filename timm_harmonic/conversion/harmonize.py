@@ -58,7 +58,7 @@ def harmonize(
         TypeError: If a level or smoothness has another type.
     """
     wanted = plan(model, level=level, levels=levels, include=include, exclude=exclude)
-    present = {n: name_of_basis(layer.normalization, layer.smoothness) for n, layer in harmonic_layers(model).items()}
+    present = {name: layer.named_basis() for name, layer in harmonic_layers(model).items()}
     basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
     if set(wanted) - set(present) and set(present.values()) - {name_of_basis(**basis)}:
         raise ValueError(
@@ -175,7 +175,6 @@ def record_options(model: Any) -> nn.Module:
             args['levels'] = {name: lowered.get(name) for name in layers}
     if '' in reasons_to_skip(model).values():  # others could be harmonic, and are not
         args['include'] = list(layers)
-    first = next(iter(layers.values()))
-    args.update(options_of_basis(name_of_basis(first.normalization, first.smoothness)))
+    args.update(options_of_basis(next(iter(layers.values())).named_basis()))
     model._model_args = args
     return model

@@ -6,7 +6,6 @@ from typing import Any
 from timm.models import get_model_args
 from torch import nn
 
-from ..layers import name_of_basis
 from .convolutions import harmonic_layers, reasons_to_skip
 from .energy import energy_kept
 
@@ -108,25 +107,16 @@ def harmonic_report(model: nn.Module) -> HarmonicReport:
     reasons, layers = reasons_to_skip(model), harmonic_layers(model)
     found = []
     for name, module in model.named_modules():
-        if name in layers:
-            kept, functions = module.weight.shape[2], module.kernel_size[0] ** 2
-            before = module.weight.numel() // kept * functions
-            basis = name_of_basis(module.normalization, module.smoothness)
-            numbers: tuple[Any, Any, Any, Any, Any, Any, Any] = (
-                module.level,
-                kept,
-                functions,
-                before,
-                module.weight.numel(),
-                energy_kept(module),
-                basis,
-            )
-        elif name in reasons:
-            size = module.weight.numel()
-            numbers = (None, None, None, size, size, None, None)
-        else:
+        if name not in layers and name not in reasons:
             continue
-        found.append(Convolution(name, tuple(module.kernel_size), module.groups, *numbers, reasons.get(name, '')))
+        size = module.weight.numel()
+        about: dict[str, Any] = dict.fromkeys(('level', 'kept', 'frequencies', 'energy_kept', 'basis'))
+        about |= dict(parameters_before=size, parameters=size, reason=reasons.get(name, ''))
+        if name in layers:
+            kept, frequencies = module.weight.shape[2], module.kernel_size[0] ** 2
+            about |= dict(level=module.level, kept=kept, frequencies=frequencies, basis=module.named_basis())
+            about |= dict(parameters_before=size // kept * frequencies, energy_kept=energy_kept(module))
+        found.append(Convolution(name, tuple(module.kernel_size), module.groups, **about))
     parameters = sum(p.numel() for p in model.parameters())
     dropped = sum(conv.parameters_before - conv.parameters for conv in found)
     cfg = getattr(model, 'pretrained_cfg', None) or {}

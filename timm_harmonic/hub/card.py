@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..conversion.convolutions import harmonic_layers
-from ..layers import HarmonicBlock2d, name_of_basis
+from ..layers import HarmonicBlock2d
 from ..models.download import pinned_sha256
 from ..models.paper import REPOSITORY
 from .provenance import Provenance
@@ -87,9 +87,8 @@ def _layers(model: nn.Module) -> str:
     found: Counter[str] = Counter()
     for layer in harmonic_layers(model).values():
         functions, side = layer.basis.shape[:2]
-        basis = name_of_basis(layer.normalization, layer.smoothness)
         normalised = ', normalised responses' if isinstance(layer, HarmonicBlock2d) else ''
-        found[f'{side} x {side} with {functions} of {side * side} functions ({basis}){normalised}'] += 1
+        found[f'{side} x {side} with {functions} of {side * side} functions ({layer.named_basis()}){normalised}'] += 1
     return '; '.join(f'{number} of {text}' for text, number in found.items())
 
 

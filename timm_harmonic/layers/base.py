@@ -23,8 +23,15 @@ def conv_args(conv: nn.Module) -> dict[str, Any]:
     return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
-def read_name(basis_name: Tensor) -> str:
-    """The text of a layer's `basis_name`, whatever dtype a script has averaged or cast it to."""
+def write_name(name: str, device: torch.device | str = 'cpu') -> Tensor | None:
+    """The name of a basis as a layer's `basis_name`: bytes of text (N,), None for the authors' basis."""
+    return None if name == 'l1' else torch.tensor(list(name.encode()), dtype=torch.uint8, device=device)
+
+
+def read_name(basis_name: Tensor | None) -> str:
+    """The name in a layer's `basis_name`, whatever dtype a script has averaged or cast it to."""
+    if basis_name is None:
+        return 'l1'
     return bytes(basis_name.to('cpu', torch.uint8).flatten().tolist()).decode(errors='replace')
 
 
@@ -99,9 +106,7 @@ class HarmonicLayer(nn.Module):
         Its name goes into the state dict, as bytes of text, unless it is the authors' basis.
         """
         self.basis = self.basis_for(self.weight)
-        name = name_of_basis(self.normalization, self.smoothness)
-        text = torch.tensor(list(name.encode()), dtype=torch.uint8, device=self.weight.device)
-        self.basis_name = None if name == 'l1' else text
+        self.basis_name = write_name(self.named_basis(), self.weight.device)
 
     def basis_for(self, weight: Tensor) -> Tensor:
         """Basis (P, k, k) on a weight's device and in its precision, but never below float32.
@@ -143,10 +148,13 @@ class HarmonicLayer(nn.Module):
         # With assign=True the coefficients may be on another device or in another dtype now.
         self.init_non_persistent_buffers()
 
+    def named_basis(self) -> str:
+        """What the coefficients refer to, see `name_of_basis`."""
+        return name_of_basis(self.normalization, self.smoothness)
+
     def other_basis(self, basis_name: Tensor | None) -> str:
         """Why coefficients do not fit if their state dict has this name of a basis; empty if they do."""
-        theirs = 'l1' if basis_name is None else read_name(basis_name)
-        ours = name_of_basis(self.normalization, self.smoothness)
+        theirs, ours = read_name(basis_name), self.named_basis()
         return '' if theirs == ours else f"its coefficients refer to the basis {theirs!r}, the layer's to {ours!r}"
 
     def coefficients(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from .base import HarmonicLayer, conv_args
+from .base import HarmonicLayer, conv_args, write_name
 from .compose import compose, format_of
 from .dct import project
 
@@ -126,7 +126,8 @@ class HarmonicConv2d(HarmonicLayer):
         filters = state_dict.get(f'{prefix}weight')
         if filters is not None and filters.shape[2:] == self.kernel_size and self.kernel_size != (1, 1):
             coefficients = project(filters.detach(), self.basis_for(filters)).to(filters.dtype)
-            state_dict = {**state_dict, f'{prefix}weight': coefficients, f'{prefix}basis_name': self.basis_name}
+            name = write_name(self.named_basis())
+            state_dict = {**state_dict, f'{prefix}weight': coefficients, f'{prefix}basis_name': name}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -14,7 +14,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from ..conversion.convolutions import harmonic_layers
-from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum, name_of_basis
+from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum
 
 StateDict = dict[str, Any]
 Names = str | Sequence[str] | None
@@ -137,7 +137,7 @@ def _check_basis(key: str, dct: Tensor, layer: HarmonicLayer) -> None:
     if stored is None or not torch.allclose(stored, layer.basis.to(dct).expand_as(stored), rtol=0, atol=1e-6):
         raise CheckpointError(
             f"{key} {tuple(dct.shape)} is another basis than the model's {tuple(layer.basis.shape)} "
-            f'(level={layer.level}, dc={layer.dc}, {name_of_basis(layer.normalization, layer.smoothness)}).'
+            f'(level={layer.level}, dc={layer.dc}, {layer.named_basis()}).'
         )
 
 

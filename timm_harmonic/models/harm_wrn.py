@@ -164,7 +164,7 @@ def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
     """See `convert_state_dict`. The authors' scripts save {params, epoch, optimizer}."""
     # Those that see the stem's output: the first, unless its block passes it on.
     norms = ['stages.0.blocks.0.norm1']
-    if getattr(model.get_submodule('stages.0.blocks.0'), 'downsample', None) is None:
+    if model.get_submodule('stages.0.blocks.0').downsample is None:
         count = sum(name.endswith('norm1') for name, _ in model.named_modules() if name.startswith('stages.0.'))
         norms = [f'stages.0.blocks.{i}.norm1' for i in range(count)] + ['stages.1.blocks.0.norm1']
     return convert_state_dict(checkpoint, model, names=KEY_NAMES, norms=norms)

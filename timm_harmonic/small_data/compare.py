@@ -60,7 +60,7 @@ def compare(
     settings: dict[str, Any] = dict(
         recipe=dataclasses.asdict(recipe), networks={n.name: [n.model, n.options] for n in networks}
     )
-    settings |= dict(images=[fingerprint(train), fingerprint(test)])
+    settings |= dict(images=[fingerprint(images) for images in (train, test, validation) if images is not None])
     store = Store(out / 'runs.jsonl', settings)
     with tqdm(unit='epoch', smoothing=0.05) as bar:
         protocol = Protocol(
@@ -161,26 +161,27 @@ def _data(images: Folder, train: Images, test: Images, mean: list[float], std: l
 
 
 def _command(folder: Path, images: Folder, results: dict[str, Any], networks: dict[str, Network]) -> str:
-    """timm's train.py with the best network at 224 pixels, for folders that it can read; else why not."""
-    name, of = max(results['networks'].items(), key=lambda item: item[1]['accuracy_mean'])
+    """timm's train.py with the best network at 224 pixels; empty if its loader cannot read the images.
+
+    train.py does not shift images. Crops as small as what a shift leaves visible stand in for that.
+    """
     if not images.plain_files:
         return ''
+    name, of = max(results['networks'].items(), key=lambda item: item[1]['accuracy_mean'])
     recipe, net = results['recipe'], networks[name]
-    scale = 255.0
     options = [f'{key}={str(value).replace(" ", "")}' for key, value in net.options.items()]
     words = ['python', 'train.py', '--data-dir', str(folder), '--device-modules', 'timm_harmonic', '--model', net.model]
     words += ['--model-kwargs', *options] if options else []
-    words += f'--num-classes {len(images.classes)} --in-chans {images.channels} --img-size 224'.split()
-    if images.channels == 1:
-        words += ['--input-size', '1', '224', '224']
+    words += f'--num-classes {len(images.classes)} --in-chans {images.channels}'.split()
+    words += f'--input-size {images.channels} 224 224'.split()
     for key in ('mean', 'std'):
-        words += [f'--{key}', *(f'{value / scale:.4f}' for value in results['data'][key])]
+        words += [f'--{key}', *(f'{value / 255:.4f}' for value in results['data'][key])]
     words += f'--opt {recipe["opt"]} --lr {of["lr"]:.2g} --weight-decay {of["weight_decay"]:.2g}'.split()
     words += f'--sched cosine --epochs {recipe["epochs"]} --batch-size {recipe["batch_size"]}'.split()
     words += f'--warmup-epochs {round(recipe["warmup_share"] * recipe["epochs"])} --smoothing 0'.split()
-    words += f'--color-jitter 0 --hflip {0.5 if recipe["flip"] else 0}'.split()
-    low, high = ZOOM if recipe['augment'] == 'zoom' else (1.0, 1.0)
-    words += f'--scale {low} {high}'.split() + ([] if recipe['augment'] == 'zoom' else ['--ratio', '1', '1'])
+    words += f'--color-jitter 0 --hflip {0.5 if recipe["flip"] else 0} --train-interpolation bicubic'.split()
+    scale = dict(shift=f'{(1 - 1 / 8) ** 2:.2f} 1 --ratio 1 1', zoom=' '.join(map(str, ZOOM)), none='1 1 --ratio 1 1')
+    words += f'--scale {scale[recipe["augment"]]}'.split()
     return shlex.join(words)
 
 
@@ -204,5 +205,7 @@ def _print(results: dict[str, Any], out: Path) -> None:
     if results['command']:
         print(f"The best network at 224 pixels, by timm's train.py:\n{results['command']}")
     else:
-        print("timm's train.py does not read these files: its loader takes pictures of one or three channels.")
+        print(
+            "timm's train.py does not read these files: its loader takes pictures of one or three channels and 8 bits."
+        )
     print(f'Wrote {out / "results.json"} and {out / "compare.png"}.')

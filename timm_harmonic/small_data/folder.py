@@ -32,7 +32,7 @@ class Folder:
     classes: list[str]
     splits: dict[str, tuple[Tensor, Tensor]]
     skipped: list[str]  # files that could not be read, and why
-    plain_files: bool  # whether timm's own loader can read them
+    plain_files: bool  # whether timm's own loader can read them: pictures of one or three channels and 8 bits
 
     @property
     def channels(self) -> int:
@@ -140,7 +140,8 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -
         pixels = torch.stack([_square(array, side) for array, _ in of_split])
         splits[split] = pixels, torch.tensor([label for _, label in of_split])
     suffixes = {path.suffix.lower() for of in files.values() for paths in of.values() for path in paths}
-    plain = not suffixes & {'.npy', *_TIFF} and set(channels) <= {1, 3}
+    deep = any(array.max() > 255 for of_split in arrays.values() for array, _ in of_split)
+    plain = not suffixes & {'.npy', *_TIFF} and set(channels) <= {1, 3} and not deep
     return Folder(classes, splits, bad, plain)
 
 

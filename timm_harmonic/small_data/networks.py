@@ -41,7 +41,7 @@ def network(text: str) -> Network:
     Raises ValueError if timm has no such model, or an option is no NAME=VALUE.
     """
     model, _, options = text.partition(':')
-    given = dict(_option(part, text) for part in _split(options)) if options else {}
+    given = dict(map(option, _split(options))) if options else {}
     if model in NAMED:
         return Network(text, 'harm_resnet18', {**NAMED[model], **given})
     if not timm.is_model(model):
@@ -61,10 +61,11 @@ def _split(options: str) -> list[str]:
     return parts
 
 
-def _option(part: str, text: str) -> tuple[str, Any]:
-    key, equals, value = part.strip().partition('=')
+def option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as name and value, a literal of Python or a text. Raises ValueError if it is something else."""
+    key, equals, value = text.strip().partition('=')
     if not key.isidentifier() or not equals:
-        raise ValueError(f'{text!r}: options must be NAME=VALUE, got {part!r}.')
+        raise ValueError(f'must be NAME=VALUE, got {text!r}')
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -26,7 +26,7 @@ from .photographs import (
 )
 from .runs import curve_epochs, run
 from .summary import environment, summarise, table, write_whole
-from .training import Images, Recipe, reasonable_threads
+from .training import Images, Recipe, one_thread
 
 MODELS = tuple(MEANINGS)
 # One recipe for all, the same for plain and harmonic networks. `timm-harmonic compare` searches it for each.
@@ -105,7 +105,7 @@ def quickstart(
     recipe = dataclasses.replace(RECIPE, epochs=epochs)
     runs: dict[str, list[dict[str, Any]]] = {net.name: [] for net in networks}
     stems: dict[str, list[Tensor]] = {net.name: [] for net in networks}
-    with reasonable_threads(), tqdm(total=seeds * len(networks) * epochs, unit='epoch') as bar:
+    with one_thread(), tqdm(total=seeds * len(networks) * epochs, unit='epoch') as bar:
         for seed in range(seeds):
             images = patches(photographs, train_per_class, seed, test_per_class)
             for net in networks:

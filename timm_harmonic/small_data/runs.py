@@ -49,12 +49,13 @@ def run(
     wanted = curve_epochs(recipe.epochs) if curve else []
 
     def after(epoch: int) -> None:
-        if epoch in wanted:
+        if epoch in wanted[:-1]:
             points.append(evaluate(model, test)[0])
         after_epoch(epoch)
 
     seconds = fit(model, train, recipe, seed, after)
     accuracy, loss = evaluate(model, test)
+    points += [accuracy] if curve else []
     fused = reparameterize_model(model)
     measured = dict(
         accuracy=accuracy,

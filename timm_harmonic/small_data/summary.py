@@ -25,7 +25,7 @@ def difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, 
     pairs = [ours - theirs for ours, theirs in zip(values, baseline, strict=True)]
     mean, low, high = statistics.mean(pairs), None, None
     if len(pairs) > 1:
-        from scipy.stats import t  # type: ignore[import-untyped]  # here, because it takes long to import
+        from scipy.stats import t  # here, because it takes long to import
 
         half = t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
         low, high = mean - half, mean + half

@@ -128,16 +128,16 @@ def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
 
 
 @contextmanager
-def reasonable_threads(threads: int = 1) -> Iterator[int]:
-    """Fixes torch's threads, so that results do not depend on the number of cores. Restores all global state.
+def one_thread() -> Iterator[None]:
+    """Has torch use one thread, so that results do not depend on the number of cores. Restores all global state.
 
-    One by default: so small a network gains little from more, and slows down when other programs need the cores.
+    So small a network gains little from more, and slows down when other programs need the cores.
     """
     before, state, np_state = torch.get_num_threads(), random.getstate(), np.random.get_state()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
-            yield threads
+            yield
     finally:
         torch.set_num_threads(before)
         random.setstate(state)
