@@ -18,7 +18,7 @@ from torch import nn
 
 from .original import check, original
 
-__all__ = ['Setting', 'compare', 'growth', 'measure']
+__all__ = ['Setting', 'compare', 'evaluation', 'growth', 'measure', 'train_steps']
 
 PLAIN = dict(harmonic_stem=False, harmonic_blocks=False)
 
@@ -121,10 +121,10 @@ def _resident(key: str) -> int:
 def compare(
     candidates: dict[str, Callable[[], Any]], device: str, budget: float, least: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Seconds of each candidate, and its ratio to the one named 'plain' of the same round.
+    """Seconds of each candidate, and its ratio to the first one of the same round.
 
     Args:
-        candidates: Name -> what to run; 'plain' must be among them.
+        candidates: Name -> what to run.
         device: To wait for.
         budget: Seconds that all rounds may take together; there are 31 rounds at most.
         least: Rounds that there are even so.
@@ -148,8 +148,9 @@ def compare(
         for name, run in candidates.items():
             seconds[name].append(clock(run))
     result = {}
+    first = next(iter(seconds.values()))
     for name, times in seconds.items():
-        ratios = [ours / plain for ours, plain in zip(times, seconds['plain'], strict=True)]
+        ratios = [ours / other for ours, other in zip(times, first, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         result[name] = dict(seconds=statistics.median(times), ratio=middle, low=low, high=high, rounds=rounds)
     return result
@@ -183,17 +184,24 @@ def measure(
         rows.append(dict(about, mode='eval', batch=batch, runs=compare(candidates, setting.device, budget)))
     models.pop('fused')
     for batch in trains:
-        candidates = {key: training(model, setting, batch, size) for key, model in models.items()}
-        runs = compare(candidates, setting.device, budget)
-        for key, run in candidates.items():
-            trained = [p for p in models[key].parameters() if p.requires_grad]
-            kept = 2 * sum(p.nbytes for p in trained)  # the parameters and their momentum
-            for parameter in trained:
-                parameter.grad = None
-            runs[key]['peak_bytes'] = kept + peak_bytes(run, setting.device)
-        rows.append(dict(about, mode='train', batch=batch, runs=runs))
+        rows.append(dict(about, mode='train', batch=batch, runs=train_steps(models, setting, batch, size, budget)))
     torch.compiler.reset()
     return rows
+
+
+def train_steps(
+    models: dict[str, nn.Module], setting: Setting, batch: int, size: int, budget: float
+) -> dict[str, dict[str, float]]:
+    """What `compare` finds for a training step of every network, and the most memory that it uses, in bytes."""
+    candidates = {key: training(model, setting, batch, size) for key, model in models.items()}
+    runs = compare(candidates, setting.device, budget)
+    for key, run in candidates.items():
+        trained = [p for p in models[key].parameters() if p.requires_grad]
+        kept = 2 * sum(p.nbytes for p in trained)  # the parameters and their momentum
+        for parameter in trained:
+            parameter.grad = None
+        runs[key]['peak_bytes'] = kept + peak_bytes(run, setting.device)
+    return runs
 
 
 def growth(name: str, setting: Setting, points: list[tuple[str, int, int]], budget: float) -> list[dict[str, Any]]:

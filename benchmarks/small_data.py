@@ -121,7 +121,8 @@ def summary(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         of = summarise(row['runs'], None if unit.variant == 'plain' else plain['runs'])
         harm = found.get(unit._replace(variant='harm'))
         of['minus_harm'] = summarise(row['runs'], harm['runs'])['difference'] if harm else None
-        del of['curves'], of['fused_accuracy']
+        for key in ('curves', 'fused_accuracy', 'seconds'):  # runs beside each other take longer: no times to compare
+            del of[key]
         rows.append(dict(unit._asdict(), **of, lr=row['lr'], weight_decay=row['weight_decay']))
     return rows
 

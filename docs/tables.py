@@ -35,6 +35,8 @@ RECIPES = dict(
 )
 OTHER_FILES = dict(
     finetune_truncated='for any truncated network',
+    gem='of [GEM](https://github.com/lorenzobrigato/gem), on few images',
+    small_data='for few images',
     harm_resnet50_a3='[ResNet strikes back](https://arxiv.org/abs/2110.00476), A3',
 )
 

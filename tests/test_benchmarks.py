@@ -12,7 +12,7 @@ import timm
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compression, conversion, imports, small_data
+from benchmarks import compression, conversion, imports, small_data, smoothness
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
@@ -27,6 +27,7 @@ TABLES = dict(
     conversion=conversion.table,
     imports=imports.table,
     small_data=small_data.table,
+    smoothness=smoothness.table,
 )
 SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 
@@ -60,7 +61,7 @@ def test_the_twin_is_plain():
     assert models['plain'].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_ratios_are_to_the_plain_run():
+def test_ratios_are_to_the_first_run():
     calls = []
     result = compare({name: lambda name=name: calls.append(name) for name in ('plain', 'other')}, 'cpu', budget=0.0)
     assert calls[:4] == ['plain', 'other'] * 2
@@ -224,3 +225,21 @@ def test_conversion_is_measured(tmp_path, monkeypatch, capsys):
     torch.set_num_threads(threads)
     assert '| `resnet18` |' in capsys.readouterr().out
     assert json.loads((tmp_path / 'conversion.json').read_text())['rows'][0]['harmonize'][0] > 0
+
+
+def test_smoothness_is_measured(tmp_path, monkeypatch, capsys):
+    """Three networks side by side, in training, evaluation and fused."""
+    monkeypatch.setattr(smoothness, 'SIDES', dict(harm_wrn16_8=32))
+    monkeypatch.setattr(smoothness, 'BATCH', 2)
+    options = ['--models', 'harm_wrn16_8', '--budget', '0', '--threads']
+    monkeypatch.setattr(
+        sys, 'argv', ['benchmarks.smoothness', *options, str(torch.get_num_threads()), '--out', str(tmp_path)]
+    )
+    smoothness.main()
+    rows = json.loads((tmp_path / 'smoothness.json').read_text())['rows']
+    assert [row['mode'] for row in rows] == ['training step', 'evaluation', 'evaluation, fused']
+    for row in rows:
+        assert list(row['runs']) == ['without', 'without again', 'smooth']
+        assert row['runs']['without']['ratio'] == 1
+    assert all('peak_bytes' in run for run in rows[0]['runs'].values())
+    assert (tmp_path / 'smoothness.md').read_text().strip() in capsys.readouterr().out

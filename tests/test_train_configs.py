@@ -7,21 +7,26 @@ timm's scripts are in no package. tests/data/train_options.json is a snapshot of
 
 import argparse
 import json
+import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_harmonic import cli
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL
+from timm_harmonic.small_data.training import ZOOM, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'train_configs').glob('*.yaml'))
@@ -31,6 +36,9 @@ SNAPSHOT = Path(__file__).parent / 'data' / 'train_options.json'
 ROWS = [name for name in PAPER if name != 'harm0_seresnext101_32x4d']
 # Rows for small images, by file.
 SMALL = {name: row for row in PAPER_SMALL for name in row['files'].split()}
+# Files that are for one process and no row of the paper.
+FEW_IMAGES = ['gem', 'small_data']
+OTHERS = ['harm_resnet50_a3', 'finetune_truncated', *FEW_IMAGES]
 # Rows whose recipe the authors publish.
 SGD_ROWS = [name for name in ROWS if 'seresnext' not in name]
 
@@ -126,7 +134,7 @@ each_config = pytest.mark.parametrize('name', [path.stem for path in CONFIGS])
 
 
 def test_there_is_one_file_for_every_row():
-    assert {path.stem for path in CONFIGS} == {*ROWS, *SMALL, 'harm_resnet50_a3', 'finetune_truncated'}
+    assert {path.stem for path in CONFIGS} == {*ROWS, *SMALL, *OTHERS}
 
 
 @each_config
@@ -181,7 +189,7 @@ def test_the_model_exists_and_is_the_one_of_the_file_name(name):
     assert model.num_classes == 1000
 
 
-@pytest.mark.parametrize('name', sorted({path.stem for path in CONFIGS} - set(SMALL)))
+@pytest.mark.parametrize('name', sorted({path.stem for path in CONFIGS} - {*SMALL, *FEW_IMAGES}))
 def test_the_comment_states_the_total_batch(name):
     text, config = (ROOT / 'train_configs' / f'{name}.yaml').read_text(), load(name)
     stated = re.search(
@@ -312,6 +320,121 @@ def test_the_a3_recipe_is_the_published_one():
     published |= dict(aug_repeats=0, reprob=0.0, hflip=0.5, model_ema=False, amp=True, clip_grad=None)
     assert {key: getattr(args, key) for key in published} == published
     assert args.aa.startswith('rand-m6-mstd0.5')
+
+
+def readme_blocks():
+    """What the Python of train_configs/README.md defines."""
+    namespace = {}
+    text = (ROOT / 'train_configs' / 'README.md').read_text()
+    for block in re.findall(r'^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, 'train_configs/README.md', 'exec'), namespace)
+    return namespace
+
+
+def gem_rows():
+    """Options of GEM's sets in train_configs/README.md, by set."""
+    text = (ROOT / 'train_configs' / 'README.md').read_text()
+    rows = re.findall(r'^\| ([\w \d-]+) \| `(--[^`]+)` \| .+\|$', text, re.MULTILINE)
+    return {name: options.split() for name, options in rows}
+
+
+def test_the_recommended_recipe_is_the_measured_one():
+    """Network, optimizer and crops are those of benchmarks/small_data.py."""
+    args = arguments('small_data')
+    recipe = Recipe()
+    assert args.device_modules == ['timm_harmonic']
+    model = timm.create_model(args.model, num_classes=5, **args.model_kwargs)
+    assert model.conv1.smoothness == model.layer1[0].conv1.smoothness == 1
+    assert (args.opt, args.lr, args.weight_decay) == (recipe.opt, recipe.lr, recipe.weight_decay)
+    assert (args.batch_size, args.train_interpolation) == (recipe.batch_size, recipe.interpolation)
+    assert tuple(args.scale) == ZOOM
+    assert args.warmup_epochs == recipe.warmup_share * args.epochs
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+    assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_gems_protocol():
+    args = arguments('gem')
+    model = timm.create_model(args.model, num_classes=5, **args.model_kwargs)
+    assert isinstance(model.maxpool, torch.nn.MaxPool2d)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert (group['momentum'], group['nesterov'], group['weight_decay']) == (0.9, False, args.weight_decay)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=20)
+    assert epochs == 500
+    for update in (0, 1, 5000, 9999):
+        scheduler.step_update(update)
+        expected = args.lr * (1 + math.cos(math.pi * update / 10_000)) / 2
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize('name', ['ciFAIR-10', 'CUB', 'ISIC 2018', 'CLaMM'])
+def test_options_of_gems_sets(name):
+    """train.py has them, and the network can be made with them."""
+    options, found = json.loads(SNAPSHOT.read_text())['options'], {}
+    for word in gem_rows()[name]:
+        if word.startswith('--') and not word[2:3].isdigit():
+            values = found.setdefault(word[2:].replace('-', '_'), [])
+        else:
+            values.append(yaml.safe_load(word))
+    given = {}
+    for key, values in found.items():
+        if key == 'model_kwargs':
+            given[key] = dict(word.split('=') for word in values)
+            given[key] = {option: yaml.safe_load(value) for option, value in given[key].items()}
+        else:
+            given[key] = values if options[key]['nargs'] else values[0]
+    assert problems(given, options) == {}
+    config = load('gem') | given
+    channels = dict(in_chans=config['in_chans']) if 'in_chans' in config else {}
+    model = timm.create_model(
+        config['model'], num_classes=config['num_classes'], **config['model_kwargs'], **channels, device='meta'
+    )
+    assert (
+        model.num_classes == dict(zip(['ciFAIR-10', 'CUB', 'ISIC 2018', 'CLaMM'], [10, 200, 7, 12], strict=True))[name]
+    )
+
+
+def test_a_quarter_of_each_class_is_split_off(tmp_path):
+    for name, count in (('a', 8), ('b', 5)):
+        for place in range(count):
+            path = tmp_path / 'train' / name / f'{place}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f'{name}{place}')
+    readme_blocks()['split'](tmp_path / 'train', tmp_path / 'search')
+    for name, kept, out in (('a', 6, 2), ('b', 3, 2)):
+        folders = [tmp_path / 'search' / part / name for part in ('train', 'validation')]
+        parts = [{path.read_text() for path in folder.iterdir()} for folder in folders]
+        assert [len(part) for part in parts] == [kept, out]
+        assert not parts[0] & parts[1]
+
+
+def test_gems_splits_become_image_folders(tmp_path):
+    images = tmp_path / 'images'
+    (images / 'birds').mkdir(parents=True)
+    for name in ('birds/a', 'birds/b', 'c'):
+        (images / f'{name}.jpg').write_text(name)
+    (tmp_path / 'train0.txt').write_text('birds/a 0\nbirds/b 0\nc 11\n')
+    readme_blocks()['from_split'](tmp_path / 'train0.txt', images, '.jpg', tmp_path / 'train')
+    written = {str(path.relative_to(tmp_path / 'train')): path.read_text() for path in tmp_path.glob('train/*/*')}
+    assert written == {'0/a.jpg': 'birds/a', '0/b.jpg': 'birds/b', '11/c.jpg': 'c'}
+
+
+def test_cifar_becomes_an_image_folder(tmp_path):
+    """Of each class the same slice, over all batches, in their order."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 3072), dtype=np.uint8)
+    for number, half in enumerate((slice(0, 4), slice(4, 8))):
+        batch = dict(data=pixels[half], labels=[0, 1, 0, 1])
+        (tmp_path / f'data_batch_{number}').write_bytes(pickle.dumps(batch))
+    batches = [tmp_path / f'data_batch_{number}' for number in (0, 1)]
+    readme_blocks()['from_cifar'](batches, tmp_path / 'train', slice(1, 3))
+    found = {str(path.relative_to(tmp_path / 'train')): path for path in tmp_path.glob('train/*/*')}
+    places = {'0/00000.png': 2, '0/00001.png': 4, '1/00000.png': 3, '1/00001.png': 5}
+    assert found.keys() == places.keys()
+    for name, place in places.items():
+        with Image.open(found[name]) as image:
+            assert (np.asarray(image).transpose(2, 0, 1).ravel() == pixels[place]).all()
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ these tests are for the installed one.
 """
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
+from test_train_configs import gem_rows
 
 import timm_harmonic
 
@@ -373,3 +376,47 @@ def test_harmonized_from_weights_of_the_plain_base(workplace):
         for key, value in expected.named_parameters():
             if key.endswith('conv_dw.weight'):
                 torch.testing.assert_close(found[key], value.detach(), rtol=0, atol=1e-6)
+
+
+def test_recipe_for_few_images(workplace):
+    """The recommended network in one epoch of train.py, then validate.py, as it is and fused."""
+    common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu'
+    paths = ('-c', CONFIG.with_name('small_data.yaml'), '--data-dir', workplace.images)
+    run_options = (
+        '--output',
+        workplace.folder,
+        '--experiment',
+        'few',
+        '--epochs',
+        1,
+        '--warmup-epochs',
+        0,
+        '--lr',
+        1e-4,
+    )
+    workplace.run('train.py', *paths, *run_options, *common.split())
+    with (workplace.folder / 'few' / 'summary.csv').open() as file:
+        trained = check_summary(list(csv.DictReader(file)))
+    network = '--model harm_resnet18 --model-kwargs smoothness=1.0 stem_pool=max --crop-pct 1.0 --split validation'
+    paths = ('--data-dir', workplace.images, '--checkpoint', workplace.folder / 'few' / 'last.pth.tar')
+    for reparam in ((), ('--reparam',)):
+        result = workplace.run('validate.py', *paths, *network.split(), *common.split(), *reparam)
+        found = json.loads(result.stdout.split('--result\n')[1])
+        assert found['top1'] == pytest.approx(trained['eval_top1'], abs=1.01 * workplace.one_image())
+
+
+@pytest.mark.parametrize('name', ['ciFAIR-10', 'CUB', 'ISIC 2018', 'CLaMM'])
+def test_gems_sets(workplace, name):
+    """The options of each set train the network for an epoch, on pictures of two classes."""
+    config, options = CONFIG.with_name('gem.yaml'), gem_rows()[name]
+    folder = workplace.folder / 'two'
+    for split, label, number in itertools.product(('train', 'validation'), range(2), range(4)):
+        path = folder / split / str(label) / f'{number}.png'
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((40, 40), 50 + 50 * label).convert('RGB').save(path)
+    few = '--num-classes 2 --epochs 1 --batch-size 4 --workers 0 --device cpu'
+    run_options = ('--output', workplace.folder, '--experiment', f'gem_{name}', *few.split())
+    workplace.run('train.py', '-c', config, '--data-dir', folder, *options, *run_options)
+    with (workplace.folder / f'gem_{name}' / 'summary.csv').open() as file:
+        check_summary(list(csv.DictReader(file)))
