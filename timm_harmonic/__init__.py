@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from .conversion.deploy import deploy
 from .conversion.harmonize import harmonize
 from .conversion.report import harmonic_report
 from .conversion.truncate import truncate
@@ -21,6 +22,7 @@ __all__ = [
     'HarmonicVGG',
     'HarmonicWRN',
     'dct_basis',
+    'deploy',
     'harm_resnet',
     'harm_vgg',
     'harm_wrn',

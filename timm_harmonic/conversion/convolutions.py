@@ -123,6 +123,16 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[st
     return [name for name, _ in places]
 
 
+def in_fusing_blocks(model: nn.Module) -> set[str]:
+    """Names of the harmonic layers in blocks that fuse their convolutions by themselves: they end up dense."""
+    blocks = [
+        name + '.'
+        for name, module in model.named_modules()
+        if name and not isinstance(module, HarmonicLayer) and any(hasattr(module, method) for method in _FUSING)
+    ]
+    return {name for name in harmonic_layers(model) if name.startswith(tuple(blocks))}
+
+
 class _FuseHarmonicFirst:
     """Stands for a block's own method that fuses its convolutions: that method reads filters.
 
@@ -133,6 +143,9 @@ class _FuseHarmonicFirst:
         self.block, self.method = block, method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        replace_layers(self.block, {name: layer.fuse() for name, layer in harmonic_layers(self.block).items()})
+        layers = harmonic_layers(self.block)
+        for layer in layers.values():
+            layer.form = 'dense'  # the block adds up filters
+        replace_layers(self.block, {name: layer.fuse() for name, layer in layers.items()})
         del self.block.__dict__[self.method]
         return getattr(self.block, self.method)(*args, **kwargs)

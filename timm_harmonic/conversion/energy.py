@@ -56,7 +56,7 @@ def at_level(layer: HarmonicLayer, level: int | None) -> HarmonicLayer:
     weight = (layer.weight.detach()[:, :, kept] * factors).to(layer.weight)
     weight = weight.contiguous(memory_format=format_of(layer.weight))
     new.weight = nn.Parameter(weight, layer.weight.requires_grad)
-    new.level = level
+    new.level, new.milliseconds = level, None
     new.init_non_persistent_buffers()
     before = energy_kept(layer)
     if before is not None and not layer.weight.is_meta:

@@ -12,6 +12,7 @@ from torch import nn
 from ..layers import HarmonicLayer, check_level, full_level, name_of_basis, options_of_basis
 from .convolutions import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 from .energy import at_level
+from .forms import Form, check_patterns, forms_by_names, set_forms
 
 PatternLevels = Mapping[str, int | None]  # levels by patterns over names; the first pattern that matches counts
 Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -28,6 +29,7 @@ def harmonize(
     exclude: Selection | None = None,
     normalization: str = 'l1',
     smoothness: float | None = None,
+    form: Form | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Makes the k x k convolutions of any network harmonic, k > 1, with the filters that they have.
@@ -48,13 +50,15 @@ def harmonize(
         normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
         smoothness: None for the authors' functions, or a number from 0 to 10: how much training from here on favours
             smooth filters, see `HarmonicConv2d`. The filters themselves are taken over as they are.
+        form: How layers compute, in training as well: 'dense', or 'separable', which is faster at low levels, or these
+            by patterns over qualified names. Layers that it does not name keep theirs; that of new ones is dense.
         inplace: Whether to change the network itself rather than a copy.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: If nothing can be swapped, a pattern matches nothing, or a level is out of range.
+        ValueError: If nothing can be swapped, a pattern matches nothing, or a level or a form is none that there is.
         TypeError: If a level or smoothness has another type.
     """
     wanted = plan(model, level=level, levels=levels, include=include, exclude=exclude)
@@ -65,21 +69,23 @@ def harmonize(
             f'the basis {name_of_basis(**basis)!r} differs from that of the harmonic layers in the network: '
             f'use {next(iter(present.values()))!r}.'
         )
+    check_patterns(form or {}, wanted)
     if not inplace:
         # Layers that will be replaced are not copied: the copy shares them with the network until then.
         model = copy.deepcopy(model, {id(layer): layer for layer in map(model.get_submodule, wanted)})
-    return apply_plan(model, wanted, basis)
+    return apply_plan(model, wanted, basis, form or {})
 
 
-def apply_plan(model: nn.Module, wanted: Mapping[str, int], basis: Mapping[str, Any]) -> nn.Module:
+def apply_plan(model: nn.Module, wanted: Mapping[str, int], basis: Mapping[str, Any], form: Form) -> nn.Module:
     """Gives a network's layers the levels of a plan, in place: plain ones become harmonic, harmonic ones are lowered.
 
-    The plan may be of a network that this one is a part of. `basis` has the normalization and the smoothness. Returns
-    the network, with the options to build it anew.
+    The plan may be of a network that this one is a part of, and patterns of forms may name layers that it lacks.
+    `basis` has the normalization and the smoothness. Returns the network, with the options to build it anew.
     """
     lower = {name: at_level(layer, wanted[name]) for name, layer in harmonic_layers(model).items() if name in wanted}
     make_harmonic(model, wanted, basis=basis, keep_filters=True)
     replace_layers(model, lower)
+    set_forms(model, forms_by_names(list(harmonic_layers(model)), form))
     return record_options(model)
 
 
@@ -162,7 +168,7 @@ def record_options(model: Any) -> nn.Module:
     if cfg['architecture'] != ARCHITECTURE:
         args = dict(base_model=cfg['architecture'], **args)
         model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=ARCHITECTURE)
-    for option in ('level', 'levels', 'include', 'exclude', 'normalization', 'smoothness'):
+    for option in ('level', 'levels', 'include', 'exclude', 'normalization', 'smoothness', 'form'):
         args.pop(option, None)
     layers = harmonic_layers(model)
     full = {name: full_level(layer.kernel_size[0]) for name, layer in layers.items()}
@@ -173,6 +179,9 @@ def record_options(model: Any) -> nn.Module:
             args['level'] = common
         else:
             args['levels'] = {name: lowered.get(name) for name in layers}
+    separable = [name for name, layer in layers.items() if layer.form == 'separable']
+    if separable:
+        args['form'] = 'separable' if len(separable) == len(layers) else dict.fromkeys(separable, 'separable')
     if '' in reasons_to_skip(model).values():  # others could be harmonic, and are not
         args['include'] = list(layers)
     args.update(options_of_basis(next(iter(layers.values())).named_basis()))

@@ -62,7 +62,7 @@ def losses_by_images(model: nn.Module, data: Iterable[Any]) -> Losses:
         return hook
 
     parameter = next(model.parameters())
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
         try:
             for batch in data:
@@ -105,7 +105,8 @@ class _Moments:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a network into evaluation, and each of its modules back into training afterwards if it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -15,3 +15,4 @@ from .dct import (
     options_of_basis,
     project,
 )
+from .separable import FORMS, check_form

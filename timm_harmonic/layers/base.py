@@ -1,14 +1,17 @@
 """What both harmonic layers share: nn.Conv2d's arguments, the coefficients and the basis that they refer to."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import Tensor, nn
 
 from .compose import format_of
 from .dct import check_level, check_smoothness, dct_basis, dct_frequencies, full_level, name_of_basis
+from .separable import check_form, mixing, pool_padding, responding
 
 IntPair = int | tuple[int, int]
 
@@ -44,6 +47,8 @@ class HarmonicLayer(nn.Module):
         basis: Tensor
         basis_name: Tensor | None
 
+    dynamic_padding = False  # by the size of the input, as timm's Conv2dSame does
+
     def __init__(
         self,
         in_channels: int,
@@ -61,6 +66,7 @@ class HarmonicLayer(nn.Module):
         smoothness: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        form: str = 'dense',
     ) -> None:
         super().__init__()
         for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):
@@ -80,8 +86,11 @@ class HarmonicLayer(nn.Module):
         self.dc = dc
         self.normalization = normalization
         self.smoothness = check_smoothness(smoothness)
+        self.form = check_form(form)
         # Share of the filters' energy that truncation left. Conversions set it; unknown for new or loaded coefficients.
         self.energy_kept: float | None = None
+        # What evaluation takes by form, for one batch of example images. Measurements set it.
+        self.milliseconds: dict[str, float] | None = None
 
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         count = len(dct_frequencies(side, level, dc))
@@ -105,6 +114,8 @@ class HarmonicLayer(nn.Module):
 
         Its name goes into the state dict, as bytes of text, unless it is the authors' basis.
         """
+        pools = self.level == 1 and self.dc and self.padding_mode == 'zeros'
+        self.pool_padding = pool_padding(self.kernel_size[0], self.padding, self.dilation) if pools else None
         self.basis = self.basis_for(self.weight)
         self.basis_name = write_name(self.named_basis(), self.weight.device)
 
@@ -163,7 +174,8 @@ class HarmonicLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Arguments that differ from the defaults, in nn.Conv2d's manner."""
-        defaults = dict(level=full_level(self.kernel_size[0]), dc=True, normalization='l1', smoothness=None)
+        full = full_level(self.kernel_size[0])
+        defaults = dict(level=full, dc=True, normalization='l1', smoothness=None, form='dense')
         ours = [f', {k}={getattr(self, k)!r}' for k, default in defaults.items() if getattr(self, k) != default]
         return nn.Conv2d.extra_repr(cast(nn.Conv2d, self)) + ''.join(ours)
 
@@ -174,8 +186,23 @@ class HarmonicLayer(nn.Module):
             return F.conv2d(x, filters, bias, self.stride, (0, 0), self.dilation, groups)
         return F.conv2d(x, filters, bias, self.stride, self.padding, self.dilation, groups)
 
-    def _to_conv2d(self, filters: Tensor, bias: Tensor | None) -> nn.Conv2d:
-        conv = nn.utils.skip_init(nn.Conv2d, **dict(conv_args(self), bias=bias is not None))
+    def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer in separable form: responses (B, C * P, H', W') to the functions, mixed by the coefficients."""
+        if self.pool_padding is not None:
+            responses = F.avg_pool2d(x, self.kernel_size, self.stride, self.pool_padding)
+            coefficients = coefficients * self.basis.sum().to(coefficients.dtype)
+        else:
+            filters = responding(self.basis.to(coefficients.dtype), self.in_channels)
+            responses = self._convolve(x, filters, None, self.in_channels)
+        return F.conv2d(responses, mixing(coefficients), bias, groups=self.groups)
+
+    def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:
+        """A plain convolution with these filters and the layer's geometry, but for the arguments that are changed."""
+        args = dict(conv_args(self), bias=bias is not None, **changed)
+        same = self.dynamic_padding and args['kernel_size'] == self.kernel_size  # 1 x 1 needs no padding
+        if same:
+            args = {key: value for key, value in args.items() if key not in ('padding', 'padding_mode')}
+        conv = nn.utils.skip_init(Conv2dSame if same else nn.Conv2d, **args)
         with torch.no_grad():
             conv.weight.copy_(filters)
             conv.weight.requires_grad_(self.weight.requires_grad)
@@ -183,3 +210,18 @@ class HarmonicLayer(nn.Module):
                 conv.bias.copy_(bias)
                 conv.bias.requires_grad_((self.weight if self.bias is None else self.bias).requires_grad)
         return conv.to(memory_format=format_of(self.weight)).train(self.training)
+
+    def _to_sequential(self, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
+        """Plain modules that compute the separable form: `respond`, which is fixed, and `mix`."""
+        channels = len(self.basis) * self.in_channels
+        if self.pool_padding is not None:
+            pool: Any = AvgPool2dSame if self.dynamic_padding else nn.AvgPool2d
+            respond: nn.Module = pool(self.kernel_size, self.stride, self.pool_padding).train(self.training)
+            coefficients = coefficients * self.basis.sum()
+        else:
+            filters = responding(self.basis, self.in_channels)
+            respond = self._to_conv2d(filters, None, out_channels=channels, groups=self.in_channels)
+            respond.requires_grad_(False)
+        point: dict[str, Any] = dict(kernel_size=1, stride=1, padding=0, dilation=1, padding_mode='zeros')
+        mix = self._to_conv2d(mixing(coefficients), bias, in_channels=channels, **point)
+        return nn.Sequential(OrderedDict(respond=respond, mix=mix)).train(self.training)

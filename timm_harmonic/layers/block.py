@@ -41,7 +41,6 @@ def _times(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
 
 def _fuse_norm(
     weight: Tensor,
-    basis: Tensor,
     spectrum: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -50,19 +49,19 @@ def _fuse_norm(
     eps: float,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Filters (O, I, k, k) and bias (O,) that equal normalising the responses and mixing them.
+    """Coefficients (O, I, P, 1) and bias (O,) that equal normalising the responses and mixing them.
 
     A response r_cn enters the mix as weight_ocn s_n (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn), with
-    the spectrum s. Statistics, gamma and beta are (C * P,), channel-major. The basis is s_n times the functions that
-    r_cn is the response to. Its dtype is the precision of the result.
+    the spectrum s. Statistics, gamma and beta are (C * P,), channel-major. The coefficients are for the basis, which is
+    s_n times the functions that r_cn is the response to. The dtype of the spectrum is the precision of the result.
     """
-    like, weight = weight, weight.to(basis.dtype)
-    scale = _scale(var, gamma, eps, basis.dtype)
+    weight = weight.to(spectrum.dtype)
+    scale = _scale(var, gamma, eps, spectrum.dtype)
     shift = -mean * scale
     if beta is not None:
         shift = shift + beta
     mixed = _times(weight * spectrum[:, None], shift, groups)
-    return compose(_times(weight, scale, groups), basis, like), mixed.sum((1, 2, 3))
+    return _times(weight, scale, groups), mixed.sum((1, 2, 3))
 
 
 def _in_format_of(y: Tensor, x: Tensor) -> Tensor:
@@ -73,6 +72,7 @@ def _in_format_of(y: Tensor, x: Tensor) -> Tensor:
 # Leaves for torch.fx: their branches on dtype, device and memory format must not be frozen in a trace.
 torch.fx.wrap('_fuse_norm')
 torch.fx.wrap('_in_format_of')
+torch.fx.wrap('compose')
 
 
 class HarmonicBlock2d(HarmonicLayer):
@@ -81,7 +81,7 @@ class HarmonicBlock2d(HarmonicLayer):
     Every input channel is filtered by every DCT function. The C * P responses are batch-normalised without affine
     parameters, then mixed by a 1 x 1 convolution. The layer computes this as one dense convolution with the
     normalisation fused in: by running statistics in evaluation, by those of the batch in training. If the input needs a
-    gradient in training, it takes the three steps explicitly.
+    gradient in training, it takes the three steps explicitly. The form of the layer is that of evaluation.
 
     Takes the arguments of `HarmonicConv2d` and has the same attributes.
 
@@ -120,6 +120,8 @@ class HarmonicBlock2d(HarmonicLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.bn.training and self.has_statistics():
+            if self.form == 'separable':
+                return self._separate(x, *self._mix_in_eval())
             filters, bias = self._fused()
             return self._convolve(x, filters, bias, self.groups)
         if not torch.jit.is_scripting() and self._can_be_dense(x):
@@ -158,13 +160,17 @@ class HarmonicBlock2d(HarmonicLayer):
         """The filters (O, C / groups, k, k) of evaluation, differentiable."""
         return self._fused()[0]
 
-    def fuse(self) -> nn.Conv2d:
-        """A new nn.Conv2d, with a bias, that computes the same in evaluation. This layer stays as it is.
+    def fuse(self) -> nn.Conv2d | nn.Sequential:
+        """Plain modules that compute the same in evaluation, with a bias; see `HarmonicConv2d.fuse`.
+
+        This layer stays as it is.
 
         Raises:
             ValueError: If `bn` was replaced by a module without running statistics.
         """
         self._check_statistics('fuse')
+        if self.form == 'separable':
+            return self._to_sequential(*self._mix_in_eval())
         return self._to_conv2d(*self._fused())
 
     def _check_statistics(self, purpose: str) -> None:
@@ -176,12 +182,20 @@ class HarmonicBlock2d(HarmonicLayer):
 
     def _fused_by(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Filters (O, C / groups, k, k) and bias (O,), with the responses normalised by these statistics."""
+        coefficients, bias = self._mix_by(mean, var)
+        filters = compose(coefficients, self.basis, self.weight)
+        return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
+
+    def _mix_in_eval(self) -> tuple[Tensor, Tensor]:
+        """Coefficients (O, C / groups, P, 1) and bias (O,), with the normalisation of evaluation fused in."""
+        coefficients, bias = self._mix_by(self.bn.running_mean, self.bn.running_var)
+        return coefficients.to(self.weight.dtype), bias.to(self.weight.dtype)
+
+    def _mix_by(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         bn = self.bn
         statistics = (mean, var, bn.weight, bn.bias, bn.eps)
-        filters, bias = _fuse_norm(self.weight, self.basis, self.spectrum, *statistics, self.groups)
-        if self.bias is not None:
-            bias = bias + self.bias
-        return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
+        coefficients, bias = _fuse_norm(self.weight, self.spectrum, *statistics, self.groups)
+        return coefficients, bias if self.bias is None else bias + self.bias
 
     @torch.jit.unused
     def _can_be_dense(self, x: Tensor) -> bool:

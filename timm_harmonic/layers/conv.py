@@ -9,7 +9,7 @@ is what is learned. With all k * k functions every filter can be written so.
 from typing import Any
 
 import torch
-from timm.layers import Conv2dSame, pad_same
+from timm.layers import pad_same
 from torch import Tensor, nn
 
 from .base import HarmonicLayer, conv_args, write_name
@@ -24,8 +24,8 @@ torch.fx.wrap('pad_same')
 class HarmonicConv2d(HarmonicLayer):
     """Convolution with filters sum_n weight[o, i, n] d_n over DCT functions d_n (arXiv:2001.06570).
 
-    It equals filtering every input channel by every DCT function and mixing the responses by a 1 x 1 convolution.
-    Input (B, C, H, W), output as nn.Conv2d's, for any H and W.
+    It equals filtering every input channel by every DCT function and mixing the responses by a 1 x 1 convolution: its
+    two forms, see `form`. Input (B, C, H, W), output as nn.Conv2d's, for any H and W.
 
     A state dict may hold filters (O, C / groups, k, k) of a plain convolution in place of the coefficients. They are
     projected: exactly if the layer keeps all frequencies, else to the nearest in L2.
@@ -47,6 +47,8 @@ class HarmonicConv2d(HarmonicLayer):
             s_ij = c (1 + i + j)^(-smoothness); normalization does not count then. See below.
         device: Device of the parameters.
         dtype: Type of the parameters.
+        form: How the layer computes: 'dense', one convolution with composed filters, or 'separable', fixed filters for
+            each channel and a 1 x 1 convolution, which is faster at low levels. It is in no state dict.
 
     Smoothness is a prior: filters should be smooth unless the data say otherwise. It has no parameter, and drops no
     function. For coefficients w_n the filter has f_n = s_n w_n at frequency n, so:
@@ -81,10 +83,17 @@ class HarmonicConv2d(HarmonicLayer):
         return compose(self.weight, self.basis).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.form == 'separable':
+            return self._separate(x, self.weight, self.bias)
         return self._convolve(x, self.filters(), self.bias, self.groups)
 
-    def fuse(self) -> nn.Conv2d:
-        """A new nn.Conv2d that computes the same. This layer stays as it is."""
+    def fuse(self) -> nn.Conv2d | nn.Sequential:
+        """Plain modules that compute the same: a new nn.Conv2d, in separable form an nn.Sequential of two modules.
+
+        This layer stays as it is.
+        """
+        if self.form == 'separable':
+            return self._to_sequential(self.weight, self.bias)
         return self._to_conv2d(self.filters(), self.bias)
 
     @classmethod
@@ -95,6 +104,7 @@ class HarmonicConv2d(HarmonicLayer):
         dc: bool = True,
         normalization: str = 'l1',
         smoothness: float | None = None,
+        form: str = 'dense',
     ) -> 'HarmonicConv2d':
         """A harmonic layer with the filters of a convolution: exact with all frequencies, else the nearest in L2.
 
@@ -104,6 +114,7 @@ class HarmonicConv2d(HarmonicLayer):
             dc: Whether to keep the constant function.
             normalization: 'l1' or 'ortho'.
             smoothness: None, or a number from 0 to 10, see above.
+            form: 'dense' or 'separable'.
 
         Returns:
             Layer on conv's device, with its dtype, training flag and requires_grad.
@@ -112,7 +123,7 @@ class HarmonicConv2d(HarmonicLayer):
             TypeError: If level or smoothness has another type.
             ValueError: If the filters are not square, or an argument is out of range.
         """
-        options = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness)
+        options = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness, form=form)
         layer = nn.utils.skip_init(cls, **conv_args(conv), **options)
         with torch.no_grad():
             layer.weight.copy_(project(conv.weight, layer.basis))
@@ -137,14 +148,10 @@ class HarmonicConv2dSame(HarmonicConv2d):
     It pads by the size of its input, so that ceil(size / stride) positions come out.
     """
 
+    dynamic_padding = True
+
     def forward(self, x: Tensor) -> Tensor:
         x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        if self.form == 'separable':
+            return self._separate(x, self.weight, self.bias)
         return self._convolve(x, self.filters(), self.bias, self.groups)
-
-    def fuse(self) -> Conv2dSame:
-        """A new Conv2dSame of timm that computes the same. This layer stays as it is."""
-        conv = super().fuse()
-        args = {key: value for key, value in conv_args(conv).items() if key != 'padding_mode'}
-        same = Conv2dSame(**dict(args, bias=False, device='meta'))
-        same.weight, same.bias = conv.weight, conv.bias
-        return same.train(conv.training)

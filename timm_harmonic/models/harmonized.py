@@ -20,6 +20,7 @@ from timm.models import (
 from torch import nn
 
 from ..conversion.convolutions import harmonic_layers
+from ..conversion.forms import Form, check_patterns
 from ..conversion.harmonize import ARCHITECTURE, PatternLevels, apply_plan, plan
 from ..layers import HarmonicConv2d, name_of_basis, options_of_basis
 from .checkpoints import CheckpointError, StateDict, check_fit, unwrap
@@ -61,6 +62,7 @@ def _create(
     exclude: str | list[str] | None = None,
     normalization: str = 'l1',
     smoothness: float | None = None,
+    form: Form | None = None,
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -80,13 +82,16 @@ def _create(
 
     def make(**kwargs: Any) -> nn.Module:
         model = create_base(**extra, **kwargs)
-        return _without_args(apply_plan(model, choose(model), basis))
+        wanted = choose(model)
+        check_patterns(form or {}, wanted)
+        return _without_args(apply_plan(model, wanted, basis, form or {}))
 
     def make_features(**kwargs: Any) -> nn.Module:
         # A class of its own lacks parts of the network. The choice is made on the complete one.
         wanted = choose(timm.create_model(base_model, **kwargs))
+        check_patterns(form or {}, wanted)
         model = create_base(features_only=True, **features, **extra, **kwargs)
-        return _without_args(apply_plan(model, wanted, basis))
+        return _without_args(apply_plan(model, wanted, basis, form or {}))
 
     loading = dict(pretrained=pretrained and named, cache_dir=cache_dir)
     cfg = _config(given, base_model, named).to_dict()

@@ -1,0 +1,233 @@
+"""deploy: plain networks that compute the same, in the forms that are named, ruled or measured."""
+
+import copy
+
+import pytest
+import reference
+import timm
+import torch
+from timm.models import get_model_args, reparameterize_model
+from torch import nn
+
+from timm_harmonic import HarmonicConv2d, deploy, harmonize, truncate
+from timm_harmonic.conversion import forms, timing
+from timm_harmonic.conversion.convolutions import harmonic_layers
+from timm_harmonic.conversion.forms import forms_by_rule, forms_by_time, multiply_adds
+from timm_harmonic.conversion.timing import inputs_of
+
+OURS = ['harm_resnet18', 'harm_seresnext50_32x4d', 'harm_vgg11_bn', 'harm_wrn16_8', 'harm_resnet50_progressive']
+OTHERS = [
+    'resnet18',
+    'resnet26d',
+    'regnety_002',
+    'densenet121',
+    'mobilenetv3_small_050',
+    'efficientnet_b0',
+    'tf_efficientnet_b0',
+    'convnext_atto',
+    'ghostnet_050',
+    'repvgg_a0',
+    'mobileone_s0',
+    'fastvit_t8',
+    'repvit_m0_9',
+    'hrnet_w18_small',
+    'vovnet39a',
+    'cspresnet50',
+    'dla34',
+    'res2net50_26w_4s',
+    'selecsls42',
+    'vgg11_bn',
+]
+
+
+@pytest.fixture(scope='module')
+def network():
+    torch.manual_seed(0)
+    return reference.randomize_batch_norm(harmonize(timm.create_model('resnet18', num_classes=10))).eval()
+
+
+def separable(model):
+    """Names of what was fused into two modules."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Sequential) and hasattr(m, 'respond')]
+
+
+@pytest.mark.parametrize('form', ['auto', 'separable', 'dense'])
+@pytest.mark.parametrize('name', OURS + OTHERS)
+def test_a_deployed_network_computes_the_same(name, form):
+    """At mixed levels, with nothing harmonic left. The network stays as it is."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    model = harmonize(reference.randomize_batch_norm(model))
+    names = list(harmonic_layers(model))
+    model = truncate(model, levels={name: 1 + place % 3 for place, name in enumerate(names)})
+    # RepViT's own fusing drops the dtype.
+    dtype, tolerance = (torch.float32, 1e-5) if name == 'repvit_m0_9' else (torch.float64, 1e-9)
+    model, x = model.to(dtype), torch.randn(1, 3, 64, 64, dtype=dtype)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plain = deploy(model, form=form)
+    with torch.no_grad():
+        assert reference.relative_error(plain(x), model(x)) < tolerance
+    assert not harmonic_layers(plain)
+    assert not plain.training
+    assert (form == 'dense') <= (not separable(plain))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert {layer.form for layer in harmonic_layers(model).values()} == {'dense'}
+
+
+def test_timms_function_follows_the_forms(network):
+    low = truncate(network, level=1)
+    for name in ('layer1.0.conv1', 'layer4.1.conv2'):
+        low.get_submodule(name).form = 'separable'
+    plain = reparameterize_model(low)
+    assert separable(plain) == ['layer1.0.conv1', 'layer4.1.conv2']
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(plain(x), network_at(low, 'dense')(x))
+
+
+def network_at(model, form):
+    model = copy.deepcopy(model)
+    for layer in harmonic_layers(model).values():
+        layer.form = form
+    return model
+
+
+def test_the_rule(network):
+    """Level 1 always, level 2 from 64 channels on, more than that never; depth-wise filters never."""
+    by_level = {level: forms_by_rule(truncate(network, level=level)) for level in (1, 2, 3, 5)}
+    assert set(by_level[1].values()) == {'separable'}
+    assert by_level[2]['conv1'] == 'dense'
+    assert {form for name, form in by_level[2].items() if name != 'conv1'} == {'separable'}
+    assert set(by_level[3].values()) - {'dense'} == set() or by_level[3]['conv1'] == 'separable'
+    assert set(by_level[5].values()) == {'dense'}
+    depthwise = harmonize(timm.create_model('convnext_atto'), level=1)
+    wide = {name for name, layer in harmonic_layers(depthwise).items() if layer.groups > 1}
+    assert {forms_by_rule(depthwise)[name] for name in wide} == {'dense'}
+
+
+def test_multiply_adds_are_those_of_the_plain_modules():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for level in (1, 2, 3):
+        for form in ('dense', 'separable'):
+            layer = HarmonicConv2d(
+                8, 16, 3, 2, padding='valid', dilation=1, groups=2, level=level, padding_mode='reflect'
+            )
+            layer.form = form
+            plain, x = layer.fuse(), torch.randn(2, 8, 17, 15)
+            with FlopCounterMode(display=False) as counter:
+                y = plain(x)
+            expected = counter.get_total_flops() / 2
+            assert multiply_adds(layer, form, y[:, 0].numel()) == expected
+
+
+def test_the_faster_form_is_taken(network, monkeypatch):
+    """By the times that are measured, here made up: faster in every round, or only in most of them."""
+    low = truncate(network, level=1)
+
+    def times(modules, like):
+        assert set(modules) == {'dense', 'separable'}
+        good = [0.5] * 9 if like.shape[1] == 64 else [0.9] * 5 + [1.2] * 4
+        return dict(dense=[1.0] * 9, separable=good)
+
+    monkeypatch.setattr(forms, 'times_of', times)
+    images = torch.randn(1, 3, 64, 64)
+    found = forms_by_time(low, images)
+    assert {name for name, form in found.items() if form == 'separable'} == {
+        name for name, layer in harmonic_layers(low).items() if layer.in_channels == 64
+    }
+    assert low.layer1[0].conv1.milliseconds == dict(dense=1.0, separable=0.5)
+    assert len(separable(deploy(low, images))) == sum(form == 'separable' for form in found.values())
+
+
+def test_layers_are_timed_as_they_are_run(network, monkeypatch):
+    """Their own input, in its dtype and memory format; equal layers once; complete layers not at all."""
+    seen = []
+    monkeypatch.setattr(timing, '_ROUNDS', 2)
+    measured = timing.times_of
+    monkeypatch.setattr(forms, 'times_of', lambda modules, like: seen.append(like) or measured(modules, like))
+    low = truncate(network, levels={'layer1.*': 1}).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    deploy(low, images)
+    assert [like.shape for like in seen] == [(2, 64, 16, 16)]
+    assert seen[0].draw().is_contiguous(memory_format=torch.channels_last)
+    assert all(layer.milliseconds['dense'] > 0 for layer in (low.layer1[0].conv1, low.layer1[1].conv2))
+    assert low.layer2[0].conv1.milliseconds is None
+    like = inputs_of(copy.deepcopy(low).bfloat16(), images.bfloat16())['layer1.0.conv1']
+    assert like.dtype == torch.bfloat16
+    assert not any(module._forward_pre_hooks for module in low.modules())
+
+
+def test_training_flags_and_hooks_are_as_before(network):
+    model = truncate(network, level=1).train()
+    model.layer1.eval()
+    flags = [module.training for module in model.modules()]
+    forms_by_time(model, torch.randn(2, 3, 64, 64))
+    assert [module.training for module in model.modules()] == flags
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_errors(network):
+    with pytest.raises(ValueError, match="form must be 'auto' or one of"):
+        deploy(network, form='fast')
+    with pytest.raises(ValueError, match='images are on meta, the network is on cpu'):
+        deploy(network, torch.zeros(1, 3, 64, 64, device='meta'))
+
+
+def test_a_layer_alone():
+    layer = HarmonicConv2d(64, 64, 3, padding=1, level=1)
+    plain = deploy(layer)
+    x = torch.randn(1, 64, 8, 8)
+    torch.testing.assert_close(plain(x), layer(x))
+    assert type(plain.respond) is nn.AvgPool2d
+
+
+@pytest.mark.parametrize(
+    'form', ['separable', {'layer1.*': 'separable'}, {'layer1.0.*': 'dense', 'layer1*': 'separable'}, {}]
+)
+def test_forms_are_noted_with_the_network(form, tmp_path):
+    """harmonize and harmonized take them, and a folder keeps them."""
+    torch.manual_seed(0)
+    base = timm.create_model('resnet18', num_classes=5).eval()
+    model = harmonize(base, level=1, form=form)
+    expected = {name: layer.form for name, layer in harmonic_layers(model).items()}
+    for name, found in expected.items():
+        if isinstance(form, str):
+            assert found == form
+        else:
+            assert found == ('separable' if name.startswith('layer1') and form and 'layer1.0' not in name else found)
+    assert expected['layer4.1.conv2'] == ('separable' if form == 'separable' else 'dense')
+    timm.models.save_for_hf(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert {name: layer.form for name, layer in harmonic_layers(again).items()} == expected
+    assert get_model_args(again).get('form') == get_model_args(model).get('form')
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x), model(x))
+    assert len(separable(reparameterize_model(again))) == list(expected.values()).count('separable')
+    # Harmonizing again keeps them, and other forms replace them.
+    assert {layer.form for layer in harmonic_layers(harmonize(again, level=1)).values()} == set(expected.values())
+    assert {layer.form for layer in harmonic_layers(harmonize(again, form='dense')).values()} == {'dense'}
+    assert truncate(again, level=1).layer1[1].conv1.form == expected['layer1.1.conv1']
+
+
+def test_a_part_of_a_network_takes_the_forms_of_the_whole():
+    options = dict(base_model='resnet18', level=1, form={'layer1.*': 'separable', 'layer4.*': 'separable'})
+    model = timm.create_model('harmonized', features_only=True, out_indices=(0, 1), **options)
+    found = {name.replace('.', '_', 1): layer.form for name, layer in harmonic_layers(model).items()}
+    assert 'separable' in found.values()
+    assert model(torch.zeros(1, 3, 64, 64))[-1].shape[1] == 64
+
+
+@pytest.mark.parametrize(
+    ('form', 'error', 'match'),
+    [
+        ('sparse', ValueError, "must be one of .* got 'sparse'"),
+        ({'layer1.*': 'sparse'}, ValueError, "must be one of .* got 'sparse'"),
+        ({'layer9.*': 'dense'}, ValueError, "'layer9.*' matches none"),
+        (3, TypeError, 'or map patterns of names to them, got 3'),
+    ],
+)
+def test_wrong_forms(form, error, match):
+    with pytest.raises(error, match=match):
+        harmonize(timm.create_model('resnet18'), form=form)
+    with pytest.raises(error, match=match):
+        timm.create_model('harmonized', base_model='resnet18', form=form)

@@ -1,0 +1,203 @@
+"""Both forms of a layer compute the same, in evaluation and in training, and are plain modules when fused."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from timm.layers import AvgPool2dSame, Conv2dSame
+from torch import nn
+
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
+from timm_harmonic.conversion.energy import at_level
+from timm_harmonic.layers import HarmonicConv2dSame
+
+LAYERS = [HarmonicConv2d, HarmonicConv2dSame, HarmonicBlock2d]
+
+arguments = st.fixed_dictionaries(
+    dict(
+        kernel_size=st.sampled_from([2, 3, 4, 5, 7]),
+        stride=st.sampled_from([1, 2, (2, 1)]),
+        padding=st.sampled_from([0, 1, 2, (1, 0), 'same', 'valid']),
+        dilation=st.sampled_from([1, 1, 2]),
+        groups=st.sampled_from([1, 2, 4]),
+        bias=st.booleans(),
+        padding_mode=st.sampled_from(['zeros', 'zeros', 'reflect', 'replicate', 'circular']),
+        level=st.sampled_from([1, 1, 2, 3, None]),
+        dc=st.sampled_from([True, True, False]),
+        normalization=st.sampled_from(['l1', 'ortho']),
+        smoothness=st.sampled_from([None, 0.0, 1.5]),
+        dtype=st.sampled_from([torch.float32, torch.float64]),
+    )
+)
+
+
+def made(kind, seed, **options):
+    """A layer with random coefficients and statistics, in evaluation."""
+    torch.manual_seed(seed)
+    if kind is HarmonicConv2dSame:
+        options |= dict(padding=0, padding_mode='zeros')
+    assume(not (options['padding'] == 'same' and options['stride'] != 1))
+    assume(options['dc'] or options['level'] != 1)
+    layer = kind(4, 8, **options)
+    with torch.no_grad():
+        for tensor in (layer.bias, *((layer.bn.running_mean,) if kind is HarmonicBlock2d else ())):
+            if tensor is not None:
+                tensor.normal_()
+        if kind is HarmonicBlock2d:
+            layer.bn.running_var.uniform_(0.5, 2)
+    return layer.eval()
+
+
+def other_form(layer):
+    other = copy.deepcopy(layer)
+    other.form = 'separable'
+    return other
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize('kind', LAYERS)
+@settings(max_examples=120, deadline=None)
+@given(arguments, st.integers(0, 1000))
+def test_forms_are_equal(kind, options, seed):
+    """Outputs as they are and fused, and gradients."""
+    dense = made(kind, seed, **options)
+    separable = other_form(dense)
+    tolerance = 1e-12 if options['dtype'] is torch.float64 else 2e-5
+    x = torch.randn(2, 4, 15, 14, dtype=options['dtype'])
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [layer(images) for layer, images in zip((dense, separable), inputs, strict=True)]
+    assert reference.relative_error(outputs[1], outputs[0]) < tolerance
+    for layer in (dense, separable):
+        assert reference.relative_error(layer.fuse()(x), outputs[0]) < tolerance
+    weights = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * weights).sum().backward()
+    assert reference.relative_error(inputs[1].grad, inputs[0].grad) < 10 * tolerance
+    for ours, theirs in zip(separable.parameters(), dense.parameters(), strict=True):
+        assert reference.relative_error(ours.grad, theirs.grad) < 10 * tolerance
+
+
+@pytest.mark.parametrize('level', [1, 2, 3])
+def test_training(level):
+    """Ten steps of SGD end at the same coefficients."""
+    torch.manual_seed(0)
+    dense = HarmonicConv2d(6, 8, 3, padding=1, level=level, dtype=torch.float64)
+    separable = other_form(dense)
+    images = torch.randn(4, 6, 9, 9, dtype=torch.float64)
+    for layer in (dense, separable):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        for _ in range(10):
+            optimizer.zero_grad()
+            layer(images).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(separable.weight, dense.weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        (dict(padding=1), nn.AvgPool2d),
+        (dict(padding='same'), nn.AvgPool2d),
+        (dict(padding='valid'), nn.AvgPool2d),
+        (dict(padding=1, level=2), nn.Conv2d),
+        (dict(padding=2), nn.Conv2d),  # nn.AvgPool2d pads by half of its window at most
+        (dict(padding=1, dilation=2), nn.Conv2d),
+        (dict(padding=1, padding_mode='reflect'), nn.Conv2d),
+        (dict(kernel_size=4, padding='same'), nn.Conv2d),
+    ],
+)
+def test_fused_into_plain_modules(options, expected):
+    """Pooling where it is exact. What is fixed stays so, and there are no other parameters."""
+    layer = HarmonicConv2d(4, 8, **(dict(kernel_size=3, level=1, form='separable') | options))
+    plain = layer.fuse()
+    assert type(plain) is nn.Sequential
+    assert [type(module) for module in plain] == [expected, nn.Conv2d]
+    assert plain.mix.kernel_size == (1, 1)
+    assert not any(parameter.requires_grad for parameter in plain.respond.parameters())
+    assert sum(p.numel() for p in plain.mix.parameters()) == sum(p.numel() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(('level', 'expected'), [(1, AvgPool2dSame), (2, Conv2dSame)])
+def test_dynamic_padding_stays_dynamic(level, expected):
+    layer = HarmonicConv2dSame(4, 8, 3, 2, level=level, form='separable')
+    plain = layer.fuse()
+    assert [type(module) for module in plain] == [expected, nn.Conv2d]
+    for side in (8, 9, 15):
+        x = torch.randn(1, 4, side, side)
+        torch.testing.assert_close(plain(x), layer(x))
+
+
+def test_what_a_fused_layer_takes_over():
+    layer = HarmonicConv2d(4, 8, 3, level=2, form='separable', dtype=torch.float64).to(
+        memory_format=torch.channels_last
+    )
+    layer.weight.requires_grad_(False)
+    plain = layer.eval().fuse()
+    assert not plain.training
+    assert not plain.respond.training
+    assert not plain.mix.weight.requires_grad
+    assert plain.mix.bias.requires_grad
+    assert plain.respond.weight.is_contiguous(memory_format=torch.channels_last)
+    assert plain.respond.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize('kind', LAYERS)
+@pytest.mark.parametrize('level', [1, 2])
+@pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
+@pytest.mark.filterwarnings('ignore:.torch.jit:DeprecationWarning')
+def test_script_trace_compile_export(kind, level):
+    layer = kind(4, 8, 3, 2, level=level, form='separable').eval()
+    x = torch.randn(2, 4, 16, 16)
+    ways = [
+        torch.jit.script(layer),
+        torch.jit.trace(layer, x),
+        torch.fx.symbolic_trace(layer),
+        torch.export.export(layer, (x,)).module(),
+        torch.compile(layer, fullgraph=True, backend='eager'),
+    ]
+    for way in ways:
+        torch.testing.assert_close(way(x), layer(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """As near to float32 as the dense form is, within a factor."""
+    torch.manual_seed(0)
+    exact = HarmonicConv2d(32, 32, 3, padding=1, level=2)
+    x = torch.randn(2, 32, 12, 12)
+    expected = exact(x)
+    errors = []
+    for form in ('dense', 'separable'):
+        layer = copy.deepcopy(exact).to(dtype)
+        layer.form = form
+        errors.append(reference.relative_error(layer(x.to(dtype)).float(), expected))
+    assert errors[1] < 4 * errors[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        exact.form = 'separable'
+        assert exact(x).dtype == torch.bfloat16
+        assert reference.relative_error(exact(x).float(), expected) < 0.05
+
+
+def test_the_form_stays_with_a_lower_level():
+    layer = HarmonicConv2d(4, 8, 3, form='separable')
+    low = at_level(layer, 1)
+    assert low.form == 'separable'
+    assert type(low.fuse().respond) is nn.AvgPool2d
+
+
+def test_the_form_is_in_no_state_dict_and_is_shown():
+    dense, separable = (HarmonicConv2d(4, 8, 3, form=form) for form in ('dense', 'separable'))
+    assert separable.state_dict().keys() == dense.state_dict().keys()
+    separable.load_state_dict(dense.state_dict())
+    assert "form='separable'" in repr(separable)
+    assert 'form' not in repr(dense)
+
+
+def test_another_form_is_an_error():
+    with pytest.raises(ValueError, match=r"form must be one of .* got 'sparse'"):
+        HarmonicConv2d(4, 8, 3, form='sparse')
+    with pytest.raises(ValueError, match='form must be one of'):
+        HarmonicConv2d.from_conv2d(nn.Conv2d(4, 8, 3), form='sparse')

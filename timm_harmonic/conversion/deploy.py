@@ -1,0 +1,41 @@
+"""A plain network for inference: every harmonic layer in the form that is faster."""
+
+import copy
+
+from timm.models import reparameterize_model
+from torch import Tensor, nn
+
+from ..layers import FORMS, HarmonicLayer
+from .convolutions import harmonic_layers
+from .forms import forms_by_names, forms_by_rule, forms_by_time, set_forms
+
+
+def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto') -> nn.Module:
+    """Makes a plain network for inference: nothing harmonic is left, and no weight is computed in the graph.
+
+    A harmonic layer becomes one k x k convolution (dense), or fixed filters for every channel and a 1 x 1 convolution
+    (separable): average pooling and a 1 x 1 convolution at level 1. Both compute the same, up to rounding. Blocks of
+    timm that fuse for inference are fused as well, as by timm's `reparameterize_model`.
+
+    Args:
+        model: Network. It stays as it is, but for the times that are noted in its layers.
+        images: Example batch (B, C, H, W). With 'auto' every layer is timed in both forms on its device, in its dtype,
+            memory format and batch, and becomes separable where that is faster by more than the noise. Without images
+            a rule decides, by level and channels: see `harmonic_report`.
+        form: 'auto', or 'dense' or 'separable' for all layers.
+
+    Returns:
+        A new network, in evaluation.
+
+    Raises:
+        ValueError: If form is another word, images are on another device, or a layer cannot be fused.
+    """
+    if form not in ('auto', *FORMS):
+        raise ValueError(f"form must be 'auto' or one of {FORMS}, got {form!r}.")
+    if form != 'auto':
+        forms = forms_by_names(list(harmonic_layers(model)), form)
+    else:
+        forms = forms_by_rule(model) if images is None else forms_by_time(model, images)
+    plain = copy.deepcopy(model).eval()
+    set_forms(plain, forms)
+    return plain.fuse() if isinstance(plain, HarmonicLayer) else reparameterize_model(plain, inplace=True)

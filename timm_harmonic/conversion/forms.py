@@ -1,0 +1,95 @@
+"""Which form each harmonic layer computes in: as named, by a rule, or by the time that both take on a device."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from ..layers import FORMS, HarmonicLayer, check_form
+from .convolutions import harmonic_layers, in_fusing_blocks
+from .energy import at_level
+from .timing import faster, inputs_of, times_of
+
+Form = str | Mapping[str, str]  # for all layers, or by patterns over names; the first pattern that matches counts
+
+# Without a measurement: the share of the dense form's multiply-adds that the separable form may have, and the channels
+# of each group that the 1 x 1 convolution must have where functions other than the constant are kept.
+_SHARE, _CHANNELS = 0.5, 64
+
+
+def multiply_adds(layer: HarmonicLayer, form: str, positions: int) -> int:
+    """Multiply-adds of a layer in a form, for so many positions of its output; average pooling counts as filters."""
+    side, count = layer.kernel_size[0], len(layer.basis)
+    pairs = layer.out_channels * layer.in_channels // layer.groups
+    if form == 'dense':
+        return positions * side**2 * pairs
+    return positions * count * (side**2 * layer.in_channels + pairs)
+
+
+def forms_by_rule(model: nn.Module) -> dict[str, str]:
+    """A form for each harmonic layer without a measurement.
+
+    Separable if that is at most half of the multiply-adds, and the layer keeps the constant function alone or has 64
+    channels in each group: with fewer, fixed filters take longer than they save on the CPUs that we know.
+    """
+    found = {}
+    for name, layer in harmonic_layers(model).items():
+        fewer = multiply_adds(layer, 'separable', 1) <= _SHARE * multiply_adds(layer, 'dense', 1)
+        wide = min(layer.in_channels, layer.out_channels) // layer.groups >= _CHANNELS
+        found[name] = 'separable' if fewer and (layer.pool_padding is not None or wide) else 'dense'
+    return {**found, **dict.fromkeys(in_fusing_blocks(model), 'dense')}
+
+
+def forms_by_time(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """A form for each harmonic layer, by the time that it takes in both with its input on these images.
+
+    Separable only where it is faster by more than the noise. Layers whose separable form has fewer multiply-adds are
+    measured, and their `milliseconds` set.
+    """
+    layers, dense = harmonic_layers(model), in_fusing_blocks(model)
+    found, done = dict.fromkeys(layers, 'dense'), {}
+    for name, like in inputs_of(model, images).items():
+        layer = layers[name]
+        if name in dense or multiply_adds(layer, 'separable', 1) >= multiply_adds(layer, 'dense', 1):
+            continue
+        key = (layer.extra_repr(), type(layer), like)
+        if key not in done:
+            done[key] = times_of({form: in_form(layer, form).fuse().eval() for form in FORMS}, like)
+        found[name] = 'separable' if faster(done[key]['separable'], done[key]['dense']) else 'dense'
+        layer.milliseconds = {form: min(times) for form, times in done[key].items()}
+    return found
+
+
+def in_form(layer: HarmonicLayer, form: str) -> HarmonicLayer:
+    """A copy of a layer in a form."""
+    new = at_level(layer, None)
+    new.form = form
+    return new
+
+
+def forms_by_names(names: Sequence[str], form: Form) -> dict[str, str]:
+    """Forms of layers by their names: one for all, or those of the patterns that match."""
+    if isinstance(form, str):
+        return dict.fromkeys(names, check_form(form))
+    found = {name: next((value for p, value in form.items() if fnmatchcase(name, p)), '') for name in names}
+    return {name: check_form(value) for name, value in found.items() if value}
+
+
+def check_patterns(form: Form, names: Iterable[str]) -> None:
+    """Checks forms. Raises ValueError if one is none that there is, or a pattern matches none of the names."""
+    if isinstance(form, str):
+        check_form(form)
+        return
+    if not isinstance(form, Mapping):
+        raise TypeError(f'form must be one of {FORMS}, or map patterns of names to them, got {form!r}.')
+    for pattern, value in form.items():
+        check_form(value)
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f'form: {pattern!r} matches none of the harmonic layers.')
+
+
+def set_forms(model: nn.Module, forms: Mapping[str, str]) -> None:
+    """Gives harmonic layers their forms, in place."""
+    layers = harmonic_layers(model)
+    for name, form in forms.items():
+        layers[name].form = form
