@@ -427,7 +427,7 @@ def test_report():
     assert max(map(len, printed.splitlines())) <= 140
     rows = [line.split('|')[1:-1] for line in report.to_markdown().splitlines() if line.startswith('|')]
     assert len(rows) == len(by_name) + 2
-    assert {len(row) for row in rows} == {10}
+    assert {len(row) for row in rows} == {11}
     assert [row[0].strip() for row in rows[2:]] == list(by_name)
     assert set(''.join(rows[1])) <= set('-: ')
 

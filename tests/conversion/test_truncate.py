@@ -1,6 +1,7 @@
 """truncate: levels, energy, budgets over all layers, and weighing by images."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -9,16 +10,17 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import Bounds, LinearConstraint, milp
-from timm.models import get_model_args
+from timm.models import get_model_args, reparameterize_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
+from timm_harmonic.conversion.choose import _exact, _greedy, choose_levels
 from timm_harmonic.conversion.convolutions import harmonic_layers
+from timm_harmonic.conversion.costs import Costs, mac_costs, parameter_costs, parameters_at, time_costs
 from timm_harmonic.conversion.energy import energy_kept
 from timm_harmonic.conversion.losses import losses_by_filters, losses_by_images
-from timm_harmonic.conversion.truncate import choose_levels, parameters_at
-from timm_harmonic.layers.dct import dct_frequencies, full_level
+from timm_harmonic.layers.dct import dct_frequencies
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -121,63 +123,56 @@ def test_layers_with_little_high_frequency_pay_first(network):
     assert len(set(order)) > 1
 
 
-def total(losses, chosen):
-    """What the levels minimise: the shares that layers keep multiply."""
-    return sum(-np.log1p(-losses[name][level]) for name, level in chosen.items())
+def harms_of(losses):
+    """What levels are to make small: the shares that layers keep multiply."""
+    return {name: {lv: float(-np.log1p(-lost)) for lv, lost in of.items()} for name, of in losses.items()}
 
 
-def exact(sizes, losses, budget):
-    """The least total by integer programming: one level for each layer."""
-    cost, size, owner = [], [], []
-    for place, name in enumerate(losses):
-        for level, lost in losses[name].items():
-            cost.append(-np.log1p(-lost))
-            size.append(sizes[name][level])
-            owner.append(place)
-    one = np.array([[float(o == place) for o in owner] for place in range(len(losses))])
-    found = milp(
-        cost,
-        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(np.array([size], dtype=float), 0, budget)],
-        bounds=Bounds(0, 1),
-        integrality=np.ones(len(cost)),
-    )
-    assert found.success
-    return found.fun
+def total(harms, chosen):
+    return sum(harms[name][level] for name, level in chosen.items())
+
+
+@st.composite
+def problems(draw):
+    """Costs and losses of a few layers, and a budget. Losses grow from level to level, costs need not fall."""
+    of, losses = {}, {}
+    for name in 'abcd'[: draw(st.integers(1, 4))]:
+        top = draw(st.integers(1, 5))
+        drops = draw(st.lists(st.floats(0.001, 1), min_size=top - 1, max_size=top - 1))
+        lost = [0.0, *(np.cumsum(drops) / (1 + np.sum(drops)))]
+        losses[name] = {top - i: float(value) for i, value in enumerate(lost)}
+        of[name] = {level: float(draw(st.integers(1, 50))) for level in losses[name]}
+    costs = Costs('ms', 7.0, of)
+    least = costs.rest + sum(min(costs_of.values()) for costs_of in of.values())
+    return losses, costs, least + draw(st.floats(0, 1)) * (costs.total({n: max(v) for n, v in of.items()}) - least)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_the_choice_is_the_best_of_all(problem):
+    """Of every combination of levels, by trying them."""
+    losses, costs, budget = problem
+    budget = max(budget, costs.rest + sum(min(of.values()) for of in costs.of.values()))
+    harms = harms_of(losses)
+    chosen = choose_levels(losses, costs, budget)
+    assert costs.total(chosen) <= budget + 1e-9
+    every = [dict(zip(losses, levels, strict=True)) for levels in itertools.product(*losses.values())]
+    best = min(total(harms, levels) for levels in every if costs.total(levels) <= budget)
+    assert total(harms, chosen) == pytest.approx(best, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize('ratio', [0.9, 0.7, 0.5, 0.3, 0.2])
-def test_greedy_is_near_the_optimum(network, ratio):
-    losses, layers = losses_by_filters(network), harmonic_layers(network)
-    sizes = {name: {level: parameters_at(layers[name], level) for level in of} for name, of in losses.items()}
-    others = count(network) - sum(layer.weight.numel() for layer in layers.values())
-    budget = int(ratio * count(network))
-    chosen = choose_levels(network, losses, budget)
-    assert others + sum(sizes[name][level] for name, level in chosen.items()) <= budget
-    found = total(losses, chosen)
-    best = exact(sizes, losses, budget - others)
-    assert best - 1e-6 <= found <= 1.05 * best + 1e-6
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.data())
-def test_greedy_is_optimal_for_the_number_that_a_step_arrives_at(data):
-    """Along the hull: no other choice with as few parameters as a step arrives at loses less."""
-    model = harmonize(nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 2)))
-    layers = harmonic_layers(model)
-    losses = {}
-    for name, layer in layers.items():
-        top = full_level(layer.kernel_size[0])
-        drops = data.draw(st.lists(st.floats(0.001, 1), min_size=top - 1, max_size=top - 1))
-        lost = [0.0, *(np.cumsum(drops) / (1 + np.sum(drops)))]
-        losses[name] = {top - i: value for i, value in enumerate(lost)}
-    sizes = {name: {level: parameters_at(layers[name], level) for level in of} for name, of in losses.items()}
-    others = count(model) - sum(layer.weight.numel() for layer in layers.values())
-    start = choose_levels(model, losses, data.draw(st.integers(others + 60, count(model))))
-    budget = sum(sizes[name][level] for name, level in start.items())
-    chosen = choose_levels(model, losses, budget + others)
-    found = total(losses, chosen)
-    assert sum(sizes[name][level] for name, level in chosen.items()) <= budget
-    assert found >= exact(sizes, losses, budget) - 1e-6
+def test_greedy_is_near_the_best(network, ratio, monkeypatch):
+    """It is what is used without SciPy."""
+    losses, costs = losses_by_filters(network), parameter_costs(network)
+    harms, budget = harms_of(losses), ratio * count(network)
+    best = total(harms, _exact(harms, costs, budget))
+    greedy = _greedy(harms, costs, budget)
+    assert costs.total(greedy) <= budget
+    assert best - 1e-6 <= total(harms, greedy) <= 1.05 * best + 1e-6
+    assert total(harms, choose_levels(losses, costs, budget)) == pytest.approx(best)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    assert choose_levels(losses, costs, budget) == greedy
 
 
 def smooth(batches=2, channels=3, size=32):
@@ -327,9 +322,93 @@ def test_layer_of_zeros_is_kept():
     assert energy_kept(truncate(model, level=2)[1]) == 1
 
 
+def test_multiply_adds_are_counted(network):
+    """Those of torch's counter on the network that deploy makes; pooling has none there."""
+    images = torch.randn(2, 3, 64, 64)
+    costs = mac_costs(network, images)
+    for level in (3, 2):
+        low = truncate(network, level=level)
+        chosen = levels(low)
+        for name, layer in harmonic_layers(low).items():
+            layer.form = costs.forms[name][chosen[name]]
+        with FlopCounterMode(display=False) as counter:
+            reparameterize_model(low)(images)
+        assert costs.total(chosen) == pytest.approx(counter.get_total_flops() / 4, rel=1e-6)
+    assert costs.total(levels(network)) < mac_costs(network, torch.randn(1, 3, 80, 80)).total(levels(network))
+
+
+@pytest.mark.parametrize('ratio', [0.8, 0.5])
+def test_a_budget_of_multiply_adds(network, ratio):
+    images = torch.randn(1, 3, 64, 64)
+    costs = mac_costs(network, images)
+    low = truncate(network, ratio=ratio, cost='macs', images=images)
+    assert costs.total(levels(low)) <= ratio * costs.total(levels(network))
+    assert {n: layer.form for n, layer in harmonic_layers(low).items()} == {
+        name: costs.forms[name][level] for name, level in levels(low).items()
+    }
+    report = harmonic_report(low, images)
+    assert sum(conv.macs or 0 for conv in report.convolutions) + costs.rest == pytest.approx(costs.total(levels(low)))
+    assert all(conv.macs <= conv.macs_before for conv in report.convolutions if conv.macs)
+
+
+def test_a_budget_of_time(network, monkeypatch):
+    """By times that are made up: what is measured here depends on the machine."""
+
+    def times(modules, x):
+        return {name: [dict(dense=1.0, plain=20.0).get(name, 0.25)] * 9 for name in modules}
+
+    for module in ('forms', 'costs'):
+        monkeypatch.setattr(f'timm_harmonic.conversion.{module}.times_of', times)
+    images = torch.randn(1, 3, 64, 64)
+    costs = time_costs(network, images)
+    assert costs.rest == 20 - 17
+    assert costs.of['layer1.0.conv1'] == {5: 1.0, 4: 1.0, 3: 0.25, 2: 0.25, 1: 0.25}  # at 4 it saves nothing
+    low = truncate(network, ratio=0.7, cost='time', images=images)
+    assert costs.total(levels(low)) <= 14
+    lowered = [layer for layer in harmonic_layers(low).values() if layer.form == 'separable']
+    assert len(lowered) == 8
+    assert all(layer.milliseconds == dict(dense=1.0, separable=0.25) for layer in lowered)
+    row = next(conv for conv in harmonic_report(low).convolutions if conv.form == 'separable')
+    assert (row.ms, row.ms_before) == (0.25, 1.0)
+    with pytest.raises(ValueError, match=r'a budget of 0.2 ms is too small: the network has 20 ms, and [\d.]+ ms with'):
+        truncate(network, ratio=0.01, cost='time', images=images)
+
+
+def test_time_is_measured(network):
+    images = torch.randn(1, 3, 32, 32)
+    costs = time_costs(network, images)
+    assert costs.rest >= 0
+    assert all(ms > 0 for of in costs.of.values() for ms in of.values())
+    assert all(of[level] <= of[max(of)] for of in costs.of.values() for level in of)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_losses_of_ones_own(network):
+    """They decide alone: what loses nothing is lowered first."""
+    losses = losses_by_filters(network)
+    own = {name: dict(of) for name, of in losses.items()}
+    own['layer4.0.conv1'] = dict.fromkeys(own['layer4.0.conv1'], 0.0)
+    low = levels(truncate(network, ratio=0.85, losses=own))
+    assert low['layer4.0.conv1'] == 1
+    assert levels(truncate(network, ratio=0.85, losses=losses)) == levels(truncate(network, ratio=0.85))
+    for wrong, words in (
+        ({}, 'no entry for conv1 at level 13'),
+        ({**own, 'conv1': {**own['conv1'], 3: 1.5}}, 'losses of conv1 must be shares from 0 to 1, got 1.5'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            truncate(network, ratio=0.85, losses=wrong)
+    with pytest.raises(ValueError, match='pass data or losses'):
+        truncate(network, ratio=0.85, losses=own, data=[torch.zeros(1, 3, 8, 8)])
+
+
 @pytest.mark.parametrize(
     ('options', 'error', 'words'),
     [
+        (dict(ratio=0.5, cost='flops'), ValueError, "cost must be one of .*, got 'flops'"),
+        (dict(ratio=0.5, cost='time'), ValueError, "cost='time' needs images"),
+        (dict(level=2, cost='macs'), ValueError, "cost='macs' needs ratio"),
+        (dict(ratio=0.5, images=torch.zeros(1, 3, 8, 8)), ValueError, "images are for cost='macs'"),
+        (dict(ratio=0.5, cost='macs', images=torch.zeros(1, 3, 8, 8, device='meta')), ValueError, 'images are on meta'),
         (dict(), ValueError, 'got none'),
         (dict(level=2, energy=0.9), ValueError, 'got level and energy'),
         (dict(ratio=0.5, max_params=10), ValueError, 'got max_params and ratio'),
@@ -343,9 +422,13 @@ def test_layer_of_zeros_is_kept():
         (dict(energy=1.01), ValueError, 'energy must be'),
         (dict(energy=float('nan')), ValueError, 'energy must be'),
         (dict(max_params=0.5), TypeError, 'max_params must be an integer'),
-        (dict(max_params=1000), ValueError, r'max_params=1,000 is too few: .*, and 1,\d+,\d+ with every'),
-        (dict(ratio=0.01), ValueError, 'is too few'),
-        (dict(level=2, data=[]), ValueError, 'data is for energy, max_params and ratio'),
+        (
+            dict(max_params=1000),
+            ValueError,
+            r'a budget of 1,000 parameters is too small: .*, and 1,\d+,\d+ parameters with every',
+        ),
+        (dict(ratio=0.01), ValueError, 'is too small'),
+        (dict(level=2, data=[]), ValueError, 'data and losses are for energy, max_params and ratio'),
         (dict(ratio=0.5, data=[]), ValueError, 'data have no batches'),
     ],
 )
@@ -357,7 +440,7 @@ def test_bad_options_change_nothing(network, options, error, words):
 
 
 def test_the_error_names_the_least_number_of_parameters(network):
-    with pytest.raises(ValueError, match='is too few') as error:
+    with pytest.raises(ValueError, match='is too small') as error:
         truncate(network, max_params=1)
     least = int(str(error.value).split(', and ')[1].split()[0].replace(',', ''))
     assert count(truncate(network, max_params=least)) == least

@@ -216,7 +216,7 @@ def test_our_own_network_of_the_authors_layout(tmp_path):
     [
         (dict(level=0), ValueError, 'from 1 to 13'),
         (dict(ratio=1.5), ValueError, 'at most 1'),
-        (dict(max_params=10), ValueError, 'max_params=10 is too few'),
+        (dict(max_params=10), ValueError, 'a budget of 10 parameters is too small'),
         (dict(level=2, include=['nothing*']), ValueError, "'nothing\\*' matches none"),
         (dict(level=2, model_kwargs={}), CheckpointError, 'nothing was loaded'),
         (dict(level=2, model_name='vit_tiny_patch16_224', checkpoint=None), ValueError, 'patch embedding'),

@@ -25,6 +25,11 @@ def energy_of(layer: HarmonicLayer) -> Tensor:
     return layer.coefficients().detach().to('cpu', torch.float64).square().sum((0, 1, 3)) * functions
 
 
+def levels_of(layer: HarmonicLayer) -> range:
+    """Levels that a layer can have, from its own downwards."""
+    return range(layer.level, 0 if layer.dc else 1, -1)
+
+
 def share_of_energy(energy: Tensor, of: Tensor) -> float:
     """What share one sum of energies is of another. Of none it is all."""
     return float(energy / of) if of != 0 else 1.0

@@ -1,5 +1,6 @@
 """Which form each harmonic layer computes in: as named, by a rule, or by the time that both take on a device."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from ..layers import FORMS, HarmonicLayer, check_form
 from .convolutions import harmonic_layers, in_fusing_blocks
 from .energy import at_level
-from .timing import faster, inputs_of, times_of
+from .running import Use, uses_of
+from .timing import faster, times_of
 
 Form = str | Mapping[str, str]  # for all layers, or by patterns over names; the first pattern that matches counts
 
@@ -24,6 +26,11 @@ def multiply_adds(layer: HarmonicLayer, form: str, positions: int) -> int:
     if form == 'dense':
         return positions * side**2 * pairs
     return positions * count * (side**2 * layer.in_channels + pairs)
+
+
+def saves(layer: HarmonicLayer) -> bool:
+    """Whether a layer has fewer multiply-adds in separable form."""
+    return multiply_adds(layer, 'separable', 1) < multiply_adds(layer, 'dense', 1)
 
 
 def forms_by_rule(model: nn.Module) -> dict[str, str]:
@@ -46,17 +53,43 @@ def forms_by_time(model: nn.Module, images: Tensor) -> dict[str, str]:
     Separable only where it is faster by more than the noise. Layers whose separable form has fewer multiply-adds are
     measured, and their `milliseconds` set.
     """
-    layers, dense = harmonic_layers(model), in_fusing_blocks(model)
-    found, done = dict.fromkeys(layers, 'dense'), {}
-    for name, like in inputs_of(model, images).items():
-        layer = layers[name]
-        if name in dense or multiply_adds(layer, 'separable', 1) >= multiply_adds(layer, 'dense', 1):
-            continue
-        key = (layer.extra_repr(), type(layer), like)
+    layers, uses = harmonic_layers(model), uses_of(model, images)
+    wanted = {name: layer for name, layer in layers.items() if saves(layer) and uses[name]}
+    found = dict.fromkeys(layers, 'dense')
+    for name, times in time_levels({n: (layer, [layer.level]) for n, layer in wanted.items()}, uses).items():
+        if name not in in_fusing_blocks(model):
+            layers[name].milliseconds, found[name] = times[layers[name].level]
+    return found
+
+
+# By name and level: milliseconds by form, and the better form.
+LevelTimes = dict[str, dict[int, tuple[dict[str, float], str]]]
+
+
+def time_levels(layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]]) -> LevelTimes:
+    """Times layers at levels, in both forms where the separable one has fewer multiply-adds, with their own input.
+
+    What the dense form takes is the same at all levels. Equal layers with equal inputs are timed once. Times are of all
+    uses of a layer, which are taken to be alike.
+    """
+    done: dict[tuple[object, ...], dict[int, tuple[dict[str, float], str]]] = {}
+    found: LevelTimes = {}
+    for name, (layer, levels) in layers.items():
+        use, number = uses[name][0], len(uses[name])
+        key = (type(layer), layer.extra_repr(), tuple(levels), use, number)
         if key not in done:
-            done[key] = times_of({form: in_form(layer, form).fuse().eval() for form in FORMS}, like)
-        found[name] = 'separable' if faster(done[key]['separable'], done[key]['dense']) else 'dense'
-        layer.milliseconds = {form: min(times) for form, times in done[key].items()}
+            low = {level: in_form(at_level(layer, level), 'separable') for level in levels}
+            modules = {'dense': in_form(layer, 'dense').fuse().eval()}
+            modules |= {f'separable {level}': of.fuse().eval() for level, of in low.items() if saves(of)}
+            times = times_of(modules, use.draw())
+            middle = {form: number * statistics.median(of) for form, of in times.items()}
+            done[key] = {}
+            for level in levels:
+                other = f'separable {level}'
+                by_form = {'dense': middle['dense']} | ({'separable': middle[other]} if other in times else {})
+                better = other in times and faster(times[other], times['dense'])
+                done[key][level] = by_form, 'separable' if better else 'dense'
+        found[name] = done[key]
     return found
 
 

@@ -1,7 +1,6 @@
 """What each level would cost each layer of a network: by its filters, or by what it does with images."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor, nn
 
 from ..layers import HarmonicLayer, dct_frequencies
 from .convolutions import harmonic_layers
-from .energy import at_level, energy_of
+from .energy import at_level, energy_of, levels_of
+from .running import evaluating, watching
 
 # For each layer by name: the share of its energy that each possible level loses, from the present level downwards.
 Losses = dict[str, dict[int, float]]
@@ -24,8 +24,7 @@ def losses_by_filters(model: nn.Module) -> Losses:
     for name, layer in harmonic_layers(model).items():
         energy = energy_of(layer)
         sums = torch.tensor([i + j for i, j in dct_frequencies(layer.kernel_size[0], layer.level, layer.dc)])
-        levels = range(layer.level, 0 if layer.dc else 1, -1)
-        lost = {level: float(energy[sums >= level].sum()) for level in levels}
+        lost = {level: float(energy[sums >= level].sum()) for level in levels_of(layer)}
         total = float(energy.sum())
         found[name] = _check_finite(
             name, {level: part / total if total else float(level < layer.level) for level, part in lost.items()}
@@ -53,24 +52,16 @@ def losses_by_images(model: nn.Module, data: Iterable[Any]) -> Losses:
     outputs = {name: _Moments() for name in layers}
     errors = {name: {level: _Moments() for level in of} for name, of in lower.items()}
 
-    def watch(name: str) -> Any:
-        def hook(layer: HarmonicLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs[name].add(output)
-            for level, truncated in lower[name].items():
-                errors[name][level].add(output - truncated(inputs[0]))
-
-        return hook
+    def watch(name: str, layer: HarmonicLayer, x: Tensor, output: Tensor) -> None:
+        outputs[name].add(output)
+        for level, truncated in lower[name].items():
+            errors[name][level].add(output - truncated(x))
 
     parameter = next(model.parameters())
-    with evaluating(model), torch.no_grad():
-        handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-        try:
-            for batch in data:
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
-                model(images.to(parameter))
-        finally:
-            for handle in handles:
-                handle.remove()
+    with evaluating(model), watching(model, watch), torch.no_grad():
+        for batch in data:
+            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(images.to(parameter))
     if not any(output.count for output in outputs.values()):
         raise ValueError('data have no batches: give at least one batch of images.')
     for name, output in outputs.items():
@@ -102,18 +93,6 @@ class _Moments:
 
     def variance(self) -> Tensor:
         return (self.square - self.mean.square()).clamp_min(0)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a network into evaluation, and each of its modules back into training afterwards if it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_finite(name: str, losses: dict[int, float]) -> dict[int, float]:

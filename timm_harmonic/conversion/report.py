@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any
 
 from timm.models import get_model_args
-from torch import nn
+from torch import Tensor, nn
 
 from .convolutions import harmonic_layers, reasons_to_skip
 from .energy import energy_kept
+from .forms import multiply_adds
+from .running import uses_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,13 @@ class Convolution:
     parameters: int  # weights or coefficients, without bias
     energy_kept: float | None  # share of the filters' energy; None too for coefficients loaded at their level
     basis: str | None  # 'l1' (the authors'), 'ortho' or 'smoothness=S'
+    form: str | None  # 'dense' or 'separable'
+    macs_before: int | None  # multiply-adds of the plain convolution for one image; None without images
+    macs: int | None  # multiply-adds in its form
+    ms_before: (
+        float | None
+    )  # milliseconds of the plain convolution, for the batch it was timed with; None if it was not
+    ms: float | None  # milliseconds in its form
     reason: str  # why it stays plain; empty if it is harmonic or could be
 
 
@@ -60,35 +69,32 @@ class HarmonicReport:
         from rich.table import Table
 
         table = Table(box=getattr(boxes, box) if box else None, **style)
-        for title in _COLUMNS:
-            table.add_column(
-                title, justify='left' if title in ('convolution', 'basis', 'stays plain') else 'right', no_wrap=True
-            )
-        for conv in self.convolutions:
-            table.add_row(*_cells(conv))
+        rows = [_cells(conv) for conv in self.convolutions]
+        # What nobody counted or timed has no column.
+        columns = [title for title in _COLUMNS if title not in _MEASURED or any(row[title] for row in rows)]
+        for title in columns:
+            table.add_column(title.partition('.')[0], justify='left' if title in _TEXTS else 'right', no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[title] for title in columns))
         console = Console(width=1000, highlight=False, color_system=None)
         with console.capture() as captured:
             console.print(table)
         return [line.rstrip() for line in captured.get().splitlines() if line.strip()]
 
 
+_TEXTS = ('convolution', 'basis', 'form', 'stays plain')
+_MEASURED = ('multiply-adds', 'of.macs', 'ms', 'of.ms')
 _COLUMNS = (
-    'convolution',
-    'kernel',
-    'groups',
-    'level',
-    'kept',
-    'parameters',
-    'of',
-    'energy kept',
-    'basis',
+    *('convolution', 'kernel', 'groups', 'level', 'kept', 'parameters', 'of', 'energy kept', 'basis', 'form'),
+    *_MEASURED,
     'stays plain',
 )
 
 
-def _cells(conv: Convolution) -> list[str]:
+def _cells(conv: Convolution) -> dict[str, str]:
     harmonic = conv.level is not None
-    return [
+    kept = '?' if conv.energy_kept is None else f'{conv.energy_kept:.2%}'
+    cells = (
         conv.name,
         ' x '.join(map(str, conv.kernel_size)),
         str(conv.groups),
@@ -96,26 +102,45 @@ def _cells(conv: Convolution) -> list[str]:
         f'{conv.kept} / {conv.frequencies}' if harmonic else '',
         f'{conv.parameters:,}',
         f'{conv.parameters_before:,}' if harmonic else '',
-        ('?' if conv.energy_kept is None else f'{conv.energy_kept:.2%}') if harmonic else '',
+        kept if harmonic else '',
         conv.basis or '',
+        conv.form or '',
+        *('' if macs is None else f'{macs:,}' for macs in (conv.macs, conv.macs_before)),
+        *('' if ms is None else f'{ms:.3g}' for ms in (conv.ms, conv.ms_before)),
         conv.reason if conv.reason or harmonic else 'not asked for',
-    ]
+    )
+    return dict(zip(_COLUMNS, cells, strict=True))
 
 
-def harmonic_report(model: nn.Module) -> HarmonicReport:
-    """Lists all convolutions of a network, harmonic and plain: print it, or take `to_dict()` or `to_markdown()`."""
+def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicReport:
+    """Lists all convolutions of a network, harmonic and plain: print it, or take `to_dict()` or `to_markdown()`.
+
+    With images, an example batch (B, C, H, W), multiply-adds of the harmonic layers are counted. Milliseconds are there
+    if layers were timed, as `truncate` with cost='time' and `deploy` do.
+    """
     reasons, layers = reasons_to_skip(model), harmonic_layers(model)
+    positions: dict[str, int] = {}
+    if images is not None:
+        uses = uses_of(model, images)
+        positions = {name: sum(use.positions for use in of) // len(images) for name, of in uses.items()}
     found = []
     for name, module in model.named_modules():
         if name not in layers and name not in reasons:
             continue
         size = module.weight.numel()
-        about: dict[str, Any] = dict.fromkeys(('level', 'kept', 'frequencies', 'energy_kept', 'basis'))
+        about: dict[str, Any] = dict.fromkeys(('level', 'kept', 'frequencies', 'energy_kept', 'basis', 'form'))
+        about |= dict.fromkeys(('macs', 'macs_before', 'ms', 'ms_before'))
         about |= dict(parameters_before=size, parameters=size, reason=reasons.get(name, ''))
         if name in layers:
             kept, frequencies = module.weight.shape[2], module.kernel_size[0] ** 2
             about |= dict(level=module.level, kept=kept, frequencies=frequencies, basis=module.named_basis())
             about |= dict(parameters_before=size // kept * frequencies, energy_kept=energy_kept(module))
+            about |= dict(form=module.form)
+            if name in positions:
+                before, now = (multiply_adds(module, form, positions[name]) for form in ('dense', module.form))
+                about |= dict(macs_before=before, macs=now)
+            if module.milliseconds:
+                about |= dict(ms_before=module.milliseconds['dense'], ms=module.milliseconds.get(module.form))
         found.append(Convolution(name, tuple(module.kernel_size), module.groups, **about))
     parameters = sum(p.numel() for p in model.parameters())
     dropped = sum(conv.parameters_before - conv.parameters for conv in found)

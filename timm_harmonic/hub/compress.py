@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ..conversion.choose import choose_levels
 from ..conversion.convolutions import harmonic_layers
+from ..conversion.costs import parameter_costs
 from ..conversion.figure import draw
 from ..conversion.harmonize import ARCHITECTURE, Selection, harmonize
 from ..conversion.losses import Losses, losses_by_filters
 from ..conversion.report import HarmonicReport, harmonic_report
-from ..conversion.truncate import choose_levels, parameters_of, truncate
+from ..conversion.truncate import truncate
 from ..models.checkpoints import CheckpointError, check_fit, read_checkpoint, rename_keys, unwrap
 from .folder import STEPS, check_new, next_step, write_folder
 from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
@@ -206,11 +208,11 @@ def _picture(path: Path, report: HarmonicReport, losses: Losses, whole: nn.Modul
         return 1 - sum(losses[name][level] for name, level in levels.items()) / len(levels)
 
     levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
-    present = parameters_of(whole, {})
-    least = parameters_of(whole, {name: min(of) for name, of in losses.items()})
+    costs = parameter_costs(whole)
+    present, least = (round(costs.total({name: of(found) for name, found in losses.items()})) for of in (max, min))
     curve = {}
     for budget in {least + round((present - least) * i / (_POINTS - 1)) for i in range(_POINTS)}:
-        chosen = choose_levels(whole, losses, budget)
-        curve[parameters_of(whole, chosen)] = mean_kept(chosen)
+        chosen = choose_levels(losses, costs, budget)
+        curve[round(costs.total(chosen))] = mean_kept(chosen)
     title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
     draw(path, title, losses, levels, sorted(curve.items()), (report.parameters, mean_kept(levels)))

@@ -1,0 +1,95 @@
+"""What a network costs with its layers at any level: in parameters, in multiply-adds, or in time on a device."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..layers import HarmonicLayer, dct_frequencies
+from .convolutions import harmonic_layers, in_fusing_blocks
+from .deploy import deploy
+from .energy import at_level, levels_of
+from .forms import multiply_adds, time_levels
+from .running import uses_of
+from .timing import times_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Costs of the harmonic layers of a network, by name and level, and of everything else in it.
+
+    They are those of the better form, which is in `forms`; parameters do not depend on it.
+    """
+
+    unit: str
+    rest: float
+    of: dict[str, dict[int, float]]
+    forms: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
+    milliseconds: dict[str, dict[int, dict[str, float]]] = dataclasses.field(default_factory=dict)  # by form
+
+    def total(self, levels: Mapping[str, int]) -> float:
+        """Cost of the network with every layer at a level."""
+        return self.rest + sum(self.of[name][level] for name, level in levels.items())
+
+    def text(self, cost: float) -> str:
+        """A cost with its unit."""
+        return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'
+
+
+def parameter_costs(model: nn.Module) -> Costs:
+    """Parameters, all those of the network counted."""
+    layers = harmonic_layers(model)
+    of: dict[str, dict[int, float]] = {n: {lv: parameters_at(x, lv) for lv in levels_of(x)} for n, x in layers.items()}
+    present = sum(p.numel() for p in model.parameters())
+    return Costs('parameters', present - sum(sizes[max(sizes)] for sizes in of.values()), of)
+
+
+def mac_costs(model: nn.Module, images: Tensor) -> Costs:
+    """Multiply-adds for one image, counted by running images through the network."""
+    with FlopCounterMode(display=False) as counter:
+        uses = uses_of(model, images)
+    counted = counter.get_flop_counts()
+    keys = [f'{type(model).__name__}.{name}' for name in uses]
+    ours = sum(sum(counted[key].values()) for key in keys if key in counted)
+    of: dict[str, dict[int, float]] = {}
+    forms: dict[str, dict[int, str]] = {}
+    dense = in_fusing_blocks(model)
+    for name, layer in harmonic_layers(model).items():
+        positions = sum(use.positions for use in uses[name])
+        of[name], forms[name] = {}, {}
+        for level in levels_of(layer):
+            low = at_level(layer, level)
+            macs = {form: multiply_adds(low, form, positions) for form in ('dense', 'separable')}
+            better = 'dense' if name in dense or macs['dense'] <= macs['separable'] else 'separable'
+            of[name][level], forms[name][level] = macs[better] / len(images), better
+    return Costs('multiply-adds', (counter.get_total_flops() - ours) / 2 / len(images), of, forms)
+
+
+def time_costs(model: nn.Module, images: Tensor) -> Costs:
+    """Milliseconds for a batch of images, in evaluation, fused, on the device of the network, see `time_levels`.
+
+    What is not in the layers is the time of the whole fused network less that of its dense layers.
+    """
+    layers, uses, dense = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
+    used = {name: (layer, list(levels_of(layer))) for name, layer in layers.items() if uses[name]}
+    measured = time_levels(used, uses)
+    of: dict[str, dict[int, float]] = {}
+    forms: dict[str, dict[int, str]] = {}
+    milliseconds: dict[str, dict[int, dict[str, float]]] = {}
+    for name, layer in layers.items():
+        of[name], forms[name], milliseconds[name] = {}, {}, {}
+        for level in levels_of(layer):
+            times, better = measured[name][level] if name in measured else (dict(dense=0.0), 'dense')
+            forms[name][level] = 'dense' if name in dense else better
+            of[name][level], milliseconds[name][level] = times[forms[name][level]], times
+    whole = statistics.median(times_of({'plain': deploy(model, form='dense')}, images)['plain'])
+    inside = sum(times[max(times)]['dense'] for times in milliseconds.values())
+    return Costs('ms', max(0.0, whole - inside), of, forms, milliseconds)
+
+
+def parameters_at(layer: HarmonicLayer, level: int) -> int:
+    """Coefficients that a layer has at a level."""
+    count = len(dct_frequencies(layer.kernel_size[0], level, layer.dc))
+    return layer.weight.numel() // layer.weight.shape[2] * count
