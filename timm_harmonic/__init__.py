@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from .conversion.deploy import deploy
 from .conversion.harmonize import harmonize
+from .conversion.refit import refit
 from .conversion.report import harmonic_report
 from .conversion.truncate import truncate
 from .layers.block import HarmonicBlock2d
@@ -29,5 +30,6 @@ __all__ = [
     'harmonic_report',
     'harmonize',
     'harmonized',
+    'refit',
     'truncate',
 ]

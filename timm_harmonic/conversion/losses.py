@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..layers import HarmonicLayer, dct_frequencies
 from .convolutions import harmonic_layers
 from .energy import at_level, energy_of, levels_of
-from .running import evaluating, watching
+from .running import evaluating, images_in, watching
 
 # For each layer by name: the share of its energy that each possible level loses, from the present level downwards.
 Losses = dict[str, dict[int, float]]
@@ -41,8 +41,8 @@ def losses_by_images(model: nn.Module, data: Iterable[Any]) -> Losses:
     brought into [0, 1) as ratio / (1 + ratio). The network is in evaluation meanwhile. A layer that no image reaches is
     judged by its filters.
 
-    `data` are batches of images (B, C, H, W), alone or first in a tuple or list. Raises ValueError if there are none,
-    or if outputs are not finite.
+    `data` are batches of images (B, C, H, W), alone or first in a tuple or list. Raises ValueError as
+    `images_in` does, or if outputs are not finite.
     """
     layers, found = harmonic_layers(model), losses_by_filters(model)
     lower = {
@@ -59,11 +59,8 @@ def losses_by_images(model: nn.Module, data: Iterable[Any]) -> Losses:
 
     parameter = next(model.parameters())
     with evaluating(model), watching(model, watch), torch.no_grad():
-        for batch in data:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(images.to(parameter))
-    if not any(output.count for output in outputs.values()):
-        raise ValueError('data have no batches: give at least one batch of images.')
+        for images in images_in(data, parameter):
+            model(images)
     for name, output in outputs.items():
         if not output.count:
             continue

@@ -1,7 +1,8 @@
 """Running images through a network and watching its harmonic layers, without leaving a trace."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from .convolutions import harmonic_layers
 
-Watch = Callable[[str, Any, Tensor, Tensor], None]  # is told a layer's name, the layer, its input and its output
+Watch = Callable[[str, Any, Tensor, Tensor], None]  # is told a module's name, the module, its input and its output
 
 
 class Use(NamedTuple):
@@ -27,6 +28,25 @@ class Use(NamedTuple):
         return x.copy_(torch.randn(self.shape, device=self.device))
 
 
+def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Iterator[Tensor]:
+    """The images (B, C, H, W) of each batch, on the device and in the dtype of `like`.
+
+    A batch is a tensor of images, or has it first in a tuple or list. `batches` is how many are read at most. Raises
+    ValueError if there are none, or one has no images or values that are not finite, naming it.
+    """
+    number = -1
+    for number, batch in enumerate(islice(data, batches)):
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, Tensor) or images.ndim != 4 or not images.numel():
+            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f'batch {number} of data must be images (B, C, H, W), got {found}.')
+        if not images.isfinite().all():
+            raise ValueError(f'batch {number} of data has values that are not finite.')
+        yield images.to(like)
+    if number < 0:
+        raise ValueError('data have no batches: give at least one batch of images.')
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts a network into evaluation, and each of its modules back into training afterwards if it was."""
@@ -40,8 +60,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
-    """Has every harmonic layer of a network tell what it computes, for as long as this lasts."""
+def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None) -> Iterator[None]:
+    """Has modules of a network tell what they compute, for as long as this lasts: by default the harmonic layers."""
 
     def hook_of(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -49,7 +69,8 @@ def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
 
         return hook
 
-    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in harmonic_layers(model).items()]
+    names = harmonic_layers(model) if names is None else names
+    handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
     try:
         yield
     finally:
@@ -60,16 +81,16 @@ def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
 def uses_of(model: nn.Module, images: Tensor) -> dict[str, list[Use]]:
     """How a network, in evaluation, uses each harmonic layer for a batch of images: once, not at all, or repeatedly.
 
-    Raises ValueError if the images are on another device than the network.
+    Layers are in the order of their first use. Raises ValueError if the images are on another device than the network.
     """
     parameter = next(model.parameters())
     if images.device != parameter.device:
         raise ValueError(f'images are on {images.device}, the network is on {parameter.device}: put them together.')
-    found: dict[str, list[Use]] = {name: [] for name in harmonic_layers(model)}
+    found: dict[str, list[Use]] = {}
 
     def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        found[name].append(Use(x.shape, x.stride(), x.dtype, x.device, output[:, 0].numel()))
+        found.setdefault(name, []).append(Use(x.shape, x.stride(), x.dtype, x.device, output[:, 0].numel()))
 
     with evaluating(model), watching(model, note), torch.no_grad():
         model(images)
-    return found
+    return found | {name: [] for name in harmonic_layers(model) if name not in found}

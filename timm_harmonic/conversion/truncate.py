@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from .costs import Costs, mac_costs, parameter_costs, time_costs
 from .energy import at_level, levels_of
 from .harmonize import PatternLevels, plan, record_options
 from .losses import Losses, losses_by_filters, losses_by_images
+from .refit import Parts, losses_by_refit, read_images
+from .refit import refit as fit_to
 
 _COSTS = ('parameters', 'macs', 'time')
 
@@ -28,7 +31,9 @@ def truncate(
     cost: str = 'parameters',
     images: Tensor | None = None,
     data: Iterable[Any] | None = None,
+    refit: bool = False,
     losses: Losses | None = None,
+    batches: int | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Drops the high frequencies of a network's harmonic layers. Each filter becomes the nearest in L2.
@@ -53,8 +58,11 @@ def truncate(
         cost: What the ratio is of: 'parameters', 'macs' (multiply-adds), or 'time' (measured).
         images: For macs and time an example batch (B, C, H, W), on the device and in the dtype and memory format that
             count.
-        data: Batches of images (B, C, H, W), alone or first in a tuple or list. For energy, max_params and ratio.
+        data: Batches of images (B, C, H, W), alone or first in a tuple or list. For energy, max_params, ratio and
+            refit.
+        refit: Whether to fit the coefficients to what the complete network computes on the data. No label is used.
         losses: In place of energies and data: by layer and level, the share of it that is lost, from 0 to 1.
+        batches: How many batches of the data are read at most. Data without an end need it.
         inplace: Whether to change the network itself rather than a copy.
 
     Returns:
@@ -74,11 +82,17 @@ def truncate(
         raise ValueError(
             f'pass exactly one of level and levels, energy, max_params, ratio; got {" and ".join(given) or "none"}.'
         )
-    if losses is not None and data is not None:
+    if refit and data is None:
+        raise ValueError('refit needs data: batches of images.')
+    if losses is not None and data is not None and not refit:
         raise ValueError('pass data or losses: losses are what data would tell.')
     _check_cost(cost, images, ratio)
+    if refit:
+        data = read_images(data or (), next(model.parameters()), batches)
+    elif data is not None:
+        data = islice(data, batches)
     if given[0] in ('level', 'levels'):
-        if data is not None or losses is not None:
+        if (data is not None and not refit) or losses is not None:
             raise ValueError('data and losses are for energy, max_params and ratio: given levels need no choice.')
         chosen = plan(model, level=level, levels=levels, include=lambda name, layer: name in layers)
     else:
@@ -87,10 +101,7 @@ def truncate(
                 raise ValueError(f'{name} must be above 0 and at most 1, got {share!r}.')
         costs = _costs(model, cost, images)
         budget = 0.0 if energy is not None else _budget(costs, max_params, ratio)
-        if losses is not None:
-            losses = _check_losses(losses, layers)
-        else:
-            losses = losses_by_filters(model) if data is None else losses_by_images(model, data)
+        losses = _losses(model, data) if losses is None else _check_losses(losses, layers)
         if energy is not None:
             chosen = {name: min(lv for lv, lost in of.items() if lost <= 1 - energy) for name, of in losses.items()}
         else:
@@ -100,11 +111,17 @@ def truncate(
         for name, layer in lower.items():
             layer.form = costs.forms[name][chosen[name]]
             layer.milliseconds = costs.milliseconds.get(name, {}).get(chosen[name])
-    if not inplace:
-        # Layers that will be replaced are not copied: the copy shares them with the network until then.
-        model = copy.deepcopy(model, {id(layer): layer for layer in layers.values()})
-    replace_layers(model, lower)
-    return record_options(model)
+    # Layers that will be replaced are not copied: the copy shares them with the network until then.
+    small = copy.deepcopy(model, {id(layer): layer for layer in layers.values()}) if refit or not inplace else model
+    replace_layers(small, lower)
+    if refit:
+        assert data is not None
+        small = fit_to(model, small, data, inplace=True)
+    if inplace and small is not model:
+        replace_layers(model, harmonic_layers(small))
+        model.load_state_dict(small.state_dict())
+        small = model
+    return record_options(small)
 
 
 def _budget(costs: Costs, max_params: int | None, ratio: float | None) -> float:
@@ -121,6 +138,12 @@ def _costs(model: nn.Module, cost: str, images: Tensor | None) -> Costs:
         return parameter_costs(model)
     assert images is not None
     return mac_costs(model, images) if cost == 'macs' else time_costs(model, images)
+
+
+def _losses(model: nn.Module, data: Iterable[Any] | None) -> Losses:
+    if data is None:
+        return losses_by_filters(model)
+    return losses_by_refit(model, data) if isinstance(data, Parts) else losses_by_images(model, data)
 
 
 def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:

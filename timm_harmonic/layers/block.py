@@ -131,6 +131,11 @@ class HarmonicBlock2d(HarmonicLayer):
         y = F.conv2d(responses, mix.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
         return _in_format_of(y, x)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the coefficients mix in evaluation: normalised responses (B, C * P, H', W') times the spectrum."""
+        spectrum = self.spectrum.to(self.weight.dtype).repeat(self.in_channels)
+        return self.bn(self.responses(x)) * spectrum[:, None, None]
+
     def responses(self, x: Tensor) -> Tensor:
         """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation, in channels_last order."""
         # In this order filtering, normalising and mixing take half the time on a CPU, for a stem with 3 channels.

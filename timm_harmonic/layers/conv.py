@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .base import HarmonicLayer, conv_args, write_name
 from .compose import compose, format_of
 from .dct import project
+from .separable import responding
 
 # Leaves for torch.fx: their branches on dtype, device, memory format and image size must not be frozen in a trace.
 torch.fx.wrap('compose')
@@ -87,6 +88,11 @@ class HarmonicConv2d(HarmonicLayer):
             return self._separate(x, self.weight, self.bias)
         return self._convolve(x, self.filters(), self.bias, self.groups)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the coefficients mix: the responses (B, C * P, H', W') to the basis, in the order c * P + n."""
+        filters = responding(self.basis.to(self.weight.dtype), self.in_channels)
+        return self._convolve(x, filters, None, self.in_channels)
+
     def fuse(self) -> nn.Conv2d | nn.Sequential:
         """Plain modules that compute the same: a new nn.Conv2d, in separable form an nn.Sequential of two modules.
 
@@ -149,6 +155,10 @@ class HarmonicConv2dSame(HarmonicConv2d):
     """
 
     dynamic_padding = True
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the coefficients mix, see `HarmonicConv2d.features`."""
+        return super().features(pad_same(x, self.kernel_size, self.stride, self.dilation))
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_same(x, self.kernel_size, self.stride, self.dilation)

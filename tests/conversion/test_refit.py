@@ -1,0 +1,403 @@
+"""refit: least squares against a plain formula, and truncated networks that come nearer to the complete ones."""
+
+import copy
+import itertools
+
+import pytest
+import reference
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonize, refit, truncate
+from timm_harmonic.conversion.convolutions import harmonic_layers
+from timm_harmonic.conversion.energy import at_level
+from timm_harmonic.conversion.moments import Moments, accumulate, by_group, coefficients_of
+from timm_harmonic.conversion.norms import by_batch, estimate_statistics, norms_behind, norms_of
+from timm_harmonic.conversion.refit import losses_by_refit, output_error, read_images
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def smooth(count=24, channels=3, size=32, seed=0):
+    """Images with most of their energy at low frequencies, as photographs have."""
+    noise = torch.randn(count, channels, size + 4, size + 4, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.avg_pool2d(noise, 5, 1) * 5
+
+
+def trained_like(name, **kwargs):
+    """A network whose batch normalisation has the statistics of smooth images, as after training."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **kwargs)
+    estimate_statistics(model, [smooth(seed=1)])
+    return harmonize(model.eval())
+
+
+def tiny():
+    """A small network of blocks with smooth filters, as trained ones are, and images enough for it."""
+    torch.manual_seed(0)
+    options = dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), zero_init_last=False)
+    model = timm.create_model('resnet18', num_classes=10, **options)
+    with torch.no_grad():
+        for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+            conv.weight.lerp_(conv.weight.mean((2, 3), keepdim=True).expand_as(conv.weight), 0.8).mul_(2)
+    estimate_statistics(model, [smooth(seed=1)])
+    return harmonize(model.eval()), smooth(64)
+
+
+def weakened(small):
+    """A truncated network whose coefficients are too small, so that refitting has something to do."""
+    small = copy.deepcopy(small)
+    with torch.no_grad():
+        for layer in harmonic_layers(small).values():
+            layer.weight.mul_(0.7)
+    return small
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize('intercept', [True, False])
+@pytest.mark.parametrize('ridge', [1e-4, 1.0, 1e9])
+@pytest.mark.parametrize('groups', [1, 3])
+def test_least_squares(groups, ridge, intercept):
+    """Against the formula on the rows themselves, added in two parts."""
+    torch.manual_seed(0)
+    rows, features, outputs = 40, 5, 2
+    x = torch.randn(groups, rows, features, dtype=torch.float64) + 1
+    y = torch.randn(groups, rows, outputs, dtype=torch.float64) + x.sum(2, keepdim=True)
+    start = torch.randn(groups, features, outputs, dtype=torch.float64)
+    moments = Moments(features)
+    for part in (slice(0, 25), slice(25, None)):
+        moments.add(x[:, part], y[:, part])
+    weight, bias = moments.solve(start, ridge, intercept)
+    for group in range(groups):
+        a, b = x[group], y[group]
+        a, b = (a - a.mean(0), b - b.mean(0)) if intercept else (a, b)
+        penalty = (ridge * a.square().sum(0)).sqrt().diag()
+        stacked = torch.linalg.lstsq(torch.cat([a, penalty]), torch.cat([b, penalty @ start[group]])).solution
+        torch.testing.assert_close(weight[group], stacked, rtol=1e-6, atol=1e-6)
+        offset = (y[group] - x[group] @ weight[group]).mean(0) if intercept else torch.zeros(outputs)
+        torch.testing.assert_close(bias[group], offset.double(), rtol=1e-9, atol=1e-9)
+    errors = (y - x @ weight - bias[:, None]).square().mean(1)
+    torch.testing.assert_close(moments.error(weight, bias), errors, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(moments.variance(), y.var(1, correction=0))
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+@pytest.mark.parametrize('kind', [HarmonicConv2d, HarmonicBlock2d])
+def test_features_are_what_the_coefficients_mix(kind, groups):
+    """Errors of a layer's own coefficients are 0, and least squares finds them."""
+    torch.manual_seed(0)
+    layer = kind(4, 8, 3, 2, 1, groups=groups, smoothness=1.0, dtype=torch.float64).eval()
+    if kind is HarmonicBlock2d:
+        layer.bn.running_mean.normal_()
+        layer.bn.running_var.uniform_(0.5, 2)
+    x = torch.randn(6, 4, 9, 9, dtype=torch.float64)
+    moments = {0: Moments(4 // groups * 9), 1: Moments(4 // groups * 9)}
+    with torch.no_grad():
+        accumulate(layer, x, layer(x), torch.tensor([0, 1, 0, 1, 0, 0]), moments, 1.0)
+    assert [of.rows for of in moments.values()] == [4 * 25, 2 * 25]
+    weight = by_group(layer.weight, groups)
+    assert moments[1].error(weight, layer.bias.detach().reshape(groups, -1)).max() < 1e-14
+    found, bias = moments[0].plus(moments[1]).solve(torch.zeros_like(weight), 1e-12, True)
+    torch.testing.assert_close(coefficients_of(found, layer.weight), layer.weight.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias.flatten(), layer.bias.detach(), rtol=1e-5, atol=1e-5)
+
+
+NETWORKS = ['resnet18', 'regnety_002', 'mobilenetv3_small_050', 'convnext_atto', 'densenet121', 'vgg11', 'resnet26t']
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_refitted_networks_are_never_further_from_the_complete_ones(name):
+    """On the images that judge. Nothing else changes."""
+    model, data = trained_like(name), smooth()
+    small = truncate(model, level=2, levels={next(iter(harmonic_layers(model))): 3})
+    before = [copy.deepcopy(network.state_dict()) for network in (model, small)]
+    better = refit(model, small, [data])
+    parts = read_images([data], data)
+    assert output_error(model, better, parts) <= output_error(model, small, parts)
+    for network, state in zip((model, small), before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert {n: layer.level for n, layer in harmonic_layers(better).items()} == {
+        name: layer.level for name, layer in harmonic_layers(small).items()
+    }
+    for network in (model, small, better):
+        assert not any(module.training for module in network.modules())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize('level', [1, 2, 3])
+def test_refitted_networks_are_nearer_to_the_complete_ones(level):
+    """On images that nothing has seen, clearly."""
+    model, data = tiny()
+    small = truncate(model, level=level)
+    better = refit(model, small, [data])
+    counted = copy.deepcopy(small)
+    estimate_statistics(counted, read_images([data], data))
+    errors = [output_error(model, network, [smooth(64, seed=2)]) for network in (better, counted, small)]
+    assert errors[0] < 0.9 * min(errors[1:])
+
+
+def test_a_layer_makes_up_for_the_one_before():
+    """Two layers in a row: the second is fitted to the input that it has."""
+    torch.manual_seed(0)
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).double()).eval()
+    data = [smooth(64, size=12).double()]
+    small = truncate(model, levels={'0': 2, '2': 3})
+    better = refit(model, small, data)
+    apart = copy.deepcopy(small)
+    for name, inputs in (('0', data[0]), ('2', model[1](model[0](data[0])).detach())):
+        layer = refit(nn.Sequential(model.get_submodule(name)), nn.Sequential(small.get_submodule(name)), [inputs])[0]
+        apart.set_submodule(name, layer)
+    parts = read_images(data, data[0])
+    errors = [output_error(model, network, parts) for network in (better, apart, small)]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_where_the_constant_goes():
+    """Into the bias, into the running mean behind a layer, or nowhere."""
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(8)
+    for layers in ([], [bn], [nn.ReLU(), copy.deepcopy(bn)]):
+        for bias in (True, False):
+            model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), *layers)
+            model = harmonize(reference.randomize_batch_norm(model).eval())
+            found = norms_behind(model, torch.randn(2, 3, 8, 8))
+            assert list(found.values()) == ([model[1]] if layers[:1] == [bn] else [])
+            small = truncate(model, level=1)
+            better = refit(model, small, [smooth()])
+            parts = read_images([smooth()], smooth())
+            assert output_error(model, better, parts) <= output_error(model, small, parts)
+            assert (better[0].bias is None) == (not bias)
+            if bias:
+                with torch.no_grad():
+                    small[0].bias.add_(1)
+                torch.testing.assert_close(refit(model, small, [smooth()])[0].bias, model[0].bias, rtol=0, atol=0.2)
+
+
+def test_the_running_mean_takes_the_constant_up():
+    """Frozen statistics behind a second layer whose input is off by a constant."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)]
+    model = freeze_batch_norm_2d(reference.randomize_batch_norm(nn.Sequential(*layers).eval()))
+    model = harmonize(model).double()
+    small = truncate(model, level=4)
+    with torch.no_grad():
+        small[0].bias.add_(2)
+    data = smooth().double()
+    better = refit(model, small, [data])
+    parts = read_images([data], data)
+    assert not torch.equal(better[2].running_mean, small[2].running_mean)
+    assert output_error(model, better, parts) < 0.1 * output_error(model, small, parts)
+
+
+def test_frozen_statistics_stay():
+    model, data = tiny()
+    frozen = freeze_batch_norm_2d(copy.deepcopy(model))
+    assert norms_of(frozen) == []
+    small = weakened(truncate(frozen, level=2))
+    better = refit(frozen, small, [data])
+    parts = read_images([data], data)
+    assert output_error(frozen, better, parts) < output_error(frozen, small, parts)
+    for name, module in better.named_modules():
+        if hasattr(module, 'running_var') and name:
+            assert torch.equal(module.running_var, small.get_submodule(name).running_var)
+
+
+def test_one_layer_in_several_places():
+    """Its coefficients are fitted to all its uses at once."""
+    torch.manual_seed(0)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.again = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return self.again(self.again(self.first(x)).relu())
+
+    model = harmonize(Twice().eval())
+    small = weakened(truncate(model, level=2))
+    better = refit(model, small, [smooth()])
+    assert not torch.equal(better.again.weight, small.again.weight)
+    assert output_error(model, better, [smooth(seed=3)]) < output_error(model, small, [smooth(seed=3)])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model, data = tiny()
+    model = model.to(dtype)
+    small = weakened(truncate(model, level=2))
+    better = refit(model, small, [data])
+    assert {p.dtype for p in better.parameters()} == {dtype}
+    parts = read_images([data], next(model.parameters()))
+    assert output_error(model, better, parts) < output_error(model, small, parts)
+
+
+def test_smooth_networks_and_stems_of_our_own():
+    torch.manual_seed(0)
+    options = dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), smoothness=1.0, stem_pool='max')
+    model = timm.create_model('harm_resnet18', num_classes=10, **options)
+    model.conv1.train()(smooth(seed=1))
+    estimate_statistics(model.eval(), [smooth()])
+    small = weakened(truncate(model, level=3))
+    data = smooth(64)
+    better = refit(model, small, [data])
+    parts = read_images([data], data)
+    assert output_error(model, better, parts) < output_error(model, small, parts)
+    assert torch.equal(better.conv1.bn.running_var, small.conv1.bn.running_var)
+
+
+def test_plain_and_complete():
+    """The complete network may be the plain one. A network that is complete itself keeps its coefficients."""
+    torch.manual_seed(0)
+    plain = timm.create_model('resnet18', num_classes=10, layers=(1, 1, 1, 1), channels=(8, 16, 16, 16)).eval()
+    model = harmonize(plain)
+    small = weakened(truncate(model, level=2))
+    a, b = (refit(complete, small, [smooth()]) for complete in (plain, model))
+    assert reference.relative_error(a.layer1[0].conv1.weight, b.layer1[0].conv1.weight) < 1e-3
+    untouched = refit(model, model, [smooth()])
+    assert torch.equal(untouched.layer1[0].conv1.weight, model.layer1[0].conv1.weight)
+
+
+def test_inplace_and_training_flags():
+    model, _ = tiny()
+    small = weakened(truncate(model, level=2)).train()
+    small.layer1.eval()
+    flags = [module.training for module in small.modules()]
+    better = refit(model, small, [smooth()])
+    assert [module.training for module in better.modules()] == flags
+    found = refit(model, small, [smooth()], inplace=True)
+    assert found is small
+    assert same(found, better)
+    assert [module.training for module in small.modules()] == flags
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        list(smooth().split(5)),
+        (part for part in smooth().split(7)),
+        DataLoader(TensorDataset(smooth(), torch.zeros(24)), 8),
+        [(smooth(), 'labels')],
+        [[smooth()]],
+    ],
+    ids=['list', 'generator', 'loader', 'tuple', 'nested'],
+)
+def test_any_iterable(data):
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 4, 3)).eval())
+    small = weakened(truncate(model, level=2))
+    torch.testing.assert_close(refit(model, small, data)[0].weight, refit(model, small, [smooth()])[0].weight)
+
+
+def test_data_without_an_end():
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 4, 3)).eval())
+    small = weakened(truncate(model, level=2))
+    endless = itertools.repeat(smooth(8))
+    assert not same(refit(model, small, endless, batches=2), small)
+    with pytest.raises(ValueError, match='more than 2 GiB of images, which are kept: pass batches'):
+        refit(model, small, itertools.repeat(torch.zeros(1).expand(64, 3, 1024, 1024)))
+
+
+@pytest.mark.parametrize(
+    ('data', 'words'),
+    [
+        ([], 'data have no batches'),
+        ([smooth(), torch.zeros(0, 3, 32, 32)], r'batch 1 of data must be images \(B, C, H, W\), got \(0, 3, 32, 32\)'),
+        ([smooth(), smooth() * float('nan')], 'batch 1 of data has values that are not finite'),
+        ([smooth()[0]], r'batch 0 of data must be images \(B, C, H, W\), got \(3, 32, 32\)'),
+        (['images'], 'batch 0 of data must be images .* got str'),
+        ([smooth(7)], 'at least 8 images, data have 7'),
+    ],
+)
+def test_bad_data_change_nothing(data, words):
+    model = trained_like('resnet18')
+    small = truncate(model, level=2)
+    before = copy.deepcopy(small)
+    with pytest.raises(ValueError, match=words):
+        refit(model, small, data, inplace=True)
+    with pytest.raises(ValueError, match=words):
+        truncate(small, level=1, data=data, refit=True, inplace=True)
+    assert same(small, before)
+    assert not any(module._forward_hooks for module in (*model.modules(), *small.modules()))
+
+
+def test_networks_that_do_not_fit():
+    model = trained_like('resnet18')
+    small = truncate(model, level=2)
+    with pytest.raises(ValueError, match='has no harmonic layers'):
+        refit(model, timm.create_model('resnet18'), [smooth()])
+    with pytest.raises(ValueError, match=r'layer1\.0\.conv1 of the truncated network is not in the complete one'):
+        refit(
+            nn.Sequential(nn.Conv2d(3, 4, 3)),
+            truncate(harmonize(timm.create_model('resnet18'), exclude='conv1'), level=2),
+            [smooth()],
+        )
+    with pytest.raises(ValueError, match='networks are on different devices'):
+        refit(copy.deepcopy(model).to('meta'), small, [smooth()])
+
+
+def test_a_failing_network_leaves_no_trace():
+    """Whatever happens inside."""
+    model = trained_like('resnet18')
+    small = truncate(model, level=2).train()
+    state, flags = copy.deepcopy(small.state_dict()), [module.training for module in small.modules()]
+    with pytest.raises(RuntimeError):
+        refit(model, small, [torch.zeros(8, 5, 32, 32)], inplace=True)
+    assert all(torch.equal(value, state[key]) for key, value in small.state_dict().items())
+    assert [module.training for module in small.modules()] == flags
+    assert not any(module._forward_hooks for network in (model, small) for module in network.modules())
+
+
+def test_statistics_of_a_batch_leave_the_running_ones():
+    model = timm.create_model('resnet18').eval()
+    before = copy.deepcopy(model.state_dict())
+    with by_batch(model):
+        y = model(smooth())
+    assert not torch.equal(y, model(smooth()))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
+
+
+def test_losses_are_what_refitting_leaves_over():
+    """At every level of a layer, from one run; those of refitting the layer alone."""
+    torch.manual_seed(0)
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 5, groups=2)).eval())
+    data = smooth(64, size=16)
+    parts = read_images([data], data)
+    losses = losses_by_refit(model, parts)
+    assert {name: list(of) for name, of in losses.items()} == {'0': [5, 4, 3, 2, 1], '1': [9, 8, 7, 6, 5, 4, 3, 2, 1]}
+    for of in losses.values():
+        assert of[max(of)] == 0
+        values = [of[level] for level in sorted(of, reverse=True)]
+        assert values == sorted(values)
+        assert 0 < values[-1] <= 1
+    for level in (3, 1):
+        layer = nn.Sequential(at_level(model[0], level))
+        error = output_error(nn.Sequential(model[0]), refit(nn.Sequential(model[0]), layer, [data]), parts)
+        assert losses['0'][level] == pytest.approx(error, rel=0.5, abs=1e-4)
+
+
+def test_truncate_refits(tmp_path):
+    """Levels by what refitting leaves over; the function gives the same as both steps."""
+    model, images = tiny()
+    data = [images]
+    small = truncate(model, ratio=0.5, data=data, refit=True)
+    losses = losses_by_refit(model, read_images(data, data[0]))
+    by_hand = refit(model, truncate(model, ratio=0.5, losses=losses), data)
+    assert same(small, by_hand)
+    assert small._model_args == by_hand._model_args
+    given = truncate(model, level=2, data=data, refit=True)
+    assert same(given, refit(model, truncate(model, level=2), data))
+    changed = copy.deepcopy(model)
+    assert truncate(changed, ratio=0.5, data=data, refit=True, inplace=True) is changed
+    assert same(changed, small)
+    timm.models.save_for_hf(small, tmp_path)
+    assert same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), small)
+    with pytest.raises(ValueError, match='refit needs data'):
+        truncate(model, level=2, refit=True)

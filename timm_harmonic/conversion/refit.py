@@ -1,0 +1,289 @@
+"""Refitting a truncated network to the complete one, on images without labels and without a gradient."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from ..layers import HarmonicLayer, dct_frequencies, full_level
+from .convolutions import harmonic_layers
+from .energy import levels_of
+from .losses import Losses, losses_by_filters
+from .moments import Moments, accumulate, by_group, coefficients_of, share_of_positions
+from .norms import by_batch, estimate_statistics, norms_behind
+from .running import evaluating, images_in, uses_of, watching
+
+_BYTES = 2**31  # of images that are kept
+_SUMS = 2**30  # bytes of sums that are there at a time, where levels are compared
+_BATCH = 32  # images that run through a network together
+_HELD_OUT = 4  # one of so many images judges
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last leaves the coefficients as they are
+_RIDGE = 1e-2  # where levels are compared
+_FIT, _JUDGE = 0, 1  # kinds of images
+
+
+def refit(
+    model: nn.Module, small: nn.Module, data: Iterable[Any], *, batches: int | None = None, inplace: bool = False
+) -> nn.Module:
+    """Fits the coefficients of a truncated network to what the complete one computes, on unlabelled images.
+
+    Layer after layer, in the order in which they run: least squares of the complete network's output of the layer on
+    the responses that the truncated layer keeps, to the input that it has in the truncated network. So a layer makes up
+    for what those before it left out. A ridge pulls to the present coefficients. How strong it is, and whether a layer
+    is changed at all, every fourth image decides, which is not fitted to. Then the statistics of batch normalisation
+    are estimated anew, where the network has any. On the images that decide, what comes out is never further from the
+    complete network's output than the truncated network is: it is the best of that, of it with new statistics, and of
+    the refitted one.
+
+    The images are kept in memory, 2 GiB at most. Layers take their sums of products one after the other, float64: for F
+    features and o outputs of a group 16 (F + o)^2 bytes, 210 MiB for 512 channels at level 3 of 3 x 3.
+
+    Args:
+        model: Complete network. Layers that are harmonic in `small` may be plain in it.
+        small: The same network, truncated.
+        data: Batches of images (B, C, H, W), alone or first in a tuple or list. Labels are not used.
+        batches: How many are read at most. Data without an end need it.
+        inplace: Whether to change `small` itself rather than a copy.
+
+    Returns:
+        The refitted network.
+
+    Raises:
+        ValueError: If the networks do not fit together, there are fewer than eight images or more than 2 GiB of them,
+            or a batch is empty or not finite. Nothing is changed then.
+    """
+    _check_pair(model, small)
+    parts = data if isinstance(data, Parts) else read_images(data, next(small.parameters()), batches)
+    fitted, counted = copy.deepcopy(small), copy.deepcopy(small)
+    with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
+        norms, uses = norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
+        layers = harmonic_layers(fitted)
+        lowered = [name for name in uses if uses[name] and layers[name].level < full_level(layers[name].kernel_size[0])]
+        for name in tqdm(lowered, desc='refit', unit='layer', leave=False, disable=None):
+            positions = sum(use.positions for use in uses[name]) * sum(map(len, parts)) // len(parts[0])
+            _refit_layer(model, fitted, name, len(uses[name]), parts, positions, norms.get(name))
+        for network in (fitted, counted):
+            estimate_statistics(network, parts)
+        best = min((small, counted, fitted), key=lambda network: output_error(model, network, parts))
+    if inplace:
+        small.load_state_dict(best.state_dict())
+        return small
+    return copy.deepcopy(small) if best is small else best
+
+
+class Parts(list[Tensor]):
+    """Images that were read by `read_images`."""
+
+
+def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Parts:
+    """All images of data, see `images_in`, in parts of about 32 where they have one size.
+
+    Raises ValueError if there are fewer than eight, or more than 2 GiB.
+    """
+    read: list[Tensor] = []
+    size = 0
+    for images in images_in(data, like, batches):
+        read.append(images)
+        size += images.nbytes
+        if size > _BYTES:
+            raise ValueError(f'data have more than {_BYTES / 2**30:g} GiB of images, which are kept: pass batches.')
+    if len({images.shape[1:] for images in read}) == 1:
+        everything = torch.cat(read)
+        # In any order, but always the same one: folders are read class by class, and a batch is to be like all images.
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+        everything = everything[order.to(everything.device)]
+        read = list(everything.tensor_split(-(-len(everything) // _BATCH)))
+    if (count := sum(map(len, read))) < 2 * _HELD_OUT:
+        raise ValueError(f'refitting needs at least {2 * _HELD_OUT} images, data have {count}.')
+    return Parts(read)
+
+
+def losses_by_refit(model: nn.Module, parts: Sequence[Tensor]) -> Losses:
+    """Share of each harmonic layer's output that refitting it leaves over at each level, on images that judge.
+
+    Every layer has its complete input. The mean squared error is divided by the output's variance, and averaged over
+    output channels. One run gives the sums for all levels of a layer; there are as many runs as the sums need to stay
+    below 1 GiB, or to hold one layer. `parts` are of `read_images`. A layer that no image reaches is judged by its
+    filters.
+    """
+    layers, found = harmonic_layers(model), losses_by_filters(model)
+    with torch.no_grad(), evaluating(model):
+        uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
+        for names in _batches_of_layers({name: layers[name] for name in uses if uses[name]}):
+            moments = {name: _moments(layers[name]) for name in names}
+            shares = {
+                name: share_of_positions(layers[name], sum(use.positions for use in uses[name]) * len(parts))
+                for name in names
+            }
+            for part, kinds in _with_kinds(parts):
+                with watching(model, partial(_note, moments, shares, kinds), names):
+                    model(part)
+            for name in names:
+                intercept = layers[name].bias is not None or name in norms
+                found[name] = _losses_of(layers[name], moments.pop(name), intercept)
+    return found
+
+
+def _note(
+    moments: dict[str, dict[int, Moments]],
+    shares: dict[str, float],
+    kinds: Tensor,
+    name: str,
+    layer: HarmonicLayer,
+    x: Tensor,
+    output: Tensor,
+) -> None:
+    """Adds what a layer computes to its sums."""
+    accumulate(_exact(layer), x, output, kinds, moments[name], shares[name])
+
+
+def _losses_of(layer: HarmonicLayer, moments: dict[int, Moments], intercept: bool) -> dict[int, float]:
+    side, channels = layer.kernel_size[0], layer.in_channels // layer.groups
+    present = dct_frequencies(side, layer.level, layer.dc)
+    lost = {layer.level: 0.0}
+    for level in levels_of(layer)[1:]:
+        kept = torch.tensor([present.index(pair) for pair in dct_frequencies(side, level, layer.dc)])
+        places = (len(present) * torch.arange(channels)[:, None] + kept).flatten()
+        start = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
+        fit, judge = (moments[kind].of(places) for kind in (_FIT, _JUDGE))
+        lost[level] = min(1.0, _relative(judge, *fit.solve(start, _RIDGE, intercept)))
+    return lost
+
+
+def _batches_of_layers(layers: dict[str, HarmonicLayer]) -> Iterator[list[str]]:
+    """Names of layers whose sums are there together."""
+    names: list[str] = []
+    total = 0
+    for name, layer in layers.items():
+        features, outputs = (channels // layer.groups for channels in (layer.in_channels, layer.out_channels))
+        size = 2 * 8 * layer.groups * (features * len(layer.basis) + outputs + 1) ** 2
+        if names and total + size > _SUMS:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    if names:
+        yield names
+
+
+def _refit_layer(
+    model: nn.Module,
+    small: nn.Module,
+    name: str,
+    uses: int,
+    parts: Sequence[Tensor],
+    positions: int,
+    norm: Any,
+) -> None:
+    """Fits one layer of a truncated network, in place. `norm` is what normalises its output, if anything does."""
+    layer: Any = small.get_submodule(name)
+    exact, moments, share = _exact(layer), _moments(layer), share_of_positions(layer, positions)
+    for part, kinds in _with_kinds(parts):
+        wanted = [output for _, output in _run_to(model, name, uses, part)]
+        with by_batch(small):
+            given = [x for x, _ in _run_to(small, name, uses, part)]
+        for x, output in zip(given, wanted, strict=True):
+            accumulate(exact, x, output, kinds, moments, share)
+    start = by_group(layer.weight, layer.groups)
+    nothing = start.new_zeros(layer.groups, start.shape[2])
+    present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
+    intercept = layer.bias is not None or norm is not None
+    solutions = {ridge: moments[_FIT].solve(start, ridge, intercept) for ridge in _RIDGES}
+    errors = {ridge: _relative(moments[_JUDGE], *solution) for ridge, solution in solutions.items()}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    if errors[best] >= _relative(moments[_JUDGE], start, present):
+        return
+    weight, bias = moments[_FIT].plus(moments[_JUDGE]).solve(start, best, intercept)  # now by all images
+    layer.weight.copy_(coefficients_of(weight, layer.weight))
+    if layer.bias is not None:
+        layer.bias.copy_(bias.flatten())
+    elif norm is not None:
+        norm.running_mean.sub_(bias.flatten().to(norm.running_mean))
+    layer.energy_kept = None  # the filters are no longer those of the complete network
+
+
+def _moments(layer: HarmonicLayer) -> dict[int, Moments]:
+    count = layer.in_channels // layer.groups * len(layer.basis)
+    return {kind: Moments(count) for kind in (_FIT, _JUDGE)}
+
+
+def _relative(judge: Moments, weight: Tensor, bias: Tensor) -> float:
+    """Error over the outputs' variance, mean over the outputs that vary."""
+    variance = judge.variance()
+    alive = variance > 1e-12 * variance.max()
+    return float((judge.error(weight, bias)[alive] / variance[alive]).mean()) if alive.any() else 0.0
+
+
+def _exact(layer: HarmonicLayer) -> HarmonicLayer:
+    """A layer that computes in float32 at least."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    return layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
+
+
+def _with_kinds(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of the images, with the kind of each image (B,)."""
+    first = 0
+    for part in parts:
+        places = first + torch.arange(len(part))
+        yield part, torch.where(places % _HELD_OUT == _HELD_OUT - 1, _JUDGE, _FIT)
+        first += len(part)
+
+
+class _Enough(Exception):
+    """Raised to end a run whose rest is not needed."""
+
+
+def _run_to(model: nn.Module, name: str, uses: int, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Runs images through a network up to a module, which is used so many times: its inputs and outputs."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def note(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        found.append((x, output.clone()))  # what follows may work in place
+        if len(found) == uses:
+            raise _Enough
+
+    with watching(model, note, [name]), suppress(_Enough):
+        model(images)
+    return found
+
+
+def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> float:
+    """Squared error of a network's outputs on the images that judge, over the variance of another network's."""
+    errors, squares, sums, count = 0.0, 0.0, 0.0, 0
+    with torch.no_grad(), evaluating(model), evaluating(small):
+        for part, kinds in _with_kinds(parts):
+            images = part[(kinds == _JUDGE).to(part.device)]
+            if not len(images):
+                continue
+            for wanted, found in zip(tree_leaves(model(images)), tree_leaves(small(images)), strict=True):
+                wanted, found = wanted.double(), found.double()
+                errors += float((found - wanted).square().sum())
+                squares, sums, count = (
+                    squares + float(wanted.square().sum()),
+                    sums + float(wanted.sum()),
+                    count + wanted.numel(),
+                )
+    return errors / max(squares - sums**2 / max(count, 1), 1e-30)
+
+
+def _check_pair(model: nn.Module, small: nn.Module) -> None:
+    layers = harmonic_layers(small)
+    if not layers:
+        raise ValueError(f'{type(small).__name__} has no harmonic layers: nothing can be refitted.')
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        other: Any = modules.get(name)
+        alike = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'groups')
+        if other is None or any(getattr(other, key, None) != getattr(layer, key) for key in alike):
+            raise ValueError(
+                f'{name} of the truncated network is not in the complete one: it must be the same network.'
+            )
+    devices = {str(next(network.parameters()).device) for network in (model, small)}
+    if len(devices) > 1:
+        raise ValueError(f'the networks are on different devices, {" and ".join(sorted(devices))}.')
