@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -146,8 +147,17 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     amount = parser.add_mutually_exclusive_group(required=True).add_argument
     amount('--level', type=int, metavar='L', help='keep the frequencies with i + j < L in every layer')
     amount('--energy', type=float, metavar='E', help='keep this share of the energy of each layer')
-    amount('--ratio', type=float, metavar='R', help='keep this share of all parameters')
+    amount('--ratio', type=float, metavar='R', help='keep this share of the cost: of all parameters, or see --cost')
     amount('--max-params', type=int, metavar='N', help='keep at most this many parameters')
+    costs = 'what --ratio is of: parameters, multiply-adds, or the time of one image here (default: parameters)'
+    add('--cost', choices=('parameters', 'macs', 'time'), default='parameters', help=costs)
+    refit = 'fit what is kept to the outputs of the complete network on --data; it needs no labels'
+    add('--refit', action='store_true', help=refit)
+    deploy = 'write the plain network as deployed.onnx as well, checked, each layer in the form that is faster here'
+    add('--deploy', action='store_true', help=deploy)
+    add('--channels-last', action='store_true', help='run, time and deploy in this memory format')
+    add('--device', metavar='DEVICE', help='where to run (default: cuda if there is one)')
+    add('--workers', type=int, default=0, metavar='N', help='processes that read images (default: 0)')
     add(
         '--include', nargs='+', metavar='PATTERN', help="only these convolutions, as 'layer3.*' (default: all that can)"
     )
@@ -173,16 +183,20 @@ def _compress(args: argparse.Namespace) -> None:
 
     Makes the k x k convolutions of a network harmonic with the filters that they have, drops their high
     frequencies, and writes the folder of a Hub repository, which timm loads by local-dir:DIR. It holds a
-    report (compression.md, compression.json) and a picture (compression.png) too. Multiply-adds stay.
+    report (compression.md, compression.json) and a picture (compression.png) too. timm's --reparam gives
+    the plain network from it, each layer in the form that the folder says.
     """
-    from .hub.compress import compress
+    from .hub.compress import compress, deployed_table
 
-    if args.level is not None and args.data:
-        raise ValueError('--data is for --energy, --ratio and --max-params: with --level there is nothing to choose.')
+    if args.level is not None and args.data and not args.refit:
+        raise ValueError('--data is for --refit, --energy, --ratio and --max-params: with --level nothing is chosen.')
     options = {key: value for key, value in vars(args).items() if key not in ('run', 'parser', 'model', 'out', 'repo')}
     images = {key: value for key in ('img_size', 'mean', 'std') if (value := options.pop(key)) is not None}
     options['model_kwargs'] = dict(args.model_kwargs)
     print(compress(args.model, args.out, repo_id=args.repo, data_config=images, **options))
+    if args.deploy:
+        record = json.loads((args.out / 'compression.json').read_text(encoding='utf-8'))
+        print(f'\n{deployed_table(record)}\n')
     print(f'\nWrote {args.out}: timm.create_model("local-dir:{args.out}", pretrained=True)')
 
 

@@ -132,6 +132,42 @@ def test_data_and_evaluation(checkpoint, pictures, tmp_path):
     assert '| top1 |' in (tmp_path / 'a' / 'compression.md').read_text()
 
 
+def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path):
+    """Everything at once: the folder gives the refitted network in its forms, and the ONNX file is that network."""
+    import onnxruntime
+
+    options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, data_config=dict(img_size=64))
+    found = dict(ratio=0.6, cost='macs', refit=True, deploy=True, channels_last=True, data=pictures, workers=1)
+    report = compress(NAME, tmp_path / 'out', **options, **found, batches=2, batch_size=6)
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == sorted([*FILES, 'deployed.onnx'])
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    forms = {name: layer.form for name, layer in harmonic_layers(model).items()}
+    assert forms == {conv.name: conv.form for conv in report.convolutions if conv.form}
+    assert report.convolutions[0].macs_before == 64 * 3 * 49 * 32 * 32
+    record = json.loads((tmp_path / 'out' / 'compression.json').read_text())
+    assert record['options'] == dict(ratio=0.6, cost='macs', refit=True)
+    deployed = record['deployed']
+    assert deployed['compressed']['macs'] <= 0.6 * deployed['plain']['macs']
+    assert deployed['compressed']['bytes'] == (tmp_path / 'out' / 'deployed.onnx').stat().st_size
+    assert all(value > 0 for of in deployed.values() for value in of.values())
+    assert '| multiply-adds |' in (tmp_path / 'out' / 'compression.md').read_text()
+    session = onnxruntime.InferenceSession(tmp_path / 'out' / 'deployed.onnx', providers=['CPUExecutionProvider'])
+    x = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(x)
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {'images': x.numpy()})[0]), expected, rtol=0, atol=1e-3
+    )
+
+
+def test_a_file_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch):
+    """Nothing is left behind."""
+    monkeypatch.setattr('timm_harmonic.hub.deployed._TOLERANCE', 0.0)
+    with pytest.raises(HubError, match=r'deployed.onnx differs from the network by \S+ of the largest output'):
+        compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, level=1, deploy=True)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
 def test_gray_images(pictures, tmp_path):
     path = tmp_path / 'gray.pth'
     torch.save(build(in_chans=1).state_dict(), path)
@@ -222,6 +258,8 @@ def test_our_own_network_of_the_authors_layout(tmp_path):
         (dict(level=2, model_name='vit_tiny_patch16_224', checkpoint=None), ValueError, 'patch embedding'),
         (dict(level=2, model_name='nonsense', checkpoint=None), RuntimeError, 'Unknown model'),
         (dict(ratio=0.5, data='nowhere'), HubError, 'no folder of images'),
+        (dict(ratio=0.5, refit=True), HubError, '--refit needs --data'),
+        (dict(level=2, cost='time'), ValueError, "cost='time' needs ratio"),
         (dict(ratio=0.5, evaluate='nowhere'), HubError, 'no folder of images'),
     ],
 )
@@ -255,6 +293,14 @@ def test_harmonic_checkpoint_for_a_plain_network(tmp_path):
 def test_out_must_be_new(checkpoint, tmp_path):
     with pytest.raises(HubError, match='not an empty folder'):
         compress(NAME, tmp_path, checkpoint=checkpoint, model_kwargs=KWARGS, level=2)
+
+
+def test_deploy_without_onnx(checkpoint, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else found(name))
+    with pytest.raises(HubError, match='pip install onnxscript'):
+        compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, level=2, deploy=True)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_without_matplotlib(checkpoint, tmp_path, monkeypatch):
@@ -297,4 +343,4 @@ def test_bad_arguments(capsys, arguments, words):
 
 def test_a_level_takes_no_data(capsys, tmp_path):
     assert cli.main(['compress', NAME, '--level', '2', '--data', 'x', '--out', str(tmp_path / 'out')]) == 1
-    assert '--data is for --energy, --ratio and --max-params' in capsys.readouterr().err
+    assert '--data is for --refit, --energy, --ratio and --max-params' in capsys.readouterr().err

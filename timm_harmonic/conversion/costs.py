@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +13,7 @@ from .convolutions import harmonic_layers, in_fusing_blocks
 from .deploy import deploy
 from .energy import at_level, levels_of
 from .forms import multiply_adds, time_levels
-from .running import uses_of
+from .running import evaluating, uses_of
 from .timing import times_of
 
 
@@ -65,6 +66,13 @@ def mac_costs(model: nn.Module, images: Tensor) -> Costs:
             better = 'dense' if name in dense or macs['dense'] <= macs['separable'] else 'separable'
             of[name][level], forms[name][level] = macs[better] / len(images), better
     return Costs('multiply-adds', (counter.get_total_flops() - ours) / 2 / len(images), of, forms)
+
+
+def count_macs(model: nn.Module, images: Tensor) -> int:
+    """Multiply-adds of a network for one image, as torch counts them: convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
+        model(images)
+    return counter.get_total_flops() // 2 // len(images)
 
 
 def time_costs(model: nn.Module, images: Tensor) -> Costs:

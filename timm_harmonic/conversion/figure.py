@@ -19,11 +19,13 @@ def draw(
     levels: Mapping[str, int],
     curve: Sequence[tuple[int, float]],
     chosen: tuple[int, float],
+    times: Mapping[str, tuple[float, float]],
 ) -> None:
     """Draws a PNG: each layer's energy by frequency (from `losses_by_filters`) with its level, and a curve.
 
     The curve is the mean share of energy kept by the network's parameters, for budgets over all layers together;
-    `chosen` is its point for the network that was made.
+    `chosen` is its point for the network that was made. With times, milliseconds by layer before and now, there is a
+    third panel; a layer that has none stays as it was.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,11 +33,13 @@ def draw(
 
     with matplotlib.rc_context(_FONTS):
         height = max(4.0, min(12.0, 1.6 + 0.16 * len(losses)))
-        figure = Figure(figsize=(12, height), layout='constrained')
+        figure = Figure(figsize=(15 if times else 12, height), layout='constrained')
         FigureCanvasAgg(figure)  # no window, whatever backend the user has set
         figure.suptitle(title, x=0.01, ha='left', fontsize=11)
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        left, *middle, right = figure.subplots(1, 3 if times else 2, width_ratios=(1.25, *((0.7,) if times else ()), 1))
         _draw_energy(left, losses, levels)
+        for axes in middle:
+            _draw_times(axes, list(losses), times)
         _draw_curve(right, curve, chosen)
         figure.savefig(path, format='png', dpi=130)
 
@@ -59,6 +63,17 @@ def _draw_energy(axes: Any, losses: Losses, levels: Mapping[str, int]) -> None:
     axes.set(xlabel='frequency i + j', title="share of the energy of a layer's filters; kept: left of the line")
     axes.tick_params(length=2)
     axes.figure.colorbar(image, ax=axes, label='share of energy (%)', shrink=0.8, pad=0.02)
+
+
+def _draw_times(axes: Any, names: Sequence[str], times: Mapping[str, tuple[float, float]]) -> None:
+    """Bars in the rows of the first panel."""
+    rows = [(row, *times[name]) for row, name in enumerate(names) if name in times]
+    for shift, column, colour, label in ((-0.2, 1, '0.7', 'plain'), (0.2, 2, '#009E73', 'in its form')):
+        places = [row[0] + shift for row in rows]
+        axes.barh(places, [row[column] for row in rows], 0.4, color=colour, label=label)
+    axes.set(ylim=(len(names) - 0.5, -0.5), yticks=[], xlabel='milliseconds', title='time of each layer, measured')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_curve(axes: Any, curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> None:

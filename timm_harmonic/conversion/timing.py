@@ -1,10 +1,11 @@
 """How long modules take: side by side, round after round, with the input that they have in a network."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 _ROUNDS, _ROUND = 9, 3e-3  # rounds, and the least seconds of one
@@ -12,8 +13,8 @@ _ROUNDS, _ROUND = 9, 3e-3  # rounds, and the least seconds of one
 Times = list[float]  # milliseconds, one entry a round
 
 
-def times_of(modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, Times]:
-    """Times of modules with an input, all of them in turn in each round."""
+def times_of(modules: Mapping[str, Callable[[Tensor], Any]], x: Tensor) -> dict[str, Times]:
+    """Times of modules or functions with an input, all of them in turn in each round."""
     threads = torch.get_num_threads()
     timers = {
         name: Timer('module(x)', globals=dict(module=module, x=x), num_threads=threads)

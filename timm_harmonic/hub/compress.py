@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.models import parse_model_name
+from timm.models import parse_model_name, reparameterize_model
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -18,12 +19,15 @@ from tqdm import tqdm
 from ..conversion.choose import choose_levels
 from ..conversion.convolutions import harmonic_layers
 from ..conversion.costs import parameter_costs
+from ..conversion.deploy import deploy as make_plain
 from ..conversion.figure import draw
-from ..conversion.harmonize import ARCHITECTURE, Selection, harmonize
+from ..conversion.forms import forms_by_time, set_forms
+from ..conversion.harmonize import ARCHITECTURE, Selection, harmonize, record_options
 from ..conversion.losses import Losses, losses_by_filters
 from ..conversion.report import HarmonicReport, harmonic_report
 from ..conversion.truncate import truncate
 from ..models.checkpoints import CheckpointError, check_fit, read_checkpoint, rename_keys, unwrap
+from .deployed import check_packages, write_deployed
 from .folder import STEPS, check_new, next_step, write_folder
 from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
 
@@ -49,52 +53,80 @@ def compress(
     data_config: dict[str, Any] | None = None,
     repo_id: str = '',
     license: str = '',
+    cost: str = 'parameters',
+    refit: bool = False,
+    deploy: bool = False,
+    channels_last: bool = False,
+    device: str | None = None,
+    workers: int = 0,
     **amount: Any,
 ) -> HarmonicReport:
     """Makes a network harmonic, truncates it, and writes the folder of a Hub repository with a report.
 
     Options are those of `timm-harmonic compress`; `amount` is what `truncate` takes of them. `data_config` says how to
     prepare images, by timm's names (img_size, mean, std, crop_pct, interpolation), where the network's config or its
-    training run should not decide. Returns the report. Raises HubError if options contradict each other or the folder
-    cannot be written, CheckpointError if the checkpoint does not fit, ValueError if `harmonize` or `truncate` refuses.
+    training run should not decide. Multiply-adds and times are those of one random image. Returns the report. Raises
+    HubError if options contradict each other or the folder cannot be written, CheckpointError if the checkpoint does
+    not fit, ValueError if `harmonize` or `truncate` refuses.
     """
     check_new(out)
     if importlib.util.find_spec('matplotlib') is None:
         raise HubError('the picture needs matplotlib: pip install matplotlib')
+    if refit and data is None:
+        raise HubError('--refit needs --data, an image folder. Labels are not used.')
+    if deploy:
+        check_packages()
     with tqdm(total=7, desc='build', **STEPS) as steps:
         source, plain = _load(model_name, checkpoint, pretrained, model_kwargs or {})
         next_step(steps, 'harmonize')
         basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
         whole = harmonize(plain, include=include, exclude=exclude, **basis)
-        whole.to(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
+        whole.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        if channels_last:
+            whole.to(memory_format=torch.channels_last)
         next_step(steps, 'truncate')
         config = _data_config(whole, {**source.run, **(data_config or {})})
-        images = None if data is None else _calibration(_loader(whole, data, 'train', batch_size, config), batches)
-        small = truncate(whole, **amount, data=images)
+        load = partial(_loader, batch_size=batch_size, config=config, workers=workers)
+        images = None if data is None else _calibration(load(whole, data, 'train'), batches)
+        example = _example(whole, config['input_size'], channels_last)
+        costs: dict[str, Any] = {} if cost == 'parameters' else dict(cost=cost, images=example)
+        small = truncate(whole, **amount, **costs, data=images, refit=refit)
+        if deploy and cost != 'time':
+            set_forms(small, forms_by_time(small, example))
+            record_options(small)
         next_step(steps, 'evaluate')
         measured = {}
         if evaluate is not None:
             for when, model in (('before', whole), ('after', small)):
-                measured[when] = _evaluate(model, _loader(model, evaluate, split, batch_size, config))
-        report = harmonic_report(small)
+                measured[when] = _evaluate(model, load(model, evaluate, split))
+        report = harmonic_report(small, example)
+        chosen = {**(dict(cost=cost) if cost != 'parameters' else {}), **(dict(refit=True) if refit else {})}
         record = dict(
             timm_harmonic=version('timm-harmonic'),
             torch=torch.__version__,
             timm=timm.__version__,
             source=source.file or source.base,
-            options={name: value for name, value in amount.items() if value is not None},
+            options={**{name: value for name, value in amount.items() if value is not None}, **chosen},
             weighed_by='filters' if data is None else f'outputs on {batches} batches of {batch_size} images',
+            timed=f'one image, {example.device.type}, {"channels_last" if channels_last else "contiguous"}, '
+            f'{torch.get_num_threads()} threads',
             accuracy=measured,
             report=report.to_dict(),
         )
 
+        networks = (make_plain(whole, form='dense'), reparameterize_model(small.eval())) if deploy else ()
+
         def add_report(folder: Path) -> None:
+            if networks:
+                record['deployed'] = write_deployed(*networks, example, folder)
             (folder / 'compression.json').write_text(json.dumps(record, indent=1) + '\n')
             (folder / 'compression.md').write_text(_page(record, report))
             _picture(folder / 'compression.png', report, losses_by_filters(whole), whole, small)
 
         license = license or plain.pretrained_cfg.get('license') or 'other'
         about: dict[str, Any] = dict(repo_id=repo_id, license=license)
+        for parameter in small.parameters():  # not by .to(memory_format=...), which leaves (O, I, P, 1) as they are
+            parameter.data = parameter.data.contiguous()  # safetensors takes no other
         write_folder(small.cpu(), out, source, steps, data_config=config, add=add_report, **about)
     return report
 
@@ -147,7 +179,13 @@ def _data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any]) -> Any:
+def _example(model: nn.Module, size: tuple[int, ...], channels_last: bool) -> Tensor:
+    """One random image, for multiply-adds and times."""
+    image = torch.randn(1, *size).to(next(model.parameters()))
+    return image.to(memory_format=torch.channels_last) if channels_last else image
+
+
+def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any], workers: int) -> Any:
     """timm's loader of an image folder, with the transforms of the network's evaluation."""
     if not folder.is_dir():
         raise HubError(f'{str(folder)!r} is no folder of images.')
@@ -159,7 +197,8 @@ def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config:
     if classes > model.num_classes:
         raise HubError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
     images = {key: config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
-    here = dict(num_workers=0, use_prefetcher=False, persistent_workers=False, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    here = dict(num_workers=workers, use_prefetcher=False, persistent_workers=False, device=device)
     return create_loader(dataset, config['input_size'], batch_size, **images, **here)
 
 
@@ -184,16 +223,38 @@ def _evaluate(model: nn.Module, loader: Any) -> dict[str, float]:
     return {f'top{k}': meter.avg for k, meter in meters.items()}
 
 
+_DEPLOYED = dict(
+    bytes=('size of the ONNX file, bytes', ',d'),
+    parameters=('parameters', ',d'),
+    macs=('multiply-adds', ',d'),
+    torch_ms=('torch, ms', '.3g'),
+    onnx_ms=('ONNX Runtime on the CPU, ms', '.3g'),
+)
+
+
+def _deployed_line(title: str, form: str, key: str, deployed: dict[str, Any]) -> str:
+    before, after = (deployed[name][key] for name in ('plain', 'compressed'))
+    return f'| {title} | {before:{form}} | {after:{form}} | {after / before:.2f} |'
+
+
+def deployed_table(record: dict[str, Any]) -> str:
+    """What compression.json says of the deployed network, as Markdown."""
+    lines = ['| deployed, measured here | plain | compressed | ratio |', '|---|---|---|---|']
+    return '\n'.join([*lines, *(_deployed_line(*of, key, record['deployed']) for key, of in _DEPLOYED.items())])
+
+
 def _page(record: dict[str, Any], report: HarmonicReport) -> str:
     """compression.md: what was done, the accuracies, and the report."""
     options = ', '.join(f'{key}={value}' for key, value in record['options'].items())
     lines = [
         f'# Compression of {report.model}',
         '',
-        f'Weights: {record["source"]}. {options}; frequencies weighed by {record["weighed_by"]}. Multiply-adds are '
-        'those of the plain network.',
+        f'Weights: {record["source"]}. {options}; frequencies weighed by {record["weighed_by"]}. Multiply-adds are of '
+        f'one image; milliseconds are measured here, for {record["timed"]}.',
         '',
     ]
+    if 'deployed' in record:
+        lines += [deployed_table(record), '']
     if accuracies := record['accuracy']:
         lines += ['| accuracy, %, measured | before | after |', '|---|---|---|']
         lines += [f'| {k} | {v:.2f} | {accuracies["after"][k]:.2f} |' for k, v in accuracies['before'].items()]
@@ -215,4 +276,5 @@ def _picture(path: Path, report: HarmonicReport, losses: Losses, whole: nn.Modul
         chosen = choose_levels(losses, costs, budget)
         curve[round(costs.total(chosen))] = mean_kept(chosen)
     title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
-    draw(path, title, losses, levels, sorted(curve.items()), (report.parameters, mean_kept(levels)))
+    times = {conv.name: (conv.ms_before, conv.ms) for conv in report.convolutions if conv.ms_before and conv.ms}
+    draw(path, title, losses, levels, sorted(curve.items()), (report.parameters, mean_kept(levels)), times)

@@ -1,0 +1,82 @@
+"""The plain network for a device: as ONNX, checked, and what it takes against the network that it was made from."""
+
+import copy
+import importlib
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conversion.costs import count_macs
+from ..conversion.timing import times_of
+from .provenance import HubError
+
+_NAME = 'deployed.onnx'
+_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+_TOLERANCE = 1e-3  # of the largest output
+
+
+def check_packages() -> None:
+    """Raises HubError if a package is missing that ONNX needs."""
+    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise HubError(f'--deploy needs packages: pip install {" ".join(missing)}')
+
+
+def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: Path) -> dict[str, Any]:
+    """Writes a plain network as deployed.onnx, and measures it against the plain network that it was made from.
+
+    Both are of `deploy`. Times are medians of runs that alternate, for the batch of images: milliseconds in torch on
+    the device of the images, and in ONNX Runtime on the CPU. Returns what was measured, of both. Raises HubError if
+    ONNX Runtime does not compute what torch does.
+    """
+    with tempfile.TemporaryDirectory() as other:
+        networks = {'plain': (plain, Path(other) / _NAME), 'compressed': (small, folder / _NAME)}
+        sessions = {name: _export(network, images, path) for name, (network, path) in networks.items()}
+        sizes = {name: path.stat().st_size for name, (_, path) in networks.items()}
+    torch_times = times_of({name: network for name, (network, _) in networks.items()}, images)
+    onnx_times = times_of(sessions, images.cpu())
+    return {
+        name: dict(
+            bytes=sizes[name],
+            parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
+            macs=count_macs(network, images),
+            torch_ms=statistics.median(torch_times[name]),
+            onnx_ms=statistics.median(onnx_times[name]),
+        )
+        for name, (network, _) in networks.items()
+    }
+
+
+def _export(network: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Any]:
+    """Exports a network, and returns what runs the file. Raises HubError if that differs from the network."""
+    onnxruntime: Any = importlib.import_module('onnxruntime')
+    network, images = copy.deepcopy(network).cpu().eval(), images.cpu()
+    program: Any = torch.onnx.export(
+        network,
+        (images,),
+        input_names=['images'],
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        dynamo=True,
+        verbose=False,
+    )
+    program.save(path, external_data=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # sessions take turns
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+
+    def run(x: Tensor) -> Any:
+        return session.run(None, {'images': x.contiguous().numpy()})[0]
+
+    with torch.inference_mode():
+        expected = network(images)
+    error = float((torch.from_numpy(run(images)) - expected).abs().max() / expected.abs().max())
+    if not error < _TOLERANCE:
+        raise HubError(f'{path.name} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
+    return run
