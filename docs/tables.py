@@ -34,6 +34,7 @@ RECIPES = dict(
     harm_seresnext101_64x4d="timm's, not the paper's",
 )
 OTHER_FILES = dict(
+    distill_truncated='for any truncated network, with a teacher',
     finetune_truncated='for any truncated network',
     gem='of [GEM](https://github.com/lorenzobrigato/gem), on few images',
     small_data='for few images',

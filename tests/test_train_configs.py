@@ -38,7 +38,7 @@ ROWS = [name for name in PAPER if name != 'harm0_seresnext101_32x4d']
 SMALL = {name: row for row in PAPER_SMALL for name in row['files'].split()}
 # Files that are for one process and no row of the paper.
 FEW_IMAGES = ['gem', 'small_data']
-OTHERS = ['harm_resnet50_a3', 'finetune_truncated', *FEW_IMAGES]
+OTHERS = ['harm_resnet50_a3', 'finetune_truncated', 'distill_truncated', *FEW_IMAGES]
 # Rows whose recipe the authors publish.
 SGD_ROWS = [name for name in ROWS if 'seresnext' not in name]
 
@@ -311,6 +311,16 @@ def test_the_truncated_network_is_what_the_comment_makes(tmp_path, monkeypatch):
     model = timm.create_model(config['model'], pretrained=config['pretrained'])
     assert sum(p.numel() for p in model.parameters()) <= 0.75 * 11_689_512
     assert model.layer4[1].conv2.normalization == 'ortho'
+
+
+def test_the_distilled_recipe_is_the_fine_tuned_one_with_a_teacher():
+    own = {'kd_model_name', 'kd_distill_type', 'kd_temperature', 'distill_loss_weight', 'smoothing'}
+    distilled, tuned = load('distill_truncated'), load('finetune_truncated')
+    assert distilled.keys() - tuned.keys() == own - {'smoothing'}
+    assert {key: value for key, value in distilled.items() if key not in own} == {
+        key: value for key, value in tuned.items() if key not in own
+    }
+    assert timm.is_model_pretrained(distilled['kd_model_name'])
 
 
 def test_the_a3_recipe_is_the_published_one():
