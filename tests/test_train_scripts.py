@@ -341,6 +341,23 @@ def test_truncate_fine_tune_validate_fuse_export(workplace, small_run):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def test_distillation_from_the_uncut_network(workplace):
+    """The recipe with a teacher, both from folders; the fast form is trained."""
+    torch.manual_seed(0)
+    teacher = timm.create_model('resnet18', num_classes=workplace.num_classes)
+    student = timm_harmonic.harmonize(teacher, level=2, form={'layer4.*': 'separable'})
+    for name, model in (('teacher', teacher), ('student', student)):
+        timm.models.save_for_hf(model, workplace.folder / name)
+    config = CONFIG.with_name('distill_truncated.yaml')
+    paths = ('-c', config, '--data-dir', workplace.images, '--output', workplace.folder, '--experiment', 'distilled')
+    networks = ('--model', 'local-dir:student', '--kd-model-name', 'local-dir:teacher')
+    common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu --batch-size 16'
+    workplace.run('train.py', *paths, *networks, *common.split(), '--epochs', 1, '--amp-dtype', 'bfloat16')
+    with (workplace.folder / 'distilled' / 'summary.csv').open() as file:
+        check_summary(list(csv.DictReader(file)))
+    assert workplace.checkpoint('distilled')['state_dict']['layer4.1.conv2.weight'].shape == (512, 512, 3, 1)
+
+
 def test_harmonized_by_its_options(workplace):
     """train.py builds and truncates the network, and validate.py takes the same options."""
     kwargs = ('--model-kwargs', 'base_model=mobilenetv3_small_050', 'level=3', "levels={'blocks.4.*':2}")
