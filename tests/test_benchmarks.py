@@ -12,7 +12,7 @@ import timm
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compression, conversion, imports, small_data, smoothness
+from benchmarks import compression, conversion, deploy, imports, small_data, smoothness
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
@@ -25,6 +25,7 @@ TABLES = dict(
     cuda=table,
     compression=compression.table,
     conversion=conversion.table,
+    deploy=deploy.table,
     imports=imports.table,
     small_data=small_data.table,
     smoothness=smoothness.table,
@@ -243,3 +244,17 @@ def test_smoothness_is_measured(tmp_path, monkeypatch, capsys):
         assert row['runs']['without']['ratio'] == 1
     assert all('peak_bytes' in run for run in rows[0]['runs'].values())
     assert (tmp_path / 'smoothness.md').read_text().strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('setting', ['channels_last', 'ONNX Runtime, int8'])
+def test_deployed_networks_are_measured(setting):
+    """Every variant of a network beside the plain one; what cannot be made says why."""
+    row = deploy.measure('resnet18', setting, 1, 64, 0.0)
+    made = {'plain', 'plain again', 'level 3', 'level 2', 'level 1'}
+    shares = {'0.75 of the time', '0.5 of the time'}
+    assert made <= row['runs'].keys() <= made | shares
+    assert row['impossible'].keys() == shares - row['runs'].keys()
+    assert all('is too small' in reason for reason in row['impossible'].values())
+    assert row['runs']['plain']['ratio'] == 1
+    line = deploy.table(dict(environment=command.environment(), rows=[row])).splitlines()[-1]
+    assert line.startswith(f'| `resnet18` | {setting} | 1 |')
