@@ -149,6 +149,7 @@ def test_what_a_fused_layer_takes_over():
 @pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
 @pytest.mark.filterwarnings('ignore:.torch.jit:DeprecationWarning')
 def test_script_trace_compile_export(kind, level):
+    torch.compiler.reset()  # all layers share a limit of compilations
     layer = kind(4, 8, 3, 2, level=level, form='separable').eval()
     x = torch.randn(2, 4, 16, 16)
     ways = [
