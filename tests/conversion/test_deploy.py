@@ -36,7 +36,7 @@ OTHERS = [
     'dla34',
     'res2net50_26w_4s',
     'selecsls42',
-    'vgg11_bn',
+    'regnetx_002',
 ]
 
 

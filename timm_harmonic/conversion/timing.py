@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 _ROUNDS, _ROUND = 9, 3e-3  # rounds, and the least seconds of one
 
@@ -15,6 +14,8 @@ Times = list[float]  # milliseconds, one entry a round
 
 def times_of(modules: Mapping[str, Callable[[Tensor], Any]], x: Tensor) -> dict[str, Times]:
     """Times of modules or functions with an input, all of them in turn in each round."""
+    from torch.utils.benchmark import Timer  # here, because it imports torch's compiler of extensions, which prints
+
     threads = torch.get_num_threads()
     timers = {
         name: Timer('module(x)', globals=dict(module=module, x=x), num_threads=threads)
