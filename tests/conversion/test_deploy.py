@@ -13,7 +13,7 @@ from timm_harmonic import HarmonicConv2d, deploy, harmonize, truncate
 from timm_harmonic.conversion import forms, timing
 from timm_harmonic.conversion.convolutions import harmonic_layers
 from timm_harmonic.conversion.forms import forms_by_rule, forms_by_time, multiply_adds
-from timm_harmonic.conversion.timing import inputs_of
+from timm_harmonic.conversion.running import uses_of
 
 OURS = ['harm_resnet18', 'harm_seresnext50_32x4d', 'harm_vgg11_bn', 'harm_wrn16_8', 'harm_resnet50_progressive']
 OTHERS = [
@@ -149,10 +149,10 @@ def test_layers_are_timed_as_they_are_run(network, monkeypatch):
     images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     deploy(low, images)
     assert [like.shape for like in seen] == [(2, 64, 16, 16)]
-    assert seen[0].draw().is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
     assert all(layer.milliseconds['dense'] > 0 for layer in (low.layer1[0].conv1, low.layer1[1].conv2))
     assert low.layer2[0].conv1.milliseconds is None
-    like = inputs_of(copy.deepcopy(low).bfloat16(), images.bfloat16())['layer1.0.conv1']
+    (like,) = uses_of(copy.deepcopy(low).bfloat16(), images.bfloat16())['layer1.0.conv1']
     assert like.dtype == torch.bfloat16
     assert not any(module._forward_pre_hooks for module in low.modules())
 
