@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
+from timm_harmonic.hub.deployed import export_onnx, onnx_runner
 
 from .environment import environment
 from .files import write
@@ -109,7 +111,6 @@ def in_onnx_runtime(name: str, int8: bool, batch: int, size: int, budget: float)
 
 def session(network: nn.Module, images: Tensor, int8: bool) -> Callable[[], Any]:
     """A run of a network in ONNX Runtime."""
-    import onnxruntime
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -120,19 +121,14 @@ def session(network: nn.Module, images: Tensor, int8: bool) -> Callable[[], Any]
         def get_next(self) -> Any:
             return next(self.batches, None)
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # sessions take turns
     with tempfile.TemporaryDirectory() as folder:
-        path, ready, quantised = (str(Path(folder) / name) for name in ('fp32.onnx', 'ready.onnx', 'int8.onnx'))
-        program: Any = torch.onnx.export(network, (images,), input_names=['images'], dynamo=True, verbose=False)
-        program.save(path, external_data=False)
+        path, ready, quantised = (Path(folder) / name for name in ('fp32.onnx', 'ready.onnx', 'int8.onnx'))
+        export_onnx(network, images, path)
         if int8:
-            quant_pre_process(path, ready)
-            quantize_static(ready, quantised, Random(), per_channel=True)
-        runner = onnxruntime.InferenceSession(quantised if int8 else path, options, providers=['CPUExecutionProvider'])
-    inputs = dict(images=images.contiguous().numpy())
-    return lambda: runner.run(None, inputs)
+            quant_pre_process(str(path), str(ready))
+            quantize_static(str(ready), str(quantised), Random(), per_channel=True)
+        runner = onnx_runner(quantised if int8 else path)
+    return partial(runner, images)
 
 
 def measure(name: str, setting: str, batch: int, size: int, budget: float) -> dict[str, Any]:

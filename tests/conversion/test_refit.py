@@ -9,12 +9,12 @@ import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonize, refit, truncate
 from timm_harmonic.conversion.convolutions import harmonic_layers
 from timm_harmonic.conversion.energy import at_level
-from timm_harmonic.conversion.moments import Moments, accumulate, by_group, coefficients_of
+from timm_harmonic.conversion.moments import Moments, Samples, by_group, coefficients_of
 from timm_harmonic.conversion.norms import by_batch, estimate_statistics, norms_behind, norms_of
 from timm_harmonic.conversion.refit import losses_by_refit, output_error, read_images
 
@@ -54,6 +54,13 @@ def weakened(small):
         for layer in harmonic_layers(small).values():
             layer.weight.mul_(0.7)
     return small
+
+
+class Stream(IterableDataset):
+    """Images without a length."""
+
+    def __iter__(self):
+        return iter(smooth())
 
 
 def same(a, b):
@@ -97,15 +104,43 @@ def test_features_are_what_the_coefficients_mix(kind, groups):
         layer.bn.running_mean.normal_()
         layer.bn.running_var.uniform_(0.5, 2)
     x = torch.randn(6, 4, 9, 9, dtype=torch.float64)
-    moments = {0: Moments(4 // groups * 9), 1: Moments(4 // groups * 9)}
+    samples = Samples(layer, 6 * 25)
     with torch.no_grad():
-        accumulate(layer, x, layer(x), torch.tensor([0, 1, 0, 1, 0, 0]), moments, 1.0)
-    assert [of.rows for of in moments.values()] == [4 * 25, 2 * 25]
+        samples.add(x, layer(x), torch.tensor([False, True, False, True, False, False]))
+    assert [of.rows for of in (samples.fit, samples.judge)] == [4 * 25, 2 * 25]
     weight = by_group(layer.weight, groups)
-    assert moments[1].error(weight, layer.bias.detach().reshape(groups, -1)).max() < 1e-14
-    found, bias = moments[0].plus(moments[1]).solve(torch.zeros_like(weight), 1e-12, True)
+    assert samples.judge.error(weight, layer.bias.detach().reshape(groups, -1)).max() < 1e-14
+    found, bias = samples.fit.plus(samples.judge).solve(torch.zeros_like(weight), 1e-12, True)
     torch.testing.assert_close(coefficients_of(found, layer.weight), layer.weight.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(bias.flatten(), layer.bias.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_large_images_count_in_part(monkeypatch):
+    """64 positions for each feature of a group, other ones in other images, and at least one of each batch."""
+    monkeypatch.setattr('timm_harmonic.conversion.moments._FEWEST', 1)
+    torch.manual_seed(0)
+    layer = HarmonicConv2d(4, 4, 3, groups=4, level=2, dtype=torch.float64)
+    x, judges = torch.randn(8, 4, 42, 42, dtype=torch.float64), torch.arange(8) % 4 == 3
+    samples = Samples(layer, 8 * 40 * 40)
+    with torch.no_grad():
+        samples.add(x, layer(x), judges)
+    assert samples.fit.rows + samples.judge.rows == pytest.approx(64 * 3, abs=8)
+    few = Samples(layer, 10**9)
+    with torch.no_grad():
+        for part, of_part in zip(x.split(4), judges.split(4), strict=True):
+            few.add(part, layer(part), of_part)
+    assert (few.fit.rows, few.judge.rows) == (6, 2)
+    assert few.fit.variance().min() > 0
+
+
+def test_depthwise_layers_of_large_images_are_refitted():
+    """Few features and many positions: a small share of them must do."""
+    torch.manual_seed(0)
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 3, 3, groups=3)).eval())
+    small = weakened(truncate(model, level=1))
+    images = smooth(8, size=200)
+    better = refit(model, small, [images])
+    assert output_error(model, better, [images]) < output_error(model, small, [images])
 
 
 NETWORKS = ['resnet18', 'regnety_002', 'mobilenetv3_small_050', 'convnext_atto', 'densenet121', 'vgg11', 'resnet26t']
@@ -284,14 +319,17 @@ def test_inplace_and_training_flags():
         list(smooth().split(5)),
         (part for part in smooth().split(7)),
         DataLoader(TensorDataset(smooth(), torch.zeros(24)), 8),
+        DataLoader(Stream(), 8),
         [(smooth(), 'labels')],
         [[smooth()]],
     ],
-    ids=['list', 'generator', 'loader', 'tuple', 'nested'],
+    ids=['list', 'generator', 'loader', 'stream', 'tuple', 'nested'],
 )
 def test_any_iterable(data):
     model = harmonize(nn.Sequential(nn.Conv2d(3, 4, 3)).eval())
     small = weakened(truncate(model, level=2))
+    if isinstance(data, DataLoader):
+        assert truncate(model, level=2, data=data, refit=True)[0].level == 2
     torch.testing.assert_close(refit(model, small, data)[0].weight, refit(model, small, [smooth()])[0].weight)
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers import HarmonicLayer, dct_frequencies
+from ..layers import HarmonicLayer
 from .convolutions import harmonic_layers, in_fusing_blocks
 from .deploy import deploy
-from .energy import at_level, levels_of
-from .forms import multiply_adds, time_levels
+from .energy import functions_at, levels_of
+from .forms import multiply_adds, saves, time_levels
 from .running import evaluating, uses_of
 from .timing import times_of
 
@@ -61,10 +61,9 @@ def mac_costs(model: nn.Module, images: Tensor) -> Costs:
         positions = sum(use.positions for use in uses[name])
         of[name], forms[name] = {}, {}
         for level in levels_of(layer):
-            low = at_level(layer, level)
-            macs = {form: multiply_adds(low, form, positions) for form in ('dense', 'separable')}
-            better = 'dense' if name in dense or macs['dense'] <= macs['separable'] else 'separable'
-            of[name][level], forms[name][level] = macs[better] / len(images), better
+            better = 'separable' if name not in dense and saves(layer, level) else 'dense'
+            of[name][level] = multiply_adds(layer, level, better, positions) / len(images)
+            forms[name][level] = better
     return Costs('multiply-adds', (counter.get_total_flops() - ours) / 2 / len(images), of, forms)
 
 
@@ -99,5 +98,4 @@ def time_costs(model: nn.Module, images: Tensor) -> Costs:
 
 def parameters_at(layer: HarmonicLayer, level: int) -> int:
     """Coefficients that a layer has at a level."""
-    count = len(dct_frequencies(layer.kernel_size[0], level, layer.dc))
-    return layer.weight.numel() // layer.weight.shape[2] * count
+    return layer.weight.numel() // layer.weight.shape[2] * functions_at(layer, level)

@@ -30,6 +30,11 @@ def levels_of(layer: HarmonicLayer) -> range:
     return range(layer.level, 0 if layer.dc else 1, -1)
 
 
+def functions_at(layer: HarmonicLayer, level: int) -> int:
+    """How many functions a layer keeps at a level."""
+    return len(dct_frequencies(layer.kernel_size[0], level, layer.dc))
+
+
 def share_of_energy(energy: Tensor, of: Tensor) -> float:
     """What share one sum of energies is of another. Of none it is all."""
     return float(energy / of) if of != 0 else 1.0

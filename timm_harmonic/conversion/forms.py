@@ -3,12 +3,13 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..layers import FORMS, HarmonicLayer, check_form
 from .convolutions import harmonic_layers, in_fusing_blocks
-from .energy import at_level
+from .energy import at_level, functions_at
 from .running import Use, uses_of
 from .timing import faster, times_of
 
@@ -19,18 +20,21 @@ Form = str | Mapping[str, str]  # for all layers, or by patterns over names; the
 _SHARE, _CHANNELS = 0.5, 64
 
 
-def multiply_adds(layer: HarmonicLayer, form: str, positions: int) -> int:
-    """Multiply-adds of a layer in a form, for so many positions of its output; average pooling counts as filters."""
-    side, count = layer.kernel_size[0], len(layer.basis)
+def multiply_adds(layer: HarmonicLayer, level: int, form: str, positions: int = 1) -> int:
+    """Multiply-adds of a layer at a level in a form, for so many positions of its output.
+
+    Average pooling counts as filters do.
+    """
+    side, count = layer.kernel_size[0], functions_at(layer, level)
     pairs = layer.out_channels * layer.in_channels // layer.groups
     if form == 'dense':
         return positions * side**2 * pairs
     return positions * count * (side**2 * layer.in_channels + pairs)
 
 
-def saves(layer: HarmonicLayer) -> bool:
-    """Whether a layer has fewer multiply-adds in separable form."""
-    return multiply_adds(layer, 'separable', 1) < multiply_adds(layer, 'dense', 1)
+def saves(layer: HarmonicLayer, level: int) -> bool:
+    """Whether a layer has fewer multiply-adds in separable form at a level."""
+    return multiply_adds(layer, level, 'separable') < multiply_adds(layer, level, 'dense')
 
 
 def forms_by_rule(model: nn.Module) -> dict[str, str]:
@@ -41,7 +45,8 @@ def forms_by_rule(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for name, layer in harmonic_layers(model).items():
-        fewer = multiply_adds(layer, 'separable', 1) <= _SHARE * multiply_adds(layer, 'dense', 1)
+        separable, dense = (multiply_adds(layer, layer.level, form) for form in ('separable', 'dense'))
+        fewer = separable <= _SHARE * dense
         wide = min(layer.in_channels, layer.out_channels) // layer.groups >= _CHANNELS
         found[name] = 'separable' if fewer and (layer.pool_padding is not None or wide) else 'dense'
     return {**found, **dict.fromkeys(in_fusing_blocks(model), 'dense')}
@@ -53,34 +58,34 @@ def forms_by_time(model: nn.Module, images: Tensor) -> dict[str, str]:
     Separable only where it is faster by more than the noise. Layers whose separable form has fewer multiply-adds are
     measured, and their `milliseconds` set.
     """
-    layers, uses = harmonic_layers(model), uses_of(model, images)
-    wanted = {name: layer for name, layer in layers.items() if saves(layer) and uses[name]}
+    layers, uses, dense = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
     found = dict.fromkeys(layers, 'dense')
-    for name, times in time_levels({n: (layer, [layer.level]) for n, layer in wanted.items()}, uses).items():
-        if name not in in_fusing_blocks(model):
-            layers[name].milliseconds, found[name] = times[layers[name].level]
+    able = [name for name, layer in layers.items() if uses[name] and name not in dense and saves(layer, layer.level)]
+    for name, times in time_levels({name: (layers[name], [layers[name].level]) for name in able}, uses).items():
+        layers[name].milliseconds, found[name] = times[layers[name].level]
     return found
 
 
-# By name and level: milliseconds by form, and the better form.
-LevelTimes = dict[str, dict[int, tuple[dict[str, float], str]]]
+# By level: milliseconds by form, and the better form.
+LevelTimes = dict[int, tuple[dict[str, float], str]]
 
 
-def time_levels(layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]]) -> LevelTimes:
+def time_levels(
+    layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]]
+) -> dict[str, LevelTimes]:
     """Times layers at levels, in both forms where the separable one has fewer multiply-adds, with their own input.
 
     What the dense form takes is the same at all levels. Equal layers with equal inputs are timed once. Times are of all
     uses of a layer, which are taken to be alike.
     """
-    done: dict[tuple[object, ...], dict[int, tuple[dict[str, float], str]]] = {}
-    found: LevelTimes = {}
+    done: dict[tuple[object, ...], LevelTimes] = {}
+    found: dict[str, LevelTimes] = {}
     for name, (layer, levels) in layers.items():
         use, number = uses[name][0], len(uses[name])
         key = (type(layer), layer.extra_repr(), tuple(levels), use, number)
         if key not in done:
-            low = {level: in_form(at_level(layer, level), 'separable') for level in levels}
-            modules = {'dense': in_form(layer, 'dense').fuse().eval()}
-            modules |= {f'separable {level}': of.fuse().eval() for level, of in low.items() if saves(of)}
+            modules = {'dense': _fused(layer, layer.level, 'dense')}
+            modules |= {f'separable {lv}': _fused(layer, lv, 'separable') for lv in levels if saves(layer, lv)}
             times = times_of(modules, use.draw())
             middle = {form: number * statistics.median(of) for form, of in times.items()}
             done[key] = {}
@@ -93,11 +98,11 @@ def time_levels(layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses:
     return found
 
 
-def in_form(layer: HarmonicLayer, form: str) -> HarmonicLayer:
-    """A copy of a layer in a form."""
-    new = at_level(layer, None)
-    new.form = form
-    return new
+def _fused(layer: HarmonicLayer, level: int, form: str) -> nn.Module:
+    """The plain modules of a layer at a level in a form."""
+    low: Any = at_level(layer, level)
+    low.form = form
+    return low.fuse().eval()
 
 
 def forms_by_names(names: Sequence[str], form: Form) -> dict[str, str]:

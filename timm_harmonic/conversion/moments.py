@@ -1,12 +1,15 @@
 """Least squares from sums over batches: outputs of a layer on the features that its coefficients mix."""
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..layers import HarmonicLayer
 
 _ELEMENTS = 2**24  # of features that are there at a time: 128 MiB in float64
-_ROWS = 64  # positions for each feature of a group; where there are more, they are drawn at random
+_ROWS, _FEWEST = 64, 2**14  # positions for each feature of a group, and for a group; of more, so many at random
 
 
 class Moments:
@@ -93,29 +96,30 @@ def coefficients_of(weight: Tensor, like: Tensor) -> Tensor:
     return weight.transpose(1, 2).reshape(like.shape).to(like)
 
 
-def accumulate(
-    layer: HarmonicLayer, x: Tensor, outputs: Tensor, kinds: Tensor, moments: dict[int, Moments], share: float
-) -> None:
-    """Adds what a layer's coefficients mix for an input x (B, C, H, W), and outputs (B, O, H', W').
+class Samples:
+    """Moments of a layer on images that it is fitted to, and apart from them on images that judge.
 
-    Images go to the moments of their kind (B,). Of the positions a random share counts, always the same.
+    Of the positions of its output that all images have together a random share counts, enough for the features of a
+    group. The layer computes in float32 at least.
     """
-    size = outputs[0, 0].numel() * layer.in_channels * len(layer.basis)
-    generator = torch.Generator().manual_seed(0)
-    for part in torch.arange(len(x)).split(max(1, _ELEMENTS // size)):
-        features = layer.features(x[part].to(layer.weight.dtype)).flatten(2)
-        wanted = outputs[part].flatten(2)
-        places = torch.rand(features.shape[2], generator=generator) < share
-        for kind, of in moments.items():
-            chosen = kinds[part] == kind
-            if chosen.any() and places.any():
-                both = (
-                    values[chosen.to(values.device)][:, :, places.to(values.device)] for values in (features, wanted)
-                )
-                of.add(*(rows_of(values, layer.groups) for values in both))
 
+    def __init__(self, layer: HarmonicLayer, positions: int) -> None:
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        self.layer: Any = layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
+        count = layer.in_channels // layer.groups * len(layer.basis)
+        self.fit, self.judge = Moments(count), Moments(count)
+        self.share = min(1.0, max(_ROWS * count, _FEWEST) / positions)
+        self.generator = torch.Generator().manual_seed(0)
 
-def share_of_positions(layer: HarmonicLayer, positions: int) -> float:
-    """Which share of so many positions counts: enough for every feature of a group."""
-    count = layer.in_channels // layer.groups * len(layer.basis)
-    return min(1.0, _ROWS * count / positions)
+    def add(self, x: Tensor, outputs: Tensor, judges: Tensor) -> None:
+        """Adds inputs (B, C, H, W) and outputs (B, O, H', W'); `judges` (B,) says which images judge."""
+        number = outputs[0, 0].numel()
+        size = number * self.layer.in_channels * len(self.layer.basis)
+        for part in torch.arange(len(x)).split(max(1, _ELEMENTS // size)):
+            features = self.layer.features(x[part].to(self.layer.weight.dtype)).flatten(2)
+            wanted = outputs[part].flatten(2)
+            places = torch.randperm(number, generator=self.generator)[: max(1, round(self.share * number))]
+            for moments, chosen in ((self.fit, ~judges[part]), (self.judge, judges[part])):
+                if chosen.any():
+                    both = (v[chosen.to(v.device)][:, :, places.to(v.device)] for v in (features, wanted))
+                    moments.add(*(rows_of(values, self.layer.groups) for values in both))

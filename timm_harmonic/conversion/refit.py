@@ -15,9 +15,9 @@ from ..layers import HarmonicLayer, dct_frequencies, full_level
 from .convolutions import harmonic_layers
 from .energy import levels_of
 from .losses import Losses, losses_by_filters
-from .moments import Moments, accumulate, by_group, coefficients_of, share_of_positions
+from .moments import Moments, Samples, by_group, coefficients_of
 from .norms import by_batch, estimate_statistics, norms_behind
-from .running import evaluating, images_in, uses_of, watching
+from .running import Use, evaluating, images_in, uses_of, watching
 
 _BYTES = 2**31  # of images that are kept
 _SUMS = 2**30  # bytes of sums that are there at a time, where levels are compared
@@ -25,7 +25,6 @@ _BATCH = 32  # images that run through a network together
 _HELD_OUT = 4  # one of so many images judges
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last leaves the coefficients as they are
 _RIDGE = 1e-2  # where levels are compared
-_FIT, _JUDGE = 0, 1  # kinds of images
 
 
 def refit(
@@ -42,7 +41,8 @@ def refit(
     the refitted one.
 
     The images are kept in memory, 2 GiB at most. Layers take their sums of products one after the other, float64: for F
-    features and o outputs of a group 16 (F + o)^2 bytes, 210 MiB for 512 channels at level 3 of 3 x 3.
+    features and o outputs of a group 16 (F + o)^2 bytes, 196 MiB for 512 channels at level 3 of 3 x 3, and about as
+    much again while they are added up and solved.
 
     Args:
         model: Complete network. Layers that are harmonic in `small` may be plain in it.
@@ -66,15 +66,15 @@ def refit(
         layers = harmonic_layers(fitted)
         lowered = [name for name in uses if uses[name] and layers[name].level < full_level(layers[name].kernel_size[0])]
         for name in tqdm(lowered, desc='refit', unit='layer', leave=False, disable=None):
-            positions = sum(use.positions for use in uses[name]) * sum(map(len, parts)) // len(parts[0])
-            _refit_layer(model, fitted, name, len(uses[name]), parts, positions, norms.get(name))
+            _refit_layer(model, fitted, name, uses[name], parts, norms.get(name))
         for network in (fitted, counted):
             estimate_statistics(network, parts)
         best = min((small, counted, fitted), key=lambda network: output_error(model, network, parts))
-    if inplace:
+    if not inplace:
+        return copy.deepcopy(small) if best is small else best
+    if best is not small:
         small.load_state_dict(best.state_dict())
-        return small
-    return copy.deepcopy(small) if best is small else best
+    return small
 
 
 class Parts(list[Tensor]):
@@ -116,34 +116,23 @@ def losses_by_refit(model: nn.Module, parts: Sequence[Tensor]) -> Losses:
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
         for names in _batches_of_layers({name: layers[name] for name in uses if uses[name]}):
-            moments = {name: _moments(layers[name]) for name in names}
-            shares = {
-                name: share_of_positions(layers[name], sum(use.positions for use in uses[name]) * len(parts))
-                for name in names
-            }
-            for part, kinds in _with_kinds(parts):
-                with watching(model, partial(_note, moments, shares, kinds), names):
+            samples = {name: Samples(layers[name], _positions(uses[name], parts)) for name in names}
+            for part, judges in _with_judges(parts):
+                with watching(model, partial(_add, samples, judges), names):
                     model(part)
             for name in names:
                 intercept = layers[name].bias is not None or name in norms
-                found[name] = _losses_of(layers[name], moments.pop(name), intercept)
+                found[name] = _losses_of(layers[name], samples.pop(name), intercept)
     return found
 
 
-def _note(
-    moments: dict[str, dict[int, Moments]],
-    shares: dict[str, float],
-    kinds: Tensor,
-    name: str,
-    layer: HarmonicLayer,
-    x: Tensor,
-    output: Tensor,
+def _add(
+    samples: dict[str, Samples], judges: Tensor, name: str, layer: HarmonicLayer, x: Tensor, output: Tensor
 ) -> None:
-    """Adds what a layer computes to its sums."""
-    accumulate(_exact(layer), x, output, kinds, moments[name], shares[name])
+    samples[name].add(x, output, judges)
 
 
-def _losses_of(layer: HarmonicLayer, moments: dict[int, Moments], intercept: bool) -> dict[int, float]:
+def _losses_of(layer: HarmonicLayer, samples: Samples, intercept: bool) -> dict[int, float]:
     side, channels = layer.kernel_size[0], layer.in_channels // layer.groups
     present = dct_frequencies(side, layer.level, layer.dc)
     lost = {layer.level: 0.0}
@@ -151,7 +140,7 @@ def _losses_of(layer: HarmonicLayer, moments: dict[int, Moments], intercept: boo
         kept = torch.tensor([present.index(pair) for pair in dct_frequencies(side, level, layer.dc)])
         places = (len(present) * torch.arange(channels)[:, None] + kept).flatten()
         start = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
-        fit, judge = (moments[kind].of(places) for kind in (_FIT, _JUDGE))
+        fit, judge = samples.fit.of(places), samples.judge.of(places)
         lost[level] = min(1.0, _relative(judge, *fit.solve(start, _RIDGE, intercept)))
     return lost
 
@@ -173,33 +162,26 @@ def _batches_of_layers(layers: dict[str, HarmonicLayer]) -> Iterator[list[str]]:
 
 
 def _refit_layer(
-    model: nn.Module,
-    small: nn.Module,
-    name: str,
-    uses: int,
-    parts: Sequence[Tensor],
-    positions: int,
-    norm: Any,
+    model: nn.Module, small: nn.Module, name: str, uses: Sequence[Use], parts: Sequence[Tensor], norm: Any
 ) -> None:
     """Fits one layer of a truncated network, in place. `norm` is what normalises its output, if anything does."""
     layer: Any = small.get_submodule(name)
-    exact, moments, share = _exact(layer), _moments(layer), share_of_positions(layer, positions)
-    for part, kinds in _with_kinds(parts):
-        wanted = [output for _, output in _run_to(model, name, uses, part)]
+    samples = Samples(layer, _positions(uses, parts))
+    for part, judges in _with_judges(parts):
+        wanted = [output for _, output in _run_to(model, name, len(uses), part)]
         with by_batch(small):
-            given = [x for x, _ in _run_to(small, name, uses, part)]
+            given = [x for x, _ in _run_to(small, name, len(uses), part)]
         for x, output in zip(given, wanted, strict=True):
-            accumulate(exact, x, output, kinds, moments, share)
+            samples.add(x, output, judges)
     start = by_group(layer.weight, layer.groups)
     nothing = start.new_zeros(layer.groups, start.shape[2])
     present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
     intercept = layer.bias is not None or norm is not None
-    solutions = {ridge: moments[_FIT].solve(start, ridge, intercept) for ridge in _RIDGES}
-    errors = {ridge: _relative(moments[_JUDGE], *solution) for ridge, solution in solutions.items()}
+    errors = {ridge: _relative(samples.judge, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
-    if errors[best] >= _relative(moments[_JUDGE], start, present):
+    if errors[best] >= _relative(samples.judge, start, present):
         return
-    weight, bias = moments[_FIT].plus(moments[_JUDGE]).solve(start, best, intercept)  # now by all images
+    weight, bias = samples.fit.plus(samples.judge).solve(start, best, intercept)  # now by all images
     layer.weight.copy_(coefficients_of(weight, layer.weight))
     if layer.bias is not None:
         layer.bias.copy_(bias.flatten())
@@ -208,9 +190,9 @@ def _refit_layer(
     layer.energy_kept = None  # the filters are no longer those of the complete network
 
 
-def _moments(layer: HarmonicLayer) -> dict[int, Moments]:
-    count = layer.in_channels // layer.groups * len(layer.basis)
-    return {kind: Moments(count) for kind in (_FIT, _JUDGE)}
+def _positions(uses: Sequence[Use], parts: Sequence[Tensor]) -> int:
+    """Positions of a layer's output over all images, by its uses for the first part of them."""
+    return sum(use.positions for use in uses) * sum(map(len, parts)) // len(parts[0])
 
 
 def _relative(judge: Moments, weight: Tensor, bias: Tensor) -> float:
@@ -220,18 +202,11 @@ def _relative(judge: Moments, weight: Tensor, bias: Tensor) -> float:
     return float((judge.error(weight, bias)[alive] / variance[alive]).mean()) if alive.any() else 0.0
 
 
-def _exact(layer: HarmonicLayer) -> HarmonicLayer:
-    """A layer that computes in float32 at least."""
-    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    return layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
-
-
-def _with_kinds(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of the images, with the kind of each image (B,)."""
+def _with_judges(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of the images, and which of their images judge (B,)."""
     first = 0
     for part in parts:
-        places = first + torch.arange(len(part))
-        yield part, torch.where(places % _HELD_OUT == _HELD_OUT - 1, _JUDGE, _FIT)
+        yield part, (first + torch.arange(len(part))) % _HELD_OUT == _HELD_OUT - 1
         first += len(part)
 
 
@@ -254,22 +229,20 @@ def _run_to(model: nn.Module, name: str, uses: int, images: Tensor) -> list[tupl
 
 
 def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> float:
-    """Squared error of a network's outputs on the images that judge, over the variance of another network's."""
-    errors, squares, sums, count = 0.0, 0.0, 0.0, 0
+    """Squared error of a network's outputs on the images that judge, over the variance of another network's.
+
+    The variance is that within each part.
+    """
+    error, variance = 0.0, 0.0
     with torch.no_grad(), evaluating(model), evaluating(small):
-        for part, kinds in _with_kinds(parts):
-            images = part[(kinds == _JUDGE).to(part.device)]
-            if not len(images):
+        for part, judges in _with_judges(parts):
+            images = part[judges.to(part.device)]
+            if not len(images):  # of a batch that is smaller than four
                 continue
             for wanted, found in zip(tree_leaves(model(images)), tree_leaves(small(images)), strict=True):
-                wanted, found = wanted.double(), found.double()
-                errors += float((found - wanted).square().sum())
-                squares, sums, count = (
-                    squares + float(wanted.square().sum()),
-                    sums + float(wanted.sum()),
-                    count + wanted.numel(),
-                )
-    return errors / max(squares - sums**2 / max(count, 1), 1e-30)
+                error += float((found.double() - wanted.double()).square().sum())
+                variance += float((wanted.double() - wanted.double().mean()).square().sum())
+    return error / max(variance, torch.finfo(torch.float64).tiny)
 
 
 def _check_pair(model: nn.Module, small: nn.Module) -> None:

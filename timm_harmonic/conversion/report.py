@@ -29,10 +29,8 @@ class Convolution:
     form: str | None  # 'dense' or 'separable'
     macs_before: int | None  # multiply-adds of the plain convolution for one image; None without images
     macs: int | None  # multiply-adds in its form
-    ms_before: (
-        float | None
-    )  # milliseconds of the plain convolution, for the batch it was timed with; None if it was not
-    ms: float | None  # milliseconds in its form
+    ms_before: float | None  # milliseconds of the plain convolution, for the batch that it was timed with
+    ms: float | None  # milliseconds in its form; None if it was not timed
     reason: str  # why it stays plain; empty if it is harmonic or could be
 
 
@@ -137,7 +135,8 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
             about |= dict(parameters_before=size // kept * frequencies, energy_kept=energy_kept(module))
             about |= dict(form=module.form)
             if name in positions:
-                before, now = (multiply_adds(module, form, positions[name]) for form in ('dense', module.form))
+                forms = ('dense', module.form)
+                before, now = (multiply_adds(module, module.level, form, positions[name]) for form in forms)
                 about |= dict(macs_before=before, macs=now)
             if module.milliseconds:
                 about |= dict(ms_before=module.milliseconds['dense'], ms=module.milliseconds.get(module.form))

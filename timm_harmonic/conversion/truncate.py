@@ -60,7 +60,8 @@ def truncate(
             count.
         data: Batches of images (B, C, H, W), alone or first in a tuple or list. For energy, max_params, ratio and
             refit.
-        refit: Whether to fit the coefficients to what the complete network computes on the data. No label is used.
+        refit: Whether to fit the coefficients to what the complete network computes on the data, by the function
+            `refit`. Energies are then what it leaves over, see `losses_by_refit`. No label is used.
         losses: In place of energies and data: by layer and level, the share of it that is lost, from 0 to 1.
         batches: How many batches of the data are read at most. Data without an end need it.
         inplace: Whether to change the network itself rather than a copy.
@@ -82,13 +83,16 @@ def truncate(
         raise ValueError(
             f'pass exactly one of level and levels, energy, max_params, ratio; got {" and ".join(given) or "none"}.'
         )
-    if refit and data is None:
-        raise ValueError('refit needs data: batches of images.')
+    for name, share in (('energy', energy), ('ratio', ratio)):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f'{name} must be above 0 and at most 1, got {share!r}.')
     if losses is not None and data is not None and not refit:
         raise ValueError('pass data or losses: losses are what data would tell.')
     _check_cost(cost, images, ratio)
     if refit:
-        data = read_images(data or (), next(model.parameters()), batches)
+        if data is None:
+            raise ValueError('refit needs data: batches of images.')
+        data = read_images(data, next(model.parameters()), batches)
     elif data is not None:
         data = islice(data, batches)
     if given[0] in ('level', 'levels'):
@@ -96,9 +100,6 @@ def truncate(
             raise ValueError('data and losses are for energy, max_params and ratio: given levels need no choice.')
         chosen = plan(model, level=level, levels=levels, include=lambda name, layer: name in layers)
     else:
-        for name, share in (('energy', energy), ('ratio', ratio)):
-            if share is not None and not 0 < share <= 1:
-                raise ValueError(f'{name} must be above 0 and at most 1, got {share!r}.')
         costs = _costs(model, cost, images)
         budget = 0.0 if energy is not None else _budget(costs, max_params, ratio)
         losses = _losses(model, data) if losses is None else _check_losses(losses, layers)

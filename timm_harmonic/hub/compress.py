@@ -100,13 +100,13 @@ def compress(
             for when, model in (('before', whole), ('after', small)):
                 measured[when] = _evaluate(model, load(model, evaluate, split))
         report = harmonic_report(small, example)
-        chosen = {**(dict(cost=cost) if cost != 'parameters' else {}), **(dict(refit=True) if refit else {})}
+        more = {**(dict(cost=cost) if cost != 'parameters' else {}), **(dict(refit=True) if refit else {})}
         record = dict(
             timm_harmonic=version('timm-harmonic'),
             torch=torch.__version__,
             timm=timm.__version__,
             source=source.file or source.base,
-            options={**{name: value for name, value in amount.items() if value is not None}, **chosen},
+            options={**{name: value for name, value in amount.items() if value is not None}, **more},
             weighed_by='filters' if data is None else f'outputs on {batches} batches of {batch_size} images',
             timed=f'one image, {example.device.type}, {"channels_last" if channels_last else "contiguous"}, '
             f'{torch.get_num_threads()} threads',

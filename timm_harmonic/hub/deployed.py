@@ -37,10 +37,14 @@ def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: P
     """
     with tempfile.TemporaryDirectory() as other:
         networks = {'plain': (plain, Path(other) / _NAME), 'compressed': (small, folder / _NAME)}
-        sessions = {name: _export(network, images, path) for name, (network, path) in networks.items()}
+        runners = {}
+        for name, (network, path) in networks.items():
+            export_onnx(network, images, path)
+            runners[name] = onnx_runner(path)
+            _check(network, images, runners[name])
         sizes = {name: path.stat().st_size for name, (_, path) in networks.items()}
     torch_times = times_of({name: network for name, (network, _) in networks.items()}, images)
-    onnx_times = times_of(sessions, images.cpu())
+    onnx_times = times_of(runners, images.cpu())
     return {
         name: dict(
             bytes=sizes[name],
@@ -53,30 +57,27 @@ def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: P
     }
 
 
-def _export(network: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Any]:
-    """Exports a network, and returns what runs the file. Raises HubError if that differs from the network."""
-    onnxruntime: Any = importlib.import_module('onnxruntime')
-    network, images = copy.deepcopy(network).cpu().eval(), images.cpu()
-    program: Any = torch.onnx.export(
-        network,
-        (images,),
-        input_names=['images'],
-        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-        dynamo=True,
-        verbose=False,
-    )
+def export_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
+    """Writes a plain network as ONNX, for batches of any size. Its input is `images`."""
+    batches = ({0: torch.export.Dim.DYNAMIC},)
+    options: dict[str, Any] = dict(input_names=['images'], dynamic_shapes=batches, dynamo=True, verbose=False)
+    program: Any = torch.onnx.export(copy.deepcopy(network).cpu().eval(), (images.cpu(),), **options)
     program.save(path, external_data=False)
+
+
+def onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
+    """What runs an ONNX file in ONNX Runtime on the CPU, with torch's number of threads."""
+    onnxruntime: Any = importlib.import_module('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # sessions take turns
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    return lambda images: torch.from_numpy(session.run(None, dict(images=images.contiguous().numpy()))[0])
 
-    def run(x: Tensor) -> Any:
-        return session.run(None, {'images': x.contiguous().numpy()})[0]
 
+def _check(network: nn.Module, images: Tensor, runner: Callable[[Tensor], Tensor]) -> None:
     with torch.inference_mode():
-        expected = network(images)
-    error = float((torch.from_numpy(run(images)) - expected).abs().max() / expected.abs().max())
+        expected = network(images).cpu()
+    error = float((runner(images.cpu()) - expected).abs().max() / expected.abs().max())
     if not error < _TOLERANCE:
-        raise HubError(f'{path.name} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
-    return run
+        raise HubError(f'{_NAME} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')

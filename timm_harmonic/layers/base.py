@@ -114,6 +114,7 @@ class HarmonicLayer(nn.Module):
 
         Its name goes into the state dict, as bytes of text, unless it is the authors' basis.
         """
+        # An attribute, because TorchScript has to know whether it is None.
         pools = self.level == 1 and self.dc and self.padding_mode == 'zeros'
         self.pool_padding = pool_padding(self.kernel_size[0], self.padding, self.dilation) if pools else None
         self.basis = self.basis_for(self.weight)
@@ -186,14 +187,18 @@ class HarmonicLayer(nn.Module):
             return F.conv2d(x, filters, bias, self.stride, (0, 0), self.dilation, groups)
         return F.conv2d(x, filters, bias, self.stride, self.padding, self.dilation, groups)
 
+    def _respond(self, x: Tensor, functions: Tensor) -> Tensor:
+        """Responses (B, C * P, H', W') of every channel to functions (P, k, k), in the order c * P + n."""
+        filters = responding(functions.to(self.weight.dtype), self.in_channels)
+        return self._convolve(x, filters, None, self.in_channels)
+
     def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
         """The layer in separable form: responses (B, C * P, H', W') to the functions, mixed by the coefficients."""
         if self.pool_padding is not None:
             responses = F.avg_pool2d(x, self.kernel_size, self.stride, self.pool_padding)
             coefficients = coefficients * self.basis.sum().to(coefficients.dtype)
         else:
-            filters = responding(self.basis.to(coefficients.dtype), self.in_channels)
-            responses = self._convolve(x, filters, None, self.in_channels)
+            responses = self._respond(x, self.basis)
         return F.conv2d(responses, mixing(coefficients), bias, groups=self.groups)
 
     def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:

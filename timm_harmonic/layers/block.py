@@ -139,8 +139,7 @@ class HarmonicBlock2d(HarmonicLayer):
     def responses(self, x: Tensor) -> Tensor:
         """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation, in channels_last order."""
         # In this order filtering, normalising and mixing take half the time on a CPU, for a stem with 3 channels.
-        filters = self._functions().to(self.weight.dtype).repeat(self.in_channels, 1, 1).unsqueeze(1)
-        return self._convolve(x.contiguous(memory_format=torch.channels_last), filters, None, self.in_channels)
+        return self._respond(x.contiguous(memory_format=torch.channels_last), self._functions())
 
     def _functions(self) -> Tensor:
         """The functions (P, k, k) whose responses are normalised: the basis as it is before smoothness scales it."""

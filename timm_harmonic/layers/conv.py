@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .base import HarmonicLayer, conv_args, write_name
 from .compose import compose, format_of
 from .dct import project
-from .separable import responding
 
 # Leaves for torch.fx: their branches on dtype, device, memory format and image size must not be frozen in a trace.
 torch.fx.wrap('compose')
@@ -90,8 +89,7 @@ class HarmonicConv2d(HarmonicLayer):
 
     def features(self, x: Tensor) -> Tensor:
         """What the coefficients mix: the responses (B, C * P, H', W') to the basis, in the order c * P + n."""
-        filters = responding(self.basis.to(self.weight.dtype), self.in_channels)
-        return self._convolve(x, filters, None, self.in_channels)
+        return self._respond(x, self.basis)
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
         """Plain modules that compute the same: a new nn.Conv2d, in separable form an nn.Sequential of two modules.
@@ -156,6 +154,7 @@ class HarmonicConv2dSame(HarmonicConv2d):
 
     dynamic_padding = True
 
+    # TorchScript knows no super() in what it compiles, so forward() is written out.
     def features(self, x: Tensor) -> Tensor:
         """What the coefficients mix, see `HarmonicConv2d.features`."""
         return super().features(pad_same(x, self.kernel_size, self.stride, self.dilation))
