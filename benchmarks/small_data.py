@@ -3,12 +3,13 @@
     python -m benchmarks.small_data --out benchmarks/results
 
 Every network tries the same settings of learning rate and weight decay on inner splits of the training images, and is
-trained with its best one on eight sets of training images. Test images choose nothing. What is done is kept in --work,
-and after an interruption the same command goes on. Hours on two cores: --only takes a part.
+trained with its best one on eight sets of training images. Test images choose nothing. What is done is kept in --work
+and in the report in --out, and after an interruption the same command goes on. Hours on two cores: --only takes a part.
 """
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from timm_harmonic.small_data.networks import network
 from timm_harmonic.small_data.runs import Store
 from timm_harmonic.small_data.search import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, setting
-from timm_harmonic.small_data.summary import accuracy, interval, summarise
+from timm_harmonic.small_data.summary import accuracy, deviation, difference, interval
 from timm_harmonic.small_data.training import Recipe, one_thread
 
 from .environment import environment
@@ -90,6 +91,19 @@ def is_done(unit: Unit, work: Path) -> bool:
     return path.exists() and path.read_text().count('"key": "final') == GROUPS[unit.group][2]['seeds']
 
 
+def reported(path: Path) -> dict[Unit, dict[str, Any]]:
+    """Rows of a report that count as measured: made by the same versions, with as many trials, seeds and epochs."""
+    if not path.exists():
+        return {}
+    report, here = json.loads(path.read_text()), environment()
+    if any(report['environment'][key] != here[key] for key in ('torch', 'timm', 'timm_harmonic')):
+        return {}
+    same = [
+        name for name, (title, _, amount) in GROUPS.items() if report['groups'].get(name) == dict(amount, title=title)
+    ]
+    return {Unit(*(row[key] for key in Unit._fields)): row for row in report['rows'] if row['group'] in same}
+
+
 def measure(unit: Unit, work: Path) -> dict[str, Any]:
     """Search and runs of one unit, or what is kept of them."""
     _, variants, amount = GROUPS[unit.group]
@@ -106,24 +120,31 @@ def measure(unit: Unit, work: Path) -> dict[str, Any]:
         protocol = Protocol(draw, [net], task.classes, recipe, *amounts, store, curves=False)
         runs = [protocol.final(net, seed) for seed in range(protocol.seeds)]
         best = setting(recipe, protocol.best(net))
-    return dict(unit._asdict(), runs=runs, lr=best.lr, weight_decay=best.weight_decay)
+    found = dict(accuracy=[run['accuracy'] for run in runs], parameters=runs[0]['parameters'])
+    return dict(unit._asdict(), **found, lr=best.lr, weight_decay=best.weight_decay)
 
 
-def summary(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each unit: accuracy, and the difference to the plain twin of the same setting, paired by seed."""
-    found = {Unit(*(row[key] for key in Unit._fields)): row for row in measured}
+def summary(measured: dict[Unit, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each unit: accuracy, and the differences to plain and harm of the same setting, paired by seed."""
     rows = []
     for unit in units():
-        plain = found.get(unit._replace(variant='plain'))
-        if unit not in found or plain is None:
+        plain, harm = (measured.get(unit._replace(variant=name)) for name in ('plain', 'harm'))
+        if unit not in measured or plain is None:
             continue
-        row = found[unit]
-        of = summarise(row['runs'], None if unit.variant == 'plain' else plain['runs'])
-        harm = found.get(unit._replace(variant='harm'))
-        of['minus_harm'] = summarise(row['runs'], harm['runs'])['difference'] if harm else None
-        for key in ('curves', 'fused_accuracy', 'seconds'):  # runs beside each other take longer: no times to compare
-            del of[key]
-        rows.append(dict(unit._asdict(), **of, lr=row['lr'], weight_decay=row['weight_decay']))
+        found = measured[unit]
+        values = found['accuracy']
+        row = dict(
+            unit._asdict(),
+            accuracy_mean=statistics.mean(values),
+            accuracy_deviation=deviation(values),
+            accuracy=values,
+            difference=None if unit.variant == 'plain' else difference(values, plain['accuracy']),
+            parameters=found['parameters'],
+            minus_harm=difference(values, harm['accuracy']) if harm else None,
+            lr=found['lr'],
+            weight_decay=found['weight_decay'],
+        )
+        rows.append(row)
     return rows
 
 
@@ -210,13 +231,15 @@ def main() -> None:
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return
+    measured = reported(args.out / 'small_data.json') if args.out else {}
     wanted = [u for u in units() if not args.only or u.group in args.only or u.task in args.only]
-    wanted = [u for u in wanted if not args.variants or u.variant in args.variants]
+    wanted = [u for u in wanted if u not in measured and (not args.variants or u.variant in args.variants)]
     if args.done:
         wanted = [unit for unit in wanted if is_done(unit, args.work)]
     with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool:
-        started = [pool.submit(measure, unit, args.work) for unit in wanted]
-        measured = [done.result() for done in tqdm(as_completed(started), total=len(started), unit='network')]
+        started = {pool.submit(measure, unit, args.work): unit for unit in wanted}
+        for done in tqdm(as_completed(started), total=len(started), unit='network'):
+            measured[started[done]] = done.result()
     titles: dict[str, Any] = dict(
         tasks={name: task.title for name, task in TASKS.items()},
         groups={name: dict(title=title, **amount) for name, (title, _, amount) in GROUPS.items()},
