@@ -1,14 +1,13 @@
 """Lets timm know the harmonic models without an import: `import timm` is enough.
 
 PyTorch calls the entry points of the group `torch.backends` at the end of `import torch`. Ours puts one finder on
-sys.meta_path, which imports the plugin as soon as timm.models has been executed, and then takes itself away. This
-module imports neither torch nor timm, and whatever goes wrong, `import torch` and `import timm` go on.
+sys.meta_path, which has the plugin imported whenever timm.models has been executed. This module imports neither torch
+nor timm, and whatever goes wrong, `import torch` and `import timm` go on.
 
 Switches: TIMM_HARMONIC_AUTOLOAD=0, or PyTorch's own TORCH_DEVICE_BACKEND_AUTOLOAD=0.
 """
 
 import importlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -28,6 +27,8 @@ def autoload() -> None:
     if host is not None and not getattr(host.__spec__, '_initializing', False):
         _import_plugin()
     elif not any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
+        # Other threads may walk the list: what moves up is at most asked twice. Taking the finder away again could make
+        # them skip the next one, so it stays. After an import of timm that was interrupted it is needed again, too.
         sys.meta_path.insert(0, _HostFinder())
 
 
@@ -54,12 +55,18 @@ class _HostFinder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _HOST:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
-        spec: Any = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenPlugin(spec.loader)
-        return spec
+        # Not by importlib.util.find_spec: it imports the parent, and another thread may hold that one's lock and wait
+        # for the lock that is held here.
+        for finder in tuple(sys.meta_path):
+            find = getattr(finder, 'find_spec', None)
+            if find is None or isinstance(finder, _HostFinder):
+                continue
+            spec = find(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _ThenPlugin(spec.loader)
+                return spec
+        return None
 
 
 class _ThenPlugin:

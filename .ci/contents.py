@@ -29,10 +29,13 @@ def in_source(source: Path) -> set[str]:
     return {path.as_posix() for path in files if not path.parts[0].endswith('.egg-info')}
 
 
+_PACKAGED = ('timm_harmonic/', 'timm_harmonic_autoload.py', 'timm_harmonic_cli.py')
+
+
 def main() -> None:
     dist, source = Path(sys.argv[1]), in_source(Path(sys.argv[2]))
     expected = {
-        'wheel': {name for name in source if name.startswith(('timm_harmonic/', 'timm_harmonic_autoload.py'))},
+        'wheel': {name for name in source if name.startswith(_PACKAGED)},
         'sdist': source,
     }
     problems = []

@@ -19,16 +19,21 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg_value
+from timm.models import get_pretrained_cfg_value, reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
+from timm_harmonic.conversion.choose import choose_levels
+from timm_harmonic.conversion.costs import time_costs
+from timm_harmonic.conversion.forms import set_forms
+from timm_harmonic.conversion.losses import losses_by_filters
 from timm_harmonic.hub.deployed import export_onnx, onnx_runner
 
 from .environment import environment
 from .files import write
 from .measure import Setting, compare
+from .smaller import in_int8
 
 MODELS = (
     'resnet18',
@@ -48,26 +53,34 @@ SETTINGS = {
 }
 ONNX = ('ONNX Runtime', 'ONNX Runtime, int8')
 _BATCHES = (1, 8)
+_SLOW = ('channels_last, bf16', 'compiled')  # minutes a row: only for the first batch size
 
 
 def variants(name: str, images: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Truncated networks by what tables call them, harmonic still, and why others cannot be made.
 
-    A network of ours is lowered from the levels that it has.
+    Their forms are the faster ones, measured once for all of them: what `truncate` and `deploy` do for each. A network
+    of ours is lowered from the levels that it has.
     """
     torch.manual_seed(0)
     model = timm.create_model(name).eval().to(memory_format=_format(images))
     stem = get_pretrained_cfg_value(name, 'first_conv')
     whole = model if name.startswith('harm') else harmonize(model, exclude=stem)
-    found, impossible = {'plain': whole}, {}
+    costs, losses = time_costs(whole, images), losses_by_filters(whole)
+    top = {layer: max(of) for layer, of in costs.of.items()}
+    choices: dict[str, dict[str, int]] = {}
+    impossible = {}
     for level in LEVELS:
-        levels = {stem: None, '*': level} if name.startswith('harm') else {'*': level}
-        found[f'level {level}'] = truncate(whole, levels=levels)
+        choices[f'level {level}'] = {layer: most if layer == stem else min(level, most) for layer, most in top.items()}
     for share in SHARES:
         try:
-            found[f'{share:g} of the time'] = truncate(whole, ratio=share, cost='time', images=images)
+            choices[f'{share:g} of the time'] = choose_levels(losses, costs, share * costs.total(top))
         except ValueError as error:
             impossible[f'{share:g} of the time'] = str(error)
+    found = {'plain': whole}
+    for key, levels in choices.items():
+        found[key] = truncate(whole, levels=levels)
+        set_forms(found[key], {layer: costs.forms[layer][level] for layer, level in levels.items()})
     return found, impossible
 
 
@@ -81,7 +94,7 @@ def in_torch(name: str, setting: Setting, batch: int, size: int, budget: float) 
     images = setting.images(batch, size)
     with setting.autocast():
         harmonic, impossible = variants(name, images)
-        networks = {key: deploy(model, images) for key, model in harmonic.items() if key != 'plain'}
+        networks = {key: reparameterize_model(model) for key, model in harmonic.items() if key != 'plain'}
     plain = {key: deploy(harmonic['plain'], form='dense') for key in ('plain', 'plain again')}
     runs = {key: _run(setting.place(network), setting, images) for key, network in {**plain, **networks}.items()}
     row = dict(runs=compare(runs, 'cpu', budget), impossible=impossible)
@@ -98,46 +111,40 @@ def _run(network: nn.Module, setting: Setting, images: Tensor) -> Callable[[], A
     return run
 
 
-def in_onnx_runtime(name: str, int8: bool, batch: int, size: int, budget: float) -> dict[str, Any]:
-    """One row: all variants in ONNX Runtime, int8 with statically quantised weights and activations."""
-    images = Setting('cpu').images(batch, size)
-    harmonic, impossible = variants(name, images)
-    networks = {key: deploy(model) for key, model in harmonic.items() if key != 'plain'}
-    plain = deploy(harmonic['plain'], form='dense')
-    runs = {key: session(network, images, int8) for key, network in {'plain': plain, **networks}.items()}
-    runs = {'plain': runs.pop('plain'), 'plain again': session(plain, images, int8), **runs}
-    return dict(runs=compare(runs, 'cpu', budget), impossible=impossible)
+def in_onnx_runtime(
+    name: str, settings: list[str], batches: list[int], size: int, budget: float
+) -> list[dict[str, Any]]:
+    """Rows of a network in ONNX Runtime, all from the same files. int8 has static ranges, of random images."""
+    images = {batch: Setting('cpu').images(batch, size) for batch in batches}
+    harmonic, impossible = variants(name, images[batches[0]])
+    plain = {key: deploy(harmonic['plain'], form='dense') for key in ('plain', 'plain again')}
+    networks = {**plain, **{key: deploy(model) for key, model in harmonic.items() if key != 'plain'}}
+    rows = []
+    for setting in settings:
+        runners = {key: runner(network, images[batches[0]], setting == ONNX[1]) for key, network in networks.items()}
+        for batch, x in images.items():
+            runs: dict[str, Callable[[], Any]] = {key: partial(run, x) for key, run in runners.items()}
+            of = dict(runs=compare(runs, 'cpu', budget), impossible=impossible)
+            rows.append(dict(model=name, setting=setting, batch=batch, size=size, **of))
+    return rows
 
 
-def session(network: nn.Module, images: Tensor, int8: bool) -> Callable[[], Any]:
-    """A run of a network in ONNX Runtime."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Random(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter([dict(images=torch.randn(images.shape).numpy()) for _ in range(2)])
-
-        def get_next(self) -> Any:
-            return next(self.batches, None)
-
+def runner(network: nn.Module, images: Tensor, int8: bool) -> Callable[[Tensor], Tensor]:
+    """What runs a network in ONNX Runtime."""
     with tempfile.TemporaryDirectory() as folder:
-        path, ready, quantised = (Path(folder) / name for name in ('fp32.onnx', 'ready.onnx', 'int8.onnx'))
-        export_onnx(network, images, path)
         if int8:
-            quant_pre_process(str(path), str(ready))
-            quantize_static(str(ready), str(quantised), Random(), per_channel=True)
-        runner = onnx_runner(quantised if int8 else path)
-    return partial(runner, images)
+            return in_int8(network, [torch.randn(images.shape) for _ in range(2)], Path(folder))
+        export_onnx(network, images, Path(folder) / 'fp32.onnx')
+        return onnx_runner(Path(folder) / 'fp32.onnx')
 
 
-def measure(name: str, setting: str, batch: int, size: int, budget: float) -> dict[str, Any]:
-    """One row of the table."""
-    if setting in SETTINGS:
+def measure(name: str, setting: str, batches: list[int], size: int, budget: float) -> list[dict[str, Any]]:
+    """Rows of a network in a setting of torch."""
+    rows = []
+    for batch in batches[:1] if setting in _SLOW else batches:
         row = in_torch(name, SETTINGS[setting], batch, size, budget)
-    else:
-        row = in_onnx_runtime(name, setting == ONNX[1], batch, size, budget)
-    return dict(model=name, setting=setting, batch=batch, size=size, **row)
+        rows.append(dict(model=name, setting=setting, batch=batch, size=size, **row))
+    return rows
 
 
 def table(report: dict[str, Any]) -> str:
@@ -150,7 +157,8 @@ def table(report: dict[str, Any]) -> str:
         f'Measured on {env["processor"]}, {env["threads"]} threads, torch {env["torch"]}, timm {env["timm"]}, '
         f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. "Plain again" is '
         'the noise. "0.5 of the time" is truncated to that share in this setting (in ONNX Runtime: of the time in '
-        'torch); where it is empty, no levels are so fast. The stem is left alone.',
+        'torch); where it is empty, no levels are so fast. The stem is left alone. Where a row takes many minutes, '
+        'there is batch 1 only.',
         '',
         f'| network | in | batch | plain, ms | {" | ".join(columns)} |',
         '|---' * (4 + len(columns)) + '|',
@@ -172,7 +180,7 @@ def main() -> None:
     parser.add_argument('--settings', nargs='+', default=every, choices=every, metavar='NAME')
     parser.add_argument('--batches', nargs='+', type=int, default=list(_BATCHES), metavar='N')
     parser.add_argument('--size', type=int, default=224, help='side of the images')
-    parser.add_argument('--budget', type=float, default=10, help='seconds for the rounds of one row')
+    parser.add_argument('--budget', type=float, default=5, help='seconds for the rounds of one row')
     parser.add_argument('--threads', type=int, default=2, help='of the CPU')
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for deploy.json and deploy.md')
     parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
@@ -180,13 +188,17 @@ def main() -> None:
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return
-    jobs = [(name, setting, batch) for name in args.models for setting in args.settings for batch in args.batches]
+    jobs: list[tuple[Callable[..., Any], str, Any]] = []
+    for name in args.models:
+        jobs += [(measure, name, setting) for setting in SETTINGS if setting in args.settings]
+        if in_onnx := [setting for setting in ONNX if setting in args.settings]:
+            jobs.append((in_onnx_runtime, name, in_onnx))
     torch.set_num_threads(args.threads)  # here for the environment's sake
     report: dict[str, Any] = dict(environment=environment(), rows=[])
     threads = dict(initializer=torch.set_num_threads, initargs=(args.threads,))
     with get_context('spawn').Pool(1, maxtasksperchild=1, **threads) as fresh:
-        for name, setting, batch in tqdm(jobs, unit='row'):
-            report['rows'].append(fresh.apply(measure, (name, setting, batch, args.size, args.budget)))
+        for function, name, which in tqdm(jobs):
+            report['rows'] += fresh.apply(function, (name, which, args.batches, args.size, args.budget))
     write(report, table, args.out, 'deploy')
 
 

@@ -121,6 +121,41 @@ def truncation() -> str:
     return markdown(header, rows)
 
 
+def _deployed(settings: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Rows of benchmarks/results/deploy.json with batch 1, and their ratios as text by variant."""
+    rows = json.loads((RESULTS / 'deploy.json').read_text())['rows']
+    return [
+        (row, {name: f'{run["ratio"]:.2f}' for name, run in row['runs'].items()})
+        for row in rows
+        if row['batch'] == 1 and row['setting'] in settings
+    ]
+
+
+def deployed() -> str:
+    """Time of deployed networks as shares of the plain network's."""
+    names = ['plain again', 'level 3', 'level 2', 'level 1', '0.75 of the time', '0.5 of the time']
+    rows = [
+        [
+            f'`{row["model"]}`',
+            row['setting'],
+            f'{1000 * row["runs"]["plain"]["seconds"]:.1f}',
+            *(of.get(n, '') for n in names),
+        ]
+        for row, of in _deployed(('contiguous', 'channels_last', 'ONNX Runtime'))
+    ]
+    return markdown(['network', 'in', 'plain, ms', *names], rows)
+
+
+def deployed_in_short() -> str:
+    """The same for levels 2 and 1, a row a network that gains, and one that does not."""
+    found: dict[str, list[str]] = {}
+    for row, of in _deployed(('channels_last', 'ONNX Runtime')):
+        if row['model'] in ('resnet18', 'resnet50', 'vgg16_bn', 'regnety_008'):
+            found.setdefault(row['model'], []).extend(of[name] for name in ('level 2', 'level 1'))
+    header = ["time, of the plain network's", 'PyTorch: level 2', 'level 1', 'ONNX Runtime: level 2', 'level 1']
+    return markdown(header, [[f'`{name}`', *cells] for name, cells in found.items()])
+
+
 def quickstart() -> str:
     """The quickstart with its defaults, of benchmarks/results/quickstart.json."""
     report = json.loads((RESULTS / 'quickstart.json').read_text())
@@ -183,10 +218,8 @@ def install() -> str:
     return f'{INSTALL}.'
 
 
-TABLES = {
-    f.__name__: f
-    for f in (models, paper, paper_small, speed, truncation, quickstart, small_data, small_data_all, install)
-}
+_ALL = (models, paper, paper_small, speed, truncation, deployed, deployed_in_short)
+TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data, small_data_all, install)}
 
 
 def fill(text: str) -> str:

@@ -264,7 +264,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         added = {}
         for line in self.sent.splitlines():
             item = json.loads(line)
-            if item['key'] == 'file':
+            if item['key'] == 'header':
+                parent = item['value'].get('parentCommit')
+                if parent not in (None, repository.sha(revision)):
+                    self.error(412, '', 'A commit has happened since. Please refresh and try again.')
+                    return
+            elif item['key'] == 'file':
                 added[item['value']['path']] = base64.b64decode(item['value']['content'])
             elif item['key'] == 'lfsFile':
                 added[item['value']['path']] = self.hub.uploads[item['value']['oid']]

@@ -13,8 +13,10 @@ from reference import DATA
 
 from timm_harmonic.hub.folder import convert
 
+# How many processes import with eight threads at once; many more by hand.
+PROCESSES = int(os.environ.get('TIMM_HARMONIC_TEST_PROCESSES', '8'))
 KNOWN = 'import timm; assert timm.is_model("harm_resnet50"), "unknown"'
-CLEAN = 'import sys; assert not [f for f in sys.meta_path if "Host" in type(f).__name__], sys.meta_path'
+CLEAN = 'import sys; assert sum("HostFinder" in type(f).__name__ for f in sys.meta_path) <= 1, sys.meta_path'
 UNTOUCHED = """
 import timm.models, inspect, importlib.machinery as m
 loader = timm.models.__loader__
@@ -41,7 +43,9 @@ def python(code, *options, **env):
     command = [sys.executable, *(options or ('-W', 'error')), '-c', code]
     env = dict(os.environ, **env)
     # In a folder without packages: the current folder comes first on the path.
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=DATA, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120 + 10 * PROCESSES, env=env, cwd=DATA, check=False
+    )
 
 
 def succeeds(code, *options, **env):
@@ -175,6 +179,114 @@ def test_worker_processes():
         '    with mp.get_context("spawn").Pool(1) as pool: assert pool.apply(timm.is_model, ("harm_resnet50",))'
     )
     succeeds(code)
+
+
+# A module whose first import is interrupted: of timm, and of the plugin that is imported behind it.
+INTERRUPTED = ('timm.models.vgg', 'timm_harmonic', 'timm_harmonic.models.harm_vgg')
+
+
+@pytest.mark.parametrize('module', INTERRUPTED)
+def test_the_import_after_an_interrupted_one(module):
+    """As by Ctrl-C in a notebook: the next import of timm brings the models."""
+    succeeds(
+        f"""
+import sys, torch
+class Once:
+    done = False
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r} and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+sys.meta_path.insert(1, Once())
+try:
+    import timm
+except KeyboardInterrupt:
+    pass
+else:
+    raise SystemExit('was not interrupted')
+import timm
+{KNOWN}
+{CLEAN}
+{UNTOUCHED}"""
+    )
+
+
+# What eight threads import first, each in the same moment.
+TOGETHER = ('timm', 'timm.models', 'timm_harmonic', 'timm.layers', 'timm.data', 'timm.models.resnet', 'json.tool')
+TOGETHER += ('timm_harmonic.layers',)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+def test_threads_that_import_at_once():
+    """No thread hangs, and the models are there: in processes that have imported torch alone."""
+    done = succeeds(
+        f"""
+import faulthandler, os, sys, threading, time, torch
+
+def child(number):
+    sys.setswitchinterval(1e-5)
+    barrier, errors = threading.Barrier({len(TOGETHER)}), []
+    def run(name):
+        barrier.wait()
+        start = time.monotonic()
+        while time.monotonic() < start + 60:
+            try:
+                __import__(name)
+                return
+            except (ImportError, KeyError, RuntimeError) as error:
+                # Python gives up where circular imports of timm wait for each other, with the plugin and without.
+                last = repr(error)
+                time.sleep(0.05)
+        errors.append((name, last))
+    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in {TOGETHER!r}]
+    for thread in threads[number % 8:] + threads[:number % 8]:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+    if any(thread.is_alive() for thread in threads):
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(3)
+    import timm
+    if errors or not timm.is_model('harm_resnet50'):
+        print(errors, file=sys.stderr, flush=True)
+        os._exit(2)
+    os._exit(0)
+
+for number in range({PROCESSES}):
+    pid = os.fork()
+    if pid == 0:
+        child(number)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 0, (number, status)
+print('all', {PROCESSES})""",
+        '-W',
+        'ignore',
+    )
+    assert done.stdout == f'all {PROCESSES}\n', done.stderr
+
+
+def test_no_look_up_is_missed():
+    """While the finder of timm.models comes and is asked, other threads find what they import."""
+    succeeds(
+        """
+import importlib.machinery, json.tool, sys, threading, timm_harmonic_autoload
+from importlib._bootstrap import _find_spec
+sys.setswitchinterval(1e-6)
+stop, missed = threading.Event(), []
+def other():
+    while not stop.is_set():
+        if _find_spec('json', None) is None:
+            missed.append(1)
+thread = threading.Thread(target=other)
+thread.start()
+for _ in range(2000):
+    timm_harmonic_autoload.autoload()
+    _find_spec('timm.models', importlib.machinery.PathFinder.find_spec('timm').submodule_search_locations)
+    sys.meta_path = [finder for finder in sys.meta_path if type(finder).__name__ != '_HostFinder']
+stop.set()
+thread.join()
+assert not missed, len(missed)"""
+    )
 
 
 def test_script_with_the_models(tmp_path):

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compression, conversion, deploy, imports, small_data, smoothness
+from benchmarks import compression, conversion, deploy, imports, small_data, smaller, smoothness, truncation
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
@@ -29,6 +29,7 @@ TABLES = dict(
     imports=imports.table,
     small_data=small_data.table,
     smoothness=smoothness.table,
+    truncation=truncation.table,
 )
 SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 
@@ -218,6 +219,63 @@ def test_compression_is_measured(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.rstrip('\n') == (tmp_path / 'compression.md').read_text().rstrip('\n')
 
 
+@pytest.mark.parametrize('grouped', [False, True])
+def test_pruned_networks_lose_channels(grouped):
+    """From few channels to all; with all of them it is the same network. They can be trained."""
+    torch.manual_seed(0)
+    model = reference.randomize_batch_norm(smaller.network(5, 0.25)).eval()
+    x = torch.randn(2, 1, 48, 48)
+    found = smaller.pruned(model, x, grouped)
+    sizes = [sum(p.numel() for p in small.parameters()) for small in found]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 0.1 * sizes[-1]
+    torch.testing.assert_close(found[-1](x), model(x))
+    small = smaller.with_statistics(found[20], [x])
+    assert not small.training
+    small.train()(x).sum().backward()
+
+
+def test_the_largest_that_fits_is_taken():
+    networks = smaller.narrower(5)[-10:]
+    with pytest.raises(ValueError, match='no network costs at most 1 macs'):
+        truncation.largest(
+            truncation.sized(networks[:1], networks[:1], networks[0], torch.zeros(1, 1, 48, 48)), 'macs', 1
+        )
+    candidates = truncation.sized(networks, networks, networks[-1], torch.zeros(1, 1, 48, 48))
+    assert candidates[-1].time == pytest.approx(1, rel=0.5)
+    most = 0.8 * candidates[-1].macs
+    best = truncation.largest(candidates, 'macs', most)
+    assert best.macs <= most
+    assert all(of.macs > most for of in candidates if of.parameters > best.parameters)
+
+
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # timm leaves that to Python
+def test_truncation_is_measured(tmp_path, monkeypatch, capsys):
+    """And is taken up where it was broken off."""
+    methods = {name: truncation.METHODS[name] for name in ('refit', 'magnitude', 'narrower')}
+    changed = dict(CUTS=(('parameters', 0.5),), METHODS=methods, EPOCHS=1, MORE=1, TRAIN=2, TEST=1)
+    for name, value in changed.items():
+        monkeypatch.setattr(truncation, name, value)
+    out, work = tmp_path / 'out', tmp_path / 'work'
+    options = ['--seeds', '1', '--jobs', '1', '--work', str(work), '--out', str(out)]
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.truncation', *options])
+    truncation.main()
+    assert {path.name for path in out.iterdir()} == {'truncation.json', 'truncation.md', 'truncation.png'}
+    rows = json.loads((out / 'truncation.json').read_text())['summary']
+    assert [row['method'] for row in rows] == ['none', 'smooth', *methods]
+    assert all(row['parameters'] <= 0.5 for row in rows[2:])
+    assert rows[-1]['before'] is None
+    assert all(0 <= row[when] <= 100 for row in rows for when in ('after', 'int8'))
+    capsys.readouterr()
+    monkeypatch.setattr(truncation, 'one_seed', lambda *args: pytest.fail('measured twice'))
+    truncation.main()
+    assert json.loads((out / 'truncation.json').read_text())['summary'] == rows
+    capsys.readouterr()
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.truncation', '--show', str(out / 'truncation.json')])
+    truncation.main()
+    assert capsys.readouterr().out.rstrip('\n') == (out / 'truncation.md').read_text().rstrip('\n')
+
+
 def test_conversion_is_measured(tmp_path, monkeypatch, capsys):
     options = ['--models', 'resnet18', '--rounds', '1', '--out', str(tmp_path)]
     monkeypatch.setattr(sys, 'argv', ['benchmarks.conversion', *options])
@@ -247,10 +305,12 @@ def test_smoothness_is_measured(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('setting', ['channels_last', 'ONNX Runtime, int8'])
-def test_deployed_networks_are_measured(setting):
+def test_deployed_networks_are_measured(setting, monkeypatch):
     """Every variant of a network beside the plain one; what cannot be made says why."""
-    row = deploy.measure('resnet18', setting, 1, 64, 0.0)
-    made = {'plain', 'plain again', 'level 3', 'level 2', 'level 1'}
+    monkeypatch.setattr(deploy, 'LEVELS', (1,))
+    measure = deploy.measure if setting in deploy.SETTINGS else deploy.in_onnx_runtime
+    (row,) = measure('resnet18', setting if setting in deploy.SETTINGS else [setting], [1], 64, 0.0)
+    made = {'plain', 'plain again', 'level 1'}
     shares = {'0.75 of the time', '0.5 of the time'}
     assert made <= row['runs'].keys() <= made | shares
     assert row['impossible'].keys() == shares - row['runs'].keys()
@@ -258,3 +318,21 @@ def test_deployed_networks_are_measured(setting):
     assert row['runs']['plain']['ratio'] == 1
     line = deploy.table(dict(environment=command.environment(), rows=[row])).splitlines()[-1]
     assert line.startswith(f'| `resnet18` | {setting} | 1 |')
+
+
+def test_rows_of_a_report_count_as_measured(tmp_path):
+    """Unless other versions made them, or with other numbers of trials, seeds or epochs."""
+    saved = json.loads((RESULTS / 'small_data.json').read_text())
+    saved['environment'] = command.environment()
+    path = tmp_path / 'small_data.json'
+    path.write_text(json.dumps(saved))
+    found = small_data.reported(path)
+    assert list(found.values()) == saved['rows']
+    assert small_data.summary(found) == saved['rows']
+    saved['groups']['wrn']['seeds'] = 1
+    path.write_text(json.dumps(saved))
+    assert {unit.group for unit in small_data.reported(path)} == {'small', 'resnet18'}
+    saved['environment'] = dict(saved['environment'], torch='2.0')
+    path.write_text(json.dumps(saved))
+    assert small_data.reported(path) == {}
+    assert small_data.reported(tmp_path / 'none.json') == {}

@@ -1,12 +1,13 @@
 """The command line: help, version, and errors that name the option."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 import timm_harmonic
-from timm_harmonic import cli
+import timm_harmonic_cli as cli
 from timm_harmonic.small_data import quickstart
 
 
@@ -87,3 +88,60 @@ def test_interrupt_ends_quietly(capsys, monkeypatch):
     monkeypatch.setattr(quickstart, 'quickstart', interrupt)
     assert cli.main(['quickstart']) == 130
     assert 'stopped' in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = (
+        'import sys, timm_harmonic_cli as cli\n'
+        'try: cli.main(sys.argv[1:])\n'
+        'except SystemExit: print("torch" in sys.modules, file=sys.stderr)'
+    )
+    for arguments in (['--help'], ['compress', '--help'], ['compress', 'x', '--ratio', '2', '--out', 'y']):
+        done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, check=True)
+        assert done.stderr.endswith('False\n')
+
+
+@pytest.mark.parametrize('columns', [60, 100])
+def test_help_fits_the_terminal(columns, capsys, monkeypatch):
+    """But for the examples and names, which are not broken."""
+    monkeypatch.setenv('COLUMNS', str(columns))
+    for command in ('', *cli._COMMANDS):
+        with pytest.raises(SystemExit):
+            cli.main([*filter(None, [command]), '--help'])
+        printed = capsys.readouterr().out
+        assert printed
+        options = printed.partition('options:')[2]
+        assert max(map(len, options.splitlines())) <= columns
+
+
+def test_a_terminal_without_unicode(tmp_path):
+    """What it cannot show is replaced, and the command goes on. In a pipe there is no progress."""
+    command = [sys.executable, '-m', 'timm_harmonic', 'list']
+    env = dict(os.environ, PYTHONIOENCODING='ascii')
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert 'harm_resnet50' in done.stdout
+    code = (
+        'import timm_harmonic_cli as cli, sys; cli._COMMANDS["list"] = (lambda args: print("\u00b1"), lambda p: None)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', f'{code}; sys.exit(cli.main(["list"]))'], capture_output=True, env=env, check=True
+    )
+    assert done.stdout == b'?\n'
+
+
+def test_no_progress_in_a_pipe(tmp_path):
+    command = [
+        sys.executable,
+        '-m',
+        'timm_harmonic',
+        'quickstart',
+        '--seeds',
+        '1',
+        '--epochs',
+        '1',
+        '--models',
+        'harm0',
+    ]
+    done = subprocess.run([*command, '--out', str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stderr == ''
+    assert 'harm0' in done.stdout

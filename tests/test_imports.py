@@ -10,7 +10,7 @@ import timm_harmonic
 
 PACKAGE = Path(timm_harmonic.__file__).parent
 FLOORS = ('layers', 'conversion', 'models', 'hub', 'small_data')
-TOP = ('__init__', '__main__', 'cli')  # the modules above all floors
+TOP = ('__init__', '__main__')  # the modules above all floors
 MOST_LINES = 350  # of a file
 
 
@@ -78,7 +78,7 @@ def test_the_package_imports_itself_by_relative_imports():
     [
         ('from ..models.weights import build', {'models.weights'}),
         ('def f():\n    from ..models import weights', {'models.weights'}),
-        ('if TYPE_CHECKING:\n    from .. import cli', {'cli'}),
+        ('if TYPE_CHECKING:\n    from .. import __main__', {'__main__'}),
         ('from .dct import full_level', {'layers.dct'}),
         ('from . import dct, Layer', {'layers.dct', 'layers.__init__'}),
         ('from ..layers import Layer', {'layers.__init__'}),
@@ -88,7 +88,7 @@ def test_the_package_imports_itself_by_relative_imports():
 def test_imports_are_found_wherever_they_are(source, expected, tmp_path):
     """Otherwise the tests above could not fail."""
     package = tmp_path / 'package'
-    for name in ('layers/conv.py', 'layers/dct.py', 'models/weights.py', 'cli.py'):
+    for name in ('layers/conv.py', 'layers/dct.py', 'models/weights.py', '__main__.py'):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text('')
     path = package / 'layers' / 'conv.py'
@@ -96,7 +96,7 @@ def test_imports_are_found_wherever_they_are(source, expected, tmp_path):
     assert imported(path, package) == (expected, [])
     found = {module for _, module in upward([path], package)}
     assert found == {module for module in expected if not module.startswith('layers')}
-    path.write_text('import package.layers\nfrom package import cli')
+    path.write_text('import package.layers\nfrom package import __main__')
     assert imported(path, package) == (set(), ['package.layers', 'package'])
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_harmonic import cli
+import timm_harmonic_cli as cli
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL
 from timm_harmonic.small_data.training import ZOOM, Recipe
 

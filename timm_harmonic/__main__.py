@@ -9,7 +9,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from .cli import main
+from timm_harmonic_cli import main
 
 
 def run_script(argv: list[str]) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 from timm_harmonic import HarmonicConv2d, deploy, harmonize, truncate
 from timm_harmonic.conversion import forms, timing
 from timm_harmonic.conversion.convolutions import harmonic_layers
-from timm_harmonic.conversion.forms import forms_by_rule, forms_by_time, multiply_adds
+from timm_harmonic.conversion.forms import forms_by_rule, forms_by_time, multiply_adds, set_forms
 from timm_harmonic.conversion.running import uses_of
+from timm_harmonic.hub.deployed import export_onnx, onnx_runner
 
 OURS = ['harm_resnet18', 'harm_seresnext50_32x4d', 'harm_vgg11_bn', 'harm_wrn16_8', 'harm_resnet50_progressive']
 OTHERS = [
@@ -73,6 +74,50 @@ def test_a_deployed_network_computes_the_same(name):
             assert (form == 'dense') <= (not separable(plain))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert {layer.form for layer in harmonic_layers(model).values()} == {'dense'}
+
+
+def by_onnx_runtime(plain, x, folder):
+    export_onnx(plain, x, folder / 'model.onnx')
+    return onnx_runner(folder / 'model.onnx')
+
+
+def by_inductor(plain, x, folder):
+    path = str(folder / 'model.pt2')
+    program = torch.export.export(plain, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    return torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=path))
+
+
+def by_export(plain, x, folder):
+    program = torch.export.export(plain, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    signature = program.graph_signature
+    stored = signature.inputs_to_parameters | signature.inputs_to_buffers
+    convolutions = [node for node in program.graph.nodes if 'conv' in getattr(node.target, '_opname', '')]
+    assert len(convolutions) == sum(isinstance(module, nn.Conv2d) for module in plain.modules())
+    assert all(node.args[1].name in stored for node in convolutions)  # no weight is computed
+    return program.module()
+
+
+@pytest.mark.filterwarnings('ignore:`torch.jit.*` is deprecated:FutureWarning')  # torch's own
+@pytest.mark.parametrize(
+    'export',
+    [
+        by_export,
+        by_onnx_runtime,
+        by_inductor,
+        lambda plain, x, folder: torch.jit.script(plain),
+        lambda plain, x, folder: torch.jit.trace(plain, x),
+    ],
+    ids=['export', 'onnx', 'inductor', 'script', 'trace'],
+)
+def test_deployed_networks_are_exported(export, network, tmp_path):
+    """With both forms, at three levels. For batches of any size."""
+    mixed = truncate(network, levels={'layer1.*': 1, 'layer2.*': 2, 'layer3.*': 3, '*': None})
+    set_forms(mixed, {name: 'separable' for name in harmonic_layers(mixed) if name.startswith(('layer1', 'layer2.1'))})
+    plain = reparameterize_model(mixed)
+    run = export(plain, torch.randn(2, 3, 64, 64), tmp_path)
+    x = torch.randn(5, 3, 64, 64)
+    with torch.inference_mode():
+        assert reference.relative_error(run(x), mixed(x)) < 1e-4
 
 
 def test_timms_function_follows_the_forms(network):

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 
+import numpy as np
 import pytest
 import reference
 import timm
@@ -272,6 +273,21 @@ def old_weight_norm():
         return nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 3, 3)))
 
 
+def patched():
+    """As libraries do that move weights on demand."""
+    conv = nn.Conv2d(3, 3, 3)
+    forward = conv.forward
+    conv.forward = lambda x: 2 * forward(x)
+    return nn.Sequential(conv)
+
+
+class TiedElsewhere(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 8, 3)
+        self.decoder = self.encoder.weight
+
+
 class Subclass(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -295,6 +311,11 @@ class Subclass(nn.Conv2d):
         (lambda: hooked('forward_pre'), 'has hooks'),
         (lambda: hooked('full_backward'), 'has hooks'),
         (lambda: hooked('full_backward_pre'), 'has hooks'),
+        (lambda: hooked('state_dict'), 'has hooks'),
+        (lambda: hooked('load_state_dict_post'), 'has hooks'),
+        (patched, 'its forward was replaced'),
+        (lambda: TiedElsewhere(), 'shares its weight with decoder'),
+        (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), 'has no weights yet'),
         (lambda: nn.Sequential(nn.Linear(3, 3)), 'it has no convolutions'),
         (lambda: timm.create_model('nfnet_l0'), r'28 x its weights are standardised \(ScaledStdConv2d\)'),
         (lambda: timm.create_model('vit_tiny_patch16_224'), 'patch embedding'),
@@ -451,3 +472,33 @@ def test_energy_kept_is_the_product_of_truncations():
         assert energy_kept(harmonic_layers(in_steps)[name]) == pytest.approx(energy_kept(layer))
     at_once.load_state_dict(in_steps.state_dict())
     assert energy_kept(at_once.conv1) is None  # unknown for coefficients that were loaded
+
+
+def test_wrapped_networks_are_refused():
+    """What holds them would go on with the layers of before."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    for wrapped, words in (
+        (nn.DataParallel(network), r'DataParallel holds the network: change network\.module'),
+        (torch.compile(network), 'OptimizedModule holds the network: change the network before you compile it'),
+        (torch.jit.trace(network, torch.randn(1, 3, 8, 8)), 'scripted or traced'),
+    ):
+        with pytest.raises(TypeError, match=words):
+            harmonize(wrapped, inplace=True)
+        with pytest.raises(TypeError, match=words):
+            truncate(wrapped, level=2)
+    assert not harmonic_layers(network)
+
+
+@pytest.mark.parametrize('call', [harmonize, lambda name: truncate(name, level=2), harmonic_report])
+def test_a_name_is_no_network(call):
+    with pytest.raises(TypeError, match=r"timm.create_model\(...\), got 'resnet18'"):
+        call('resnet18')
+
+
+def test_data_that_are_no_batches():
+    network = harmonize(timm.create_model('resnet18'))
+    with pytest.raises(TypeError, match=r'got images \(2, 3, 64, 64\): pass \[images\]'):
+        truncate(network, ratio=0.6, data=torch.randn(2, 3, 64, 64))
+    for batch, words in (({'image': 1}, 'dict'), (np.zeros((2, 3, 64, 64)), 'ndarray')):
+        with pytest.raises(ValueError, match=f'batch 0 of data must be images .* got {words}'):
+            truncate(network, ratio=0.6, data=[batch])

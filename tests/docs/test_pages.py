@@ -17,7 +17,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 import timm_harmonic
-from timm_harmonic import cli
+import timm_harmonic_cli as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / 'README.md'

@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from timm_harmonic import cli, harmonize, truncate
+import timm_harmonic_cli as cli
+from timm_harmonic import harmonize, truncate
 from timm_harmonic.conversion.convolutions import harmonic_layers
 from timm_harmonic.hub.compress import compress
 from timm_harmonic.hub.folder import convert
@@ -85,7 +86,7 @@ def test_folder(checkpoint, tmp_path):
     with Image.open(tmp_path / 'out' / 'compression.png') as picture:
         picture.verify()
     card = ModelCard.load(tmp_path / 'out' / 'README.md')
-    assert card.data.license == 'apache-2.0'  # of timm's network
+    assert card.data.license is None  # timm's licence is that of timm's weights
     assert "`harmonized` (`base_model='resnet18'`)" in card.text
     assert '**Compressed:**' in card.text
     assert '`levels` of 9 layers, in config.json' in card.text
@@ -218,6 +219,24 @@ def test_a_run_of_timm_then_again_and_published(tmp_path, hub, monkeypatch):
     assert same(timm.create_model(f'local-dir:{tmp_path / "smaller"}', pretrained=True), truncate(model, level=2))
 
 
+def test_forms_and_refitted_weights_on_the_hub(checkpoint, pictures, tmp_path, hub, monkeypatch):
+    """They come back to the last bit, with the forms."""
+    monkeypatch.setenv('HF_TOKEN', 'hf_' + 'S3cret' * 6)
+    options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, data_config=dict(img_size=64), data=pictures)
+    options.update(ratio=0.5, cost='macs', refit=True, batches=2, batch_size=6, repo_id='org/fast')
+    compress(NAME, tmp_path / 'fast', **options)
+    publish(tmp_path / 'fast', 'org/fast')
+    here, there = (
+        timm.create_model(name, pretrained=True) for name in (f'local-dir:{tmp_path / "fast"}', 'hf-hub:org/fast')
+    )
+    forms = {name: layer.form for name, layer in harmonic_layers(here).items()}
+    assert set(forms.values()) == {'dense', 'separable'}
+    assert {name: layer.form for name, layer in harmonic_layers(there).items()} == forms
+    weights = there.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in here.state_dict().items())
+    assert same(here, there)
+
+
 def test_a_checkpoint_for_a_folder(tmp_path, checkpoint):
     compress(NAME, tmp_path / 'small', checkpoint=checkpoint, model_kwargs=KWARGS, level=3)
     other = truncate(harmonize(build(seed=1)), level=3)
@@ -290,6 +309,27 @@ def test_harmonic_checkpoint_for_a_plain_network(tmp_path):
         compress(NAME, tmp_path / 'out', **options)
 
 
+def test_random_weights_are_said_to_be_random(tmp_path):
+    with pytest.warns(UserWarning, match='resnet18 has random weights here: pass --pretrained or --checkpoint'):
+        compress(NAME, tmp_path / 'out', model_kwargs=KWARGS, level=2)
+    assert 'Source:** resnet18 with random weights' in (tmp_path / 'out' / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('channels', [1, 13])
+def test_other_channels(channels, tmp_path):
+    """The folder takes images of as many as the network."""
+    compress(NAME, tmp_path / 'out', model_kwargs=dict(KWARGS, in_chans=channels), level=2)
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    assert model.pretrained_cfg['input_size'] == (channels, 224, 224)
+    assert model(torch.randn(1, channels, 64, 64)).shape == (1, 1000)
+
+
+def test_other_classes_cannot_be_evaluated(checkpoint, pictures, tmp_path):
+    with pytest.raises(HubError, match='has 3 classes, the network 7'):
+        compress(NAME, tmp_path / 'out', model_kwargs=dict(KWARGS, num_classes=7), level=2, evaluate=pictures)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_out_must_be_new(checkpoint, tmp_path):
     with pytest.raises(HubError, match='not an empty folder'):
         compress(NAME, tmp_path, checkpoint=checkpoint, model_kwargs=KWARGS, level=2)
@@ -331,7 +371,7 @@ def test_command(checkpoint, pictures, tmp_path, capsys):
         (['compress', NAME, '--out', 'x'], 'one of the arguments --level --energy --ratio --max-params is required'),
         (['compress', NAME, '--level', '2', '--ratio', '0.5', '--out', 'x'], 'not allowed with'),
         (['compress', NAME, '--level', '2'], '--out'),
-        (['compress', NAME, '--level', 'two', '--out', 'x'], 'invalid int'),
+        (['compress', NAME, '--level', 'two', '--out', 'x'], 'must be an integer of at least 1'),
     ],
 )
 def test_bad_arguments(capsys, arguments, words):

@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -24,8 +26,9 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTP
 from tiny_models import CHECKPOINT, FILE, ID, NAME, create, same
 
 import timm_harmonic
-from timm_harmonic import cli
+import timm_harmonic_cli as cli
 from timm_harmonic.hub.folder import convert
+from timm_harmonic.hub.provenance import HubError
 from timm_harmonic.hub.publish import publish
 from timm_harmonic.models import download, weights
 from timm_harmonic.models.checkpoints import CheckpointError
@@ -251,8 +254,9 @@ def test_a_cached_release_that_was_damaged(hub, release, source, tmp_path):
         create()
     path = tmp_path / 'torch-home' / 'hub' / 'checkpoints' / FILE
     path.write_bytes(CHECKPOINT[:2000])
-    with pytest.raises(CheckpointError, match=r'has another SHA-256.* removed from the cache'):
+    with pytest.raises(CheckpointError, match=r'has another SHA-256.* It was there before'):
         create()
+    path.unlink()
     with pytest.warns(UserWarning, match='could not be loaded from the Hugging Face Hub'):
         assert same(create(), source)
 
@@ -549,3 +553,119 @@ def test_pickles_are_read_as_data_everywhere():
     assert loads
     assert all('weights_only=True' in load for load in loads)
     assert not re.search(r'weights_only=False|pickle\.loads?\(|load_state_dict_from_url|trust_remote_code', text)
+
+
+@pytest.mark.parametrize('key', ['file', 'state_dict', 'url'])
+def test_a_config_names_no_other_source(hub, published, source, tmp_path, key):
+    """Not a file of the reader's, and no state dict. A pin holds whatever the config says."""
+    private = tmp_path / 'private.pth'
+    config = json.loads(published['config.json'])
+    named = dict(file=str(private), state_dict={'a': 1}, url='http://127.0.0.1:9/x.pth')
+    config['pretrained_cfg'][key] = named[key]
+    published['config.json'] = json.dumps(config).encode()
+    private.write_bytes(b'not what is wanted')
+    assert same(create(f'hf-hub:{ID}'), source)
+    with pytest.raises(CheckpointError, match=f'but {"0" * 64} is pinned'):
+        create(f'hf-hub:{ID}', pretrained_cfg_overlay=dict(notes=('sha256:' + '0' * 64,)))
+
+
+@pytest.mark.parametrize(
+    'pin',
+    ['sha256:{AB}', 'SHA256:{ab}', 'sha256: {ab}', 'sha256:{short}', 'sha256={ab}', 'sha256:00{ab}', 'sha-256: {ab}'],
+)
+def test_what_looks_like_a_pin_and_is_none(hub, published, pin):
+    wrong = 'ab' * 32
+    note = pin.format(AB=wrong.upper(), ab=wrong, short=wrong[:-1])
+    with pytest.raises(CheckpointError, match=r'in the notes is no pin: write sha256: and 64 digits'):
+        create(f'hf-hub:{ID}', pretrained_cfg_overlay=dict(notes=('paper: nothing', note)))
+    two = (f'sha256:{wrong}', f'sha256:{"cd" * 32}')
+    with pytest.raises(CheckpointError, match='pin several files'):
+        create(f'hf-hub:{ID}', pretrained_cfg_overlay=dict(notes=two))
+
+
+def test_a_damaged_file_in_a_read_only_cache(hub, published, source, tmp_path, monkeypatch):
+    """The error says that it is damaged, and where."""
+    published['model.safetensors'] = b'\xff' * 100
+
+    def read_only(*args):
+        raise OSError(30, 'Read-only file system')
+
+    monkeypatch.setattr(download.huggingface_hub, 'scan_cache_dir', read_only)
+    with pytest.raises(CheckpointError, match=r'truncated or damaged.*Remove /.*model\.safetensors'):
+        create(f'hf-hub:{ID}')
+
+
+def test_a_commit_between_check_and_upload(hub, folder, monkeypatch):
+    """Somebody else's files are not replaced."""
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    hub.add(ID, {})
+
+    def meanwhile(handler):
+        hub.add(ID, {'model.safetensors': b"a colleague's weights"})
+        handler.preupload(ID, 'main')
+
+    hub.fail('POST', '/preupload/', meanwhile, times=1)
+    with pytest.raises(HubError, match=r'has a new commit since it was checked\. Nothing was published'):
+        publish(folder, ID)
+    assert hub.repositories[ID].branches['main']['model.safetensors'] == b"a colleague's weights"
+
+
+def test_a_folder_that_changes_after_the_check(hub, folder, tmp_path, monkeypatch):
+    """What was checked is published."""
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    mine = tmp_path / 'mine'
+    shutil.copytree(folder, mine)
+
+    def swap(handler):
+        (mine / 'model.safetensors').write_bytes(b'not a checkpoint')
+        handler.validate()
+
+    hub.fail('POST', 'validate-yaml', swap, times=1)
+    publish(mine, ID)
+    published = hub.repositories[ID].branches['main']['model.safetensors']
+    assert published == (folder / 'model.safetensors').read_bytes()
+
+
+def lose_the_answer(handler):
+    handler.reply = lambda *args, **kwargs: None
+    handler.commit(ID, 'main')
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def test_the_answer_to_a_commit_is_lost(hub, folder, monkeypatch):
+    """The commit is there, and so is what is said of it."""
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    hub.fail('POST', '/commit/', lose_the_answer, times=1)
+    with pytest.warns(UserWarning, match='answer of the Hub was lost .*, but all files are there'):
+        assert publish(folder, ID).endswith(ID)
+    assert 'model.safetensors' in hub.repositories[ID].branches['main']
+
+
+def test_links_are_not_published(hub, folder, tmp_path):
+    mine = tmp_path / 'mine'
+    shutil.copytree(folder, mine)
+    (tmp_path / 'id_rsa').write_text('PRIVATE KEY')
+    (mine / 'summary.csv').symlink_to(tmp_path / 'id_rsa')
+    with pytest.raises(HubError, match=r'holds a symbolic link, summary\.csv'):
+        publish(mine, ID)
+    assert hub.repositories == {}
+
+
+def test_a_slip_in_the_front_matter(hub, folder, tmp_path):
+    mine = tmp_path / 'mine'
+    shutil.copytree(folder, mine)
+    card = (mine / 'README.md').read_text()
+    (mine / 'README.md').write_text(card.replace('license: bsd-3-clause', 'license: bsd-3-clause: yes'))
+    with pytest.raises(HubError, match=r'README\.md in .* is damaged: mapping values are not allowed'):
+        publish(mine, ID)
+
+
+def test_a_card_of_the_folder_itself(hub, folder, tmp_path):
+    """It was written without --repo, so it says nothing of a place on the Hub."""
+    mine = tmp_path / 'mine'
+    shutil.copytree(folder, mine)
+    card = (mine / 'README.md').read_text()
+    (mine / 'README.md').write_text(card.replace(f'hf-hub:{ID}', 'local-dir:mine'))
+    with pytest.raises(HubError, match=r'README\.md loads local-dir:mine, but you publish it as'):
+        publish(mine, ID)

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from tiny_models import FILE, ID, NAME, create, same
 
-from timm_harmonic import cli
+import timm_harmonic_cli as cli
 from timm_harmonic.hub.card import count
 from timm_harmonic.hub.folder import convert
 from timm_harmonic.hub.provenance import HubError
@@ -420,7 +420,7 @@ BAD_FOLDERS = {
     ),
     'another place': (
         change('README.md', f'hf-hub:{ID}', 'hf-hub:me/mine'),
-        r'README\.md loads me/mine, but .* --repo',
+        r'README\.md loads hf-hub:me/mine, but .* --repo',
     ),
     'front matter': (
         lambda f: [change(name, 'bsd-3-clause', 'nonsense')(f) for name in ('README.md', 'config.json')],
@@ -462,3 +462,51 @@ def test_list_as_json(capsys):
     assert weights['hub'] == 'timm-harmonic/harm_resnet101.ulicny_in1k'
     assert weights['url'].endswith('harm_resnet101-62e185b1.pth')
     assert weights['pinned'] is False
+
+
+def test_a_run_that_began_from_another_file(run, tmp_path):
+    """Its checkpoint is what is published, whatever the run's options name."""
+    path, models = run
+    copy = tmp_path / 'copy'
+    shutil.copytree(path, copy)
+    torch.save(dict(state_dict=models[1].state_dict()), copy / 'other.pth')
+    options = yaml.safe_load((copy / 'args.yaml').read_text())
+    options['model_kwargs']['checkpoint_path'] = str(copy / 'other.pth')
+    (copy / 'args.yaml').write_text(yaml.safe_dump(options))
+    convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'out')
+    assert same(create(f'local-dir:{tmp_path / "out"}'), models[0], 4)
+    assert 'checkpoint_path' not in (tmp_path / 'out' / 'config.json').read_text()
+    kwargs = dict(checkpoint_path=str(copy / 'other.pth'))
+    with pytest.raises(HubError, match='checkpoint_path is no option of a network'):
+        convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again', model_kwargs=kwargs)
+
+
+def test_runs_with_slips(run, tmp_path):
+    """A row of summary.csv that is too long, a pool that timm does not know, and a link."""
+    path, _ = run
+    copy = tmp_path / 'copy'
+    shutil.copytree(path, copy)
+    (copy / 'summary.csv').write_text('epoch,eval_top1\n7,61.8,3,4\n')
+    convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'out')
+    assert 'eval_top1: 61.800' in (tmp_path / 'out' / 'README.md').read_text()
+    (copy / 'args.yaml').write_text((copy / 'args.yaml').read_text() + 'gp: zzz\n')
+    with pytest.raises(HubError, match=r"harm_resnet18 cannot be built with .*global_pool='zzz'"):
+        convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
+    shutil.copyfile(path / 'args.yaml', copy / 'args.yaml')
+    (copy / 'summary.csv').rename(tmp_path / 'elsewhere.csv')
+    (copy / 'summary.csv').symlink_to(tmp_path / 'elsewhere.csv')
+    with pytest.raises(HubError, match=r'summary\.csv is a symbolic link'):
+        convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
+    assert not (tmp_path / 'again').exists()
+
+
+def test_no_licence_that_nobody_chose(run, tmp_path):
+    """And without --repo the card loads the folder itself."""
+    path, _ = run
+    convert(path / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'flowers')
+    card = ModelCard.load(tmp_path / 'flowers' / 'README.md')
+    assert card.data.license is None
+    assert 'icense' not in card.text
+    assert "create_model('local-dir:flowers'" in card.text
+    assert 'hf-hub' not in card.text
+    assert json.loads((tmp_path / 'flowers' / 'config.json').read_text())['pretrained_cfg'].get('license') is None

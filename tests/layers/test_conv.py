@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
@@ -462,3 +463,75 @@ def test_conversions_keep_the_memory_format():
     plain = HarmonicConv2d.from_conv2d(torch.nn.Conv2d(4, 8, 3))
     assert plain.weight.is_contiguous()
     assert plain.fuse().weight.is_contiguous()
+
+
+@pytest.mark.parametrize('stored', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('own', [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('channels', [4, 32])
+def test_filters_are_projected_in_the_better_precision(stored, own, channels):
+    """And rounded once, to the layer's precision."""
+    torch.manual_seed(0)
+    filters = torch.randn(8, channels, 3, 3, dtype=torch.float64).to(stored)
+    layer = HarmonicConv2d(channels, 8, 3, bias=False, dtype=own)
+    layer.load_state_dict({'weight': filters})
+    exact = HarmonicConv2d(channels, 8, 3, bias=False, dtype=torch.float64)
+    exact.load_state_dict({'weight': filters.double()})
+    assert layer.weight.dtype == own
+    error = (layer.weight.double() - exact.weight).abs().max()
+    assert error <= 2 * torch.finfo(own).eps * exact.weight.abs().max()
+    assigned = HarmonicConv2d(channels, 8, 3, bias=False, dtype=own)
+    assigned.load_state_dict({'weight': filters}, assign=True)
+    assert assigned.weight.dtype == stored  # as nn.Conv2d
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_filters_that_are_no_numbers_to_project(dtype):
+    layer = HarmonicConv2d(3, 8, 3, bias=False)
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=f'weight: filters in {dtype} are no numbers to project'):
+        layer.load_state_dict({'weight': torch.ones(8, 3, 3, 3).to(dtype)})
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize('kind', LAYERS)
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda layer: layer.to('cpu'),
+        lambda layer: layer.float(),
+        lambda layer: layer.load_state_dict(copy.deepcopy(layer.state_dict())),
+    ],
+    ids=['to', 'float', 'load'],
+)
+def test_training_after_a_change_in_inference_mode(kind, change):
+    """Buffers that are made in that mode could not be trained with."""
+    layer = kind(20, 8, 3)
+    with torch.inference_mode():
+        change(layer)
+        layer.eval()(torch.randn(2, 20, 9, 9))
+    layer.train()(torch.randn(2, 20, 9, 9)).square().mean().backward()
+    assert layer.weight.grad.isfinite().all()
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, 'weight', 0.5)
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated:FutureWarning')
+@pytest.mark.parametrize(
+    'wrap',
+    [pruned, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm],
+)
+def test_computed_weights(wrap):
+    """Casts and moves reach the basis, and truncation says what to do."""
+    torch.manual_seed(0)
+    layer = wrap(HarmonicConv2d(20, 8, 3)).double().eval()
+    assert layer.basis.dtype == torch.float64
+    x = torch.randn(1, 20, 9, 9, dtype=torch.float64)
+    y = layer(x)
+    fresh = HarmonicConv2d(20, 8, 3, dtype=torch.float64)
+    fresh.load_state_dict({'weight': layer.weight.detach(), 'bias': layer.bias.detach()})
+    torch.testing.assert_close(y, fresh(x), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r'its weight is computed .* make that permanent first'):
+        at_level(layer, 2)
+    assert layer.to('meta').basis.is_meta

@@ -248,7 +248,7 @@ def test_missing_and_unexpected_keys_are_named(tmp_path):
 
 def test_not_a_tensor_is_named(tmp_path):
     _, state = trained()
-    with pytest.raises(CheckpointError, match=r'layer1\.0\.conv2\.weight of the checkpoint is a int, not a tensor'):
+    with pytest.raises(CheckpointError, match=r'layer1\.0\.harm2\.weight of the checkpoint is a int, not a tensor'):
         load(saved(tmp_path, dict(state, **{'layer1.0.harm2.weight': 3})))
 
 
@@ -472,3 +472,79 @@ def test_save_and_load_as_local_dir(tmp_path):
     loaded = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()
     assert same(loaded, model, images(4))
     assert isinstance(loaded.maxpool, nn.AvgPool2d)
+
+
+@pytest.mark.parametrize('text', ['error code: 1020', 'hello world', 'Repository not found', ''])
+def test_short_texts(tmp_path, text):
+    path = tmp_path / 'weights.pth'
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r'or no checkpoint|it is no checkpoint'):
+        read_checkpoint(path)
+
+
+def test_a_header_that_begins_like_a_web_page(tmp_path):
+    """The size of a safetensors header is its first bytes: here they read <a."""
+    raw = safetensors.torch.save({'w': torch.arange(6.0)})
+    size = int.from_bytes(raw[:8], 'little')
+    wanted = int.from_bytes(b'<a', 'little')
+    path = tmp_path / 'weights.safetensors'
+    path.write_bytes(wanted.to_bytes(8, 'little') + raw[8 : 8 + size] + b' ' * (wanted - size) + raw[8 + size :])
+    assert torch.equal(read_checkpoint(path)['w'], torch.arange(6.0))
+
+
+STRANGE = {
+    'an integer as a key': (lambda state: {**state, 5: torch.zeros(1)}, 'has a key 5, which is no name'),
+    'bytes as keys': (lambda state: {k.encode(): v for k, v in state.items()}, 'which is no name'),
+    'None': (lambda state: {**state, 'fc.bias': None}, 'fc.bias of the checkpoint is a NoneType'),
+    'a list': (lambda state: {**state, 'fc.bias': [1.0]}, 'fc.bias of the checkpoint is a list'),
+    'two names': (
+        lambda state: {**state, 'layer1.0.harm2.weight': state['layer1.0.conv2.weight']},
+        "one parameter under two names, the authors' and ours",
+    ),
+    'two prefixes': (
+        lambda state: {**state, 'module.fc.bias': state['fc.bias']},
+        'one parameter under two names, with and without',
+    ),
+    'expanded': (
+        lambda state: {**state, 'fc.weight': torch.zeros(()).expand(10**9, 2048)},
+        r'fc.weight \(1000000000, 2048\) of the checkpoint repeats fewer numbers',
+    ),
+    'an expanded basis': (
+        lambda state: {**state, 'layer1.0.conv2.dct': torch.zeros(()).expand(10**6, 9, 3, 3)},
+        'dct .* of the checkpoint repeats fewer numbers',
+    ),
+}
+
+
+@pytest.mark.parametrize('what', STRANGE)
+def test_strange_checkpoints(tmp_path, what):
+    """An error that names the key, before anything is allocated."""
+    change, words = STRANGE[what]
+    with pytest.raises(CheckpointError, match=words):
+        load(saved(tmp_path, change(trained()[0].state_dict())))
+
+
+def test_a_text_in_place_of_a_release(server, tmp_path):
+    """It is not kept, so that the next attempt succeeds."""
+    torch.save(trained()[1], tmp_path / 'whole.pth')
+    (server.folder / 'weights.pth').write_text('error code: 1020')
+    options = dict(pretrained_cfg_overlay=dict(url=f'{server.url}/weights.pth', hf_hub_id=None))
+    with pytest.raises(
+        CheckpointError,
+        match=r'weights\.pth was refused and is not cached: it is truncated or damaged, or no checkpoint',
+    ):
+        create(pretrained=True, cache_dir=tmp_path / 'cache', **options)
+    assert list((tmp_path / 'cache').iterdir()) == []
+    (server.folder / 'weights.pth').write_bytes((tmp_path / 'whole.pth').read_bytes())
+    assert same(create(pretrained=True, cache_dir=tmp_path / 'cache', **options).eval(), trained()[0])
+
+
+def test_files_of_other_programs_stay(tmp_path):
+    """torch.hub's folder is everybody's: a file of the same name may be another program's."""
+    path = tmp_path / 'checkpoint.pth'
+    torch.save({'model': nn.Linear(3, 3)}, path)
+    before = path.read_bytes()
+    overlay = dict(url='http://127.0.0.1:9/v2/checkpoint.pth', hf_hub_id=None)
+    with pytest.raises(CheckpointError, match=r'was there before, in place of http.*remove it if no other program'):
+        create(pretrained=True, cache_dir=tmp_path, pretrained_cfg_overlay=overlay)
+    assert path.read_bytes() == before

@@ -345,3 +345,38 @@ def test_a_network_that_timm_did_not_build():
     """It is harmonized as well, and gets no options for timm to build it."""
     model = harmonize(nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)))
     assert not hasattr(model, '_model_args')
+
+
+@pytest.mark.parametrize(
+    ('base', 'options'),
+    [
+        ('harm_resnet18', {}),
+        ('harm_resnet18', dict(level=2)),
+        ('harm1_resnet50', dict(level=3)),
+        ('harm0_resnet50', dict(level=2)),
+        ('harm_vgg11_bn', dict(level=2)),
+        ('harm_resnet18', dict(level=2, smoothness=1.0)),
+    ],
+)
+def test_files_of_a_harmonic_base(base, options, tmp_path):
+    """They give what harmonize makes of the base with those weights."""
+    small = dict(mlp_ratio=0.02) if 'vgg' in base else dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
+    basis = {key: value for key, value in options.items() if key == 'smoothness'}
+    whole = build(base, num_classes=5, **small, **basis)
+    torch.save(whole.state_dict(), tmp_path / 'base.pth')
+    overlay = dict(file=str(tmp_path / 'base.pth'), num_classes=5)
+    kwargs = dict(base_model=base, num_classes=5, **small, **options)
+    model = timm.create_model('harmonized', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    expected = harmonize(whole, **options)
+    x = images()
+    torch.testing.assert_close(model(x), expected(x), rtol=0, atol=1e-5 * float(expected(x).detach().abs().max()))
+
+
+def test_files_of_a_base_that_uses_a_convolution_twice(tmp_path):
+    base = build('coat_lite_tiny', num_classes=5)
+    torch.save(base.state_dict(), tmp_path / 'base.pth')
+    overlay = dict(file=str(tmp_path / 'base.pth'), num_classes=5)
+    kwargs = dict(base_model='coat_lite_tiny', num_classes=5)
+    model = timm.create_model('harmonized', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+    x = images(side=224)
+    torch.testing.assert_close(model(x), base(x), rtol=0, atol=1e-4 * float(base(x).detach().abs().max()))

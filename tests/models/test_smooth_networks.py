@@ -9,7 +9,8 @@ import torch
 import yaml
 from timm.models import reparameterize_model
 
-from timm_harmonic import cli, harmonic_report, harmonize, truncate
+import timm_harmonic_cli as cli
+from timm_harmonic import harmonic_report, harmonize, truncate
 from timm_harmonic.conversion.convolutions import harmonic_layers
 from timm_harmonic.hub.folder import convert
 from timm_harmonic.models.checkpoints import CheckpointError

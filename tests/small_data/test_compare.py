@@ -14,7 +14,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from timm_harmonic import cli
+import timm_harmonic_cli as cli
 from timm_harmonic.small_data import compare as module
 from timm_harmonic.small_data.compare import compare
 from timm_harmonic.small_data.folder import DataError, read_folder, read_image, stratified

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
-from timm_harmonic import cli
+import timm_harmonic_cli as cli
 from timm_harmonic.small_data import photographs, quickstart, training
 from timm_harmonic.small_data.photographs import (
     PATCH_SIZE,

@@ -8,20 +8,49 @@ from timm.layers import Conv2dSame, PatchEmbed, ScaledStdConv2d, ScaledStdConv2d
 from torch import nn
 
 from ..layers import HarmonicBlock2d, HarmonicConv2d, HarmonicConv2dSame, HarmonicLayer, conv_args
-from .energy import energy_of, share_of_energy
+from .energy import COMPUTED, energy_of, has_own_weight, share_of_energy
 
 # Which harmonic layer takes the place of which convolution.
 _HARMONIC: dict[type[nn.Module], type[HarmonicConv2d]] = {nn.Conv2d: HarmonicConv2d, Conv2dSame: HarmonicConv2dSame}
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+# What holds a network, by class, and what to give in its place.
+_WRAPPERS = dict(
+    DistributedDataParallel='change network.module before you wrap it',
+    FullyShardedDataParallel='change the network before you wrap it',
+    DataParallel='change network.module before you wrap it',
+    OptimizedModule='change the network before you compile it, or network._orig_mod',
+)
+# Where torch keeps hooks of a module.
+_HOOKS = (
+    '_forward_hooks',
+    '_forward_pre_hooks',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+    '_state_dict_hooks',
+    '_state_dict_pre_hooks',
+    '_load_state_dict_pre_hooks',
+    '_load_state_dict_post_hooks',
+)
 # What timm calls on a block to fuse it for inference, see timm.models.reparameterize_model.
 _FUSING = ('fuse', 'reparameterize', 'switch_to_deploy')
 
 
 def harmonic_layers(model: nn.Module) -> dict[str, HarmonicLayer]:
-    """The harmonic layers of a network by qualified name, in its order."""
+    """The harmonic layers of a network by qualified name, in its order. Raises TypeError if it is no network."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'a network is wanted, an nn.Module as of timm.create_model(...), got {model!r}.')
     return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicLayer)}
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises TypeError if a network is wrapped or compiled: what holds it would go on with the layers of before."""
+    kind = type(model).__name__
+    if kind in _WRAPPERS:
+        raise TypeError(f'{kind} holds the network: {_WRAPPERS[kind]}.')
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError('the network is scripted or traced: give the one that it was made from.')
 
 
 def reasons_to_skip(model: nn.Module) -> dict[str, str]:
@@ -29,14 +58,16 @@ def reasons_to_skip(model: nn.Module) -> dict[str, str]:
 
     Empty text: the convolution can be harmonic.
     """
+    check_unwrapped(model)
     patches = {id(module.proj) for module in model.modules() if isinstance(module, PatchEmbed)}
     found = {name: module for name, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)}
     owners: dict[int, list[str]] = {}
-    for name, conv in found.items():
-        owners.setdefault(id(conv.weight), []).append(name)
+    for owner, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(owner if owner in found else f'{owner}.{key}'.lstrip('.'))
     reasons = {}
     for name, conv in found.items():
-        others = [other for other in owners[id(conv.weight)] if other != name]
+        others = [other for other in owners.get(id(conv.weight), ()) if other != name]
         reasons[name] = _reason_to_skip(conv)
         if not reasons[name] and id(conv) in patches:
             reasons[name] = 'patch embedding: timm resizes its filters to the size of the patches'
@@ -51,6 +82,8 @@ def _reason_to_skip(conv: nn.Module) -> str:
         return 'transposed'
     if not isinstance(conv, nn.Conv2d):
         return f'{len(conv.kernel_size)}-D'
+    if isinstance(conv.weight, nn.UninitializedParameter):
+        return 'has no weights yet (lazy): run images through the network first'
     height, width = conv.kernel_size
     if height != width:
         return f'not square ({height} x {width})'
@@ -58,12 +91,14 @@ def _reason_to_skip(conv: nn.Module) -> str:
         return '1 x 1'
     if isinstance(conv, _STANDARDISED):
         return f'its weights are standardised ({kind})'
-    if 'weight' not in dict(conv.named_parameters(recurse=False)):
-        return 'its weight is computed (weight_norm, spectral_norm, pruning or the like): make that permanent first'
+    if not has_own_weight(conv):
+        return COMPUTED
     if type(conv) not in _HARMONIC:
         return f'{kind} may compute something else than nn.Conv2d'
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if any(getattr(conv, hooks) for hooks in _HOOKS):
         return 'has hooks, which would be lost'
+    if 'forward' in vars(conv):
+        return 'its forward was replaced, which would be lost'
     return ''
 
 

@@ -15,6 +15,13 @@ from ..layers import (
     full_level,
 )
 
+COMPUTED = 'its weight is computed (weight_norm, spectral_norm, pruning or the like): make that permanent first'
+
+
+def has_own_weight(layer: nn.Module) -> bool:
+    """Whether the weight is a parameter, rather than computed from others."""
+    return 'weight' in dict(layer.named_parameters(recurse=False))
+
 
 def energy_of(layer: HarmonicLayer) -> Tensor:
     """Energy of a layer's filters at each kept frequency, summed over all filters: (P,), float64, on the CPU.
@@ -49,21 +56,19 @@ def at_level(layer: HarmonicLayer, level: int | None) -> HarmonicLayer:
     """A copy of a layer without the frequencies i + j >= level. Each filter becomes the nearest in L2.
 
     A level that is not below the layer's drops nothing. Raises ValueError if level is out of range, nothing would be
-    left, or it is unknown how the layer's normalisation leaves out responses.
+    left, the weight is computed, or it is unknown how the layer's normalisation leaves out responses.
     """
+    if not has_own_weight(layer):
+        raise ValueError(f'cannot truncate {layer}: {COMPUTED}.')
     new = copy.deepcopy(layer)
     side = layer.kernel_size[0]
     level = min(layer.level, check_level(level, full_level(side)))
     if level == layer.level:
         return new
-    present = dct_frequencies(side, layer.level, layer.dc)
-    kept = [present.index(pair) for pair in dct_frequencies(side, level, layer.dc)]
+    kept, factors = kept_at(layer, level)
     if isinstance(new, HarmonicBlock2d):
         _keep_responses(new, kept)
-    # The spectrum is relative to the functions that a layer keeps, so the coefficients change with it.
-    scale = [dct_spectrum(side, of, layer.dc, layer.smoothness) for of in (layer.level, level)]
-    factors = (scale[0][kept] / scale[1]).to(layer.basis)[:, None]
-    weight = (layer.weight.detach()[:, :, kept] * factors).to(layer.weight)
+    weight = (layer.weight.detach()[:, :, kept] * factors.to(layer.basis)[:, None]).to(layer.weight)
     weight = weight.contiguous(memory_format=format_of(layer.weight))
     new.weight = nn.Parameter(weight, layer.weight.requires_grad)
     new.level, new.milliseconds = level, None
@@ -72,6 +77,18 @@ def at_level(layer: HarmonicLayer, level: int | None) -> HarmonicLayer:
     if before is not None and not layer.weight.is_meta:
         new.energy_kept = before * share_of_energy(energy_of(new).sum(), energy_of(layer).sum())
     return new
+
+
+def kept_at(layer: HarmonicLayer, level: int) -> tuple[list[int], Tensor]:
+    """Places of the functions that a layer keeps at a lower level, and what their coefficients are multiplied by.
+
+    The spectrum is relative to the functions that a layer keeps, so the coefficients change with it.
+    """
+    side, dc = layer.kernel_size[0], layer.dc
+    present = dct_frequencies(side, layer.level, dc)
+    kept = [present.index(pair) for pair in dct_frequencies(side, level, dc)]
+    before, after = (dct_spectrum(side, of, dc, layer.smoothness) for of in (layer.level, level))
+    return kept, before[kept] / after
 
 
 def _keep_responses(block: HarmonicBlock2d, kept: list[int]) -> None:

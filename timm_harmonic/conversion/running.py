@@ -32,8 +32,12 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
     """The images (B, C, H, W) of each batch, on the device and in the dtype of `like`.
 
     A batch is a tensor of images, or has it first in a tuple or list. `batches` is how many are read at most. Raises
-    ValueError if there are none, or one has no images or values that are not finite, naming it.
+    ValueError if there are none, or one has no images or values that are not finite, naming it; TypeError if data are
+    no batches.
     """
+    if isinstance(data, (Tensor, nn.Module, str)):
+        found = f'images {tuple(data.shape)}: pass [images]' if isinstance(data, Tensor) else repr(data)
+        raise TypeError(f'data must be batches of images, a loader or a list, got {found}.')
     number = -1
     for number, batch in enumerate(islice(data, batches)):
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

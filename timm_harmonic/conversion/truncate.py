@@ -1,6 +1,7 @@
 """Dropping high frequencies: which levels the layers of a network keep."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import HarmonicLayer
 from .choose import choose_levels
-from .convolutions import harmonic_layers, replace_layers
+from .convolutions import check_unwrapped, harmonic_layers, replace_layers
 from .costs import Costs, mac_costs, parameter_costs, time_costs
 from .energy import at_level, levels_of
 from .harmonize import PatternLevels, plan, record_options
@@ -75,6 +76,7 @@ def truncate(
         TypeError: If a level or a number has another type.
     """
     layers = harmonic_layers(model)
+    check_unwrapped(model)
     if not layers:
         raise ValueError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
     options = dict(level=level, levels=levels, energy=energy, max_params=max_params, ratio=ratio)
@@ -126,9 +128,16 @@ def truncate(
 
 
 def _budget(costs: Costs, max_params: int | None, ratio: float | None) -> float:
-    """What the network may cost."""
+    """What the network may cost. Raises ValueError if the ratio is below the least that is possible."""
     if ratio is not None:
-        return ratio * costs.total({name: max(of) for name, of in costs.of.items()})
+        present = costs.total({name: max(of) for name, of in costs.of.items()})
+        least = costs.rest + sum(min(of.values()) for of in costs.of.values())
+        if ratio * present < least:
+            raise ValueError(
+                f'ratio={ratio:g} is too small: {math.ceil(1e3 * least / present) / 1e3:g} is the least, '
+                f'{costs.text(least)} of {costs.text(present)} with every layer at its cheapest level.'
+            )
+        return ratio * present
     if not isinstance(max_params, int) or isinstance(max_params, bool):
         raise TypeError(f'max_params must be an integer, got {max_params!r}.')
     return max_params

@@ -1,6 +1,7 @@
 """The model card of a Hub repository: card.md, filled with what a network is and where its weights come from."""
 
 import copy
+import re
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -38,10 +39,13 @@ def count(model: nn.Module) -> dict[str, int]:
     return dict(macs=counter.get_total_flops() // 2, activations=sum(outputs))
 
 
-def model_card(model: nn.Module, repo_id: str, source: Provenance, license: str, dataset: str = '') -> ModelCard:
-    """The card of the repository `organisation/name` for a network with its weights, front matter included."""
+def model_card(model: nn.Module, place: str, source: Provenance, license: str = '', dataset: str = '') -> ModelCard:
+    """The card of a network with its weights, front matter included.
+
+    `place` is what timm loads it by: hf-hub:organisation/name, or local-dir:FOLDER.
+    """
     data = ModelCardData(
-        license=license,
+        license=license or None,
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'harmonic-networks'],
@@ -50,7 +54,7 @@ def model_card(model: nn.Module, repo_id: str, source: Provenance, license: str,
     args, layers = get_model_args(model), harmonic_layers(model).values()
     channels, height, width = model.pretrained_cfg['input_size']
     about = dict(
-        name=repo_id.rpartition('/')[2],
+        name=re.split('[:/]', place)[-1],
         architecture=model.pretrained_cfg['architecture'],
         base_model=repr(args['base_model']) if 'base_model' in args else '',
         layers=_layers(model),
@@ -61,13 +65,13 @@ def model_card(model: nn.Module, repo_id: str, source: Provenance, license: str,
         features=model.num_features,
         width=args.get('channels'),
         options=_options(args),
-        released=_released(repo_id) if source.url else [],
+        released=_released(place) if source.url else [],
     )
     size = dict(channels=channels, height=height, image_width=width)
     return ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name('card.md')),
-        **dict(about, **count(model), **size, repo_id=repo_id, source=source, license=license, dataset=dataset),
+        **dict(about, **count(model), **size, place=place, source=source, license=license, dataset=dataset),
         **dict(version=version('timm-harmonic'), repository=REPOSITORY, install=INSTALL),
     )
 
@@ -92,12 +96,12 @@ def _layers(model: nn.Module) -> str:
     return '; '.join(f'{number} of {text}' for text, number in found.items())
 
 
-def _released(repo_id: str) -> list[tuple[str, str]]:
+def _released(place: str) -> list[tuple[str, str]]:
     """The released weights, and what the paper says about each."""
     rows = []
     for name in list_pretrained('harm*'):
         cfg = get_pretrained_cfg(name)
         if cfg.origin_url == REPOSITORY and cfg.notes:
-            title = f'**{name}**' if repo_id.endswith(f'/{name}') else name
+            title = f'**{name}**' if place.endswith(f'/{name}') else name
             rows.append((title, '; '.join(note for note in cfg.notes if not pinned_sha256(note))))
     return rows

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from .deployed import check_packages, write_deployed
 from .folder import STEPS, check_new, next_step, write_folder
 from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
 
+_BATCHES = 8  # of --data
 _POINTS = 40  # of the curve of parameters against energy
 
 
@@ -46,7 +48,7 @@ def compress(
     normalization: str = 'l1',
     smoothness: float | None = None,
     data: Path | None = None,
-    batches: int = 8,
+    batches: int | None = None,
     batch_size: int = 32,
     evaluate: Path | None = None,
     split: str = 'validation',
@@ -72,8 +74,13 @@ def compress(
     check_new(out)
     if importlib.util.find_spec('matplotlib') is None:
         raise HubError('the picture needs matplotlib: pip install matplotlib')
-    if refit and data is None:
-        raise HubError('--refit needs --data, an image folder. Labels are not used.')
+    for option, given in (('--refit', refit), ('--batches', batches is not None)):
+        if given and data is None:
+            raise HubError(f'{option} needs --data, an image folder. Labels are not used.')
+    for folder in (data, evaluate):
+        if folder is not None and not folder.is_dir():
+            raise HubError(f'{str(folder)!r} is no folder of images.')
+    batches = batches or _BATCHES
     if deploy:
         check_packages()
     with tqdm(total=7, desc='build', **STEPS) as steps:
@@ -91,14 +98,14 @@ def compress(
         example = _example(whole, config['input_size'], channels_last)
         costs: dict[str, Any] = {} if cost == 'parameters' else dict(cost=cost, images=example)
         small = truncate(whole, **amount, **costs, data=images, refit=refit)
-        if deploy and cost != 'time':
+        if deploy and cost == 'parameters':  # the others have chosen the forms
             set_forms(small, forms_by_time(small, example))
             record_options(small)
         next_step(steps, 'evaluate')
         measured = {}
         if evaluate is not None:
             for when, model in (('before', whole), ('after', small)):
-                measured[when] = _evaluate(model, load(model, evaluate, split))
+                measured[when] = _evaluate(model, _with_classes(load(model, evaluate, split), model, evaluate))
         report = harmonic_report(small, example)
         more = {**(dict(cost=cost) if cost != 'parameters' else {}), **(dict(refit=True) if refit else {})}
         record = dict(
@@ -123,7 +130,7 @@ def compress(
             (folder / 'compression.md').write_text(_page(record, report))
             _picture(folder / 'compression.png', report, losses_by_filters(whole), whole, small)
 
-        license = license or plain.pretrained_cfg.get('license') or 'other'
+        license = license or plain.pretrained_cfg.get('license') or ''
         about: dict[str, Any] = dict(repo_id=repo_id, license=license)
         for parameter in small.parameters():  # not by .to(memory_format=...), which leaves (O, I, P, 1) as they are
             parameter.data = parameter.data.contiguous()  # safetensors takes no other
@@ -139,8 +146,14 @@ def _load(model_name: str, path: Path | None, pretrained: bool, kwargs: dict[str
     model = timm.create_model(model_name, pretrained=pretrained or elsewhere, **kwargs).eval()
     if elsewhere:
         return Provenance(base=model_name), model
+    if not pretrained:
+        warnings.warn(
+            f'{model_name} has random weights here: pass --pretrained or --checkpoint to compress a trained network.',
+            stacklevel=2,
+        )
+        return Provenance(base=f'{model_name.partition(".")[0]} with random weights'), model
     name = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
-    return Provenance(base=f"{name} (timm's weights)" if pretrained else f'{name}, not trained'), model
+    return Provenance(base=f"{name} (timm's weights)"), model
 
 
 def _load_checkpoint(model_name: str, path: Path, kwargs: dict[str, Any]) -> tuple[Provenance, nn.Module]:
@@ -173,6 +186,9 @@ def _data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """How to prepare images for a network. A mean and deviation of other channels become their averages."""
     config = resolve_data_config(dict(given, in_chans=model.in_chans), model=model)
     channels = config['input_size'][0]
+    if channels != model.in_chans:
+        channels = model.in_chans
+        config['input_size'] = (channels, *config['input_size'][1:])
     for key in ('mean', 'std'):
         if len(config[key]) != channels:
             config[key] = (sum(config[key]) / len(config[key]),) * channels
@@ -187,19 +203,22 @@ def _example(model: nn.Module, size: tuple[int, ...], channels_last: bool) -> Te
 
 def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any], workers: int) -> Any:
     """timm's loader of an image folder, with the transforms of the network's evaluation."""
-    if not folder.is_dir():
-        raise HubError(f'{str(folder)!r} is no folder of images.')
     mode = {1: 'L', 3: 'RGB'}.get(config['input_size'][0])
     if mode is None:
         raise HubError(f'images of {config["input_size"][0]} channels cannot be read from {str(folder)!r}.')
     dataset = create_dataset('', str(folder), split=split, input_img_mode=mode)
-    classes = len(getattr(dataset.reader, 'class_to_idx', ()))
-    if classes > model.num_classes:
-        raise HubError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
     images = {key: config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
     device = next(model.parameters()).device
     here = dict(num_workers=workers, use_prefetcher=False, persistent_workers=False, device=device)
     return create_loader(dataset, config['input_size'], batch_size, **images, **here)
+
+
+def _with_classes(loader: Any, model: nn.Module, folder: Path) -> Any:
+    """The loader. Raises HubError if its folder has other classes than the network."""
+    classes = len(getattr(loader.dataset.reader, 'class_to_idx', ()))
+    if classes != model.num_classes:
+        raise HubError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
+    return loader
 
 
 def _calibration(loader: Any, batches: int) -> tqdm:

@@ -2,30 +2,31 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import nn
 from tqdm import tqdm
 
-from ..models.checkpoints import read_checkpoint, rename_keys, unwrap
+from ..models.checkpoints import first_line, read_checkpoint, rename_keys, unwrap
 from ..models.download import ORGANISATION, WEIGHTS_NAME
 from ..models.weights import TAG
 from .card import model_card
 from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
+from .writing import clear_remains, new_folder
 
-LICENSE = 'bsd-3-clause'
+LICENSE = 'bsd-3-clause'  # of what the authors released
 
 REQUIRED = (WEIGHTS_NAME, 'config.json', 'README.md')
 _OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # in a run's folder, in a repository
-_REPORTS = ('compression.json', 'compression.md', 'compression.png')  # of a compressed network
-FILES = (*REQUIRED, *_OF_RUN.values(), *_REPORTS)
+_COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deployed.onnx')  # beside such a network
+FILES = (*REQUIRED, *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 
 
@@ -38,7 +39,7 @@ def convert(
     use_ema: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     class_names: list[str] | None = None,
-    license: str = LICENSE,
+    license: str = '',
     dataset: str = '',
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
@@ -59,11 +60,14 @@ def convert(
         model = build_loaded(model_name, rename_keys(state, names), source, model_kwargs or {})
         if source.url:
             class_names, dataset = ImageNetInfo().label_names(), dataset or 'imagenet-1k'
+            license = license or LICENSE
             repo_id = repo_id or f'{ORGANISATION}/{model_name}.{TAG}'
 
         def add_run(folder: Path) -> None:
             for theirs, ours in _OF_RUN.items():
                 if source.run and (checkpoint.parent / theirs).is_file():
+                    if (checkpoint.parent / theirs).is_symlink():
+                        raise HubError(f'{checkpoint.parent / theirs} is a symbolic link: put the file itself there.')
                     shutil.copyfile(checkpoint.parent / theirs, folder / ours)
 
         about: dict[str, Any] = dict(repo_id=repo_id, class_names=class_names, license=license, dataset=dataset)
@@ -72,6 +76,7 @@ def convert(
 
 def check_new(out: Path) -> None:
     """Refuses a folder with files in it, or what is no folder, by a HubError."""
+    clear_remains(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HubError(f'{str(out)!r} exists and is not an empty folder: name another.')
 
@@ -90,7 +95,7 @@ def write_folder(
     *,
     repo_id: str = '',
     class_names: list[str] | None = None,
-    license: str = LICENSE,
+    license: str = '',
     dataset: str = '',
     data_config: dict[str, Any] | None = None,
     add: Callable[[Path], None] = lambda folder: None,
@@ -104,29 +109,27 @@ def write_folder(
     check_new(out)
     if class_names is not None and len(class_names) != model.num_classes:
         raise HubError(f'{len(class_names)} class names for {model.num_classes} classes.')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}-') as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
+    with new_folder(out, last='config.json') as folder:  # without a config timm loads nothing
         next_step(steps, 'write')
         _save(model, folder, license, class_names, source.run if data_config is None else data_config)
         add(folder)
         next_step(steps, 'compare')
         loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
         _compare(model, loaded)
-        model_card(loaded, repo_id or f'{ORGANISATION}/{out.name}', source, license, dataset).save(folder / 'README.md')
+        place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
+        model_card(loaded, place, source, license, dataset).save(folder / 'README.md')
         steps.update()
-        if out.exists():
-            out.rmdir()  # it is empty
-        folder.rename(out)
     return sorted(out.iterdir())
 
 
 def _save(
     model: nn.Module, folder: Path, license: str, class_names: list[str] | None, data_config: dict[str, Any]
 ) -> None:
-    model_config = dict(label_names=class_names, pretrained_cfg=dict(license=license))
-    save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=data_config)
+    model_config = dict(label_names=class_names, pretrained_cfg=dict(license=license or None))
+    try:
+        save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=data_config)
+    except SafetensorError as error:  # a full disk
+        raise HubError(f'the weights cannot be written to {folder.parent}: {first_line(error)}') from error
     # timm writes num_classes at the top and among model_args; transformers does not take the latter.
     path = folder / 'config.json'
     config = json.loads(path.read_text())

@@ -18,6 +18,16 @@ from ..models.checkpoints import CheckpointError, StateDict, first_line, names_o
 from ..models.download import pinned_sha256, released_digits, sha256_of
 from ..models.paper import REPOSITORY
 
+# What names weights among the arguments of timm.create_model: those of a run began from others than it ended with.
+_SOURCES = {
+    'cache_dir',
+    'checkpoint_path',
+    'pretrained',
+    'pretrained_cfg',
+    'pretrained_cfg_overlay',
+    'pretrained_strict',
+}
+
 
 class HubError(RuntimeError):
     """A folder or a repository is not what it should be; the message says where."""
@@ -97,7 +107,8 @@ def _summary(path: Path, epoch: int | None) -> dict[str, str]:
         return {}
     with open(path, newline='') as file:
         rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
-    return {key: value for key, value in (rows or [{}])[-1].items() if key.startswith('eval_')}
+    # A row that is too long has its rest under None.
+    return {key: value for key, value in (rows or [{}])[-1].items() if key and key.startswith('eval_')}
 
 
 def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
@@ -108,11 +119,20 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     `model_kwargs` replace the training run's. Raises CheckpointError if the parameters do not fit, HubError if an
     option contradicts them.
     """
-    kwargs = {**_basis_of(state), **(source.run.get('model_kwargs') or {}), **model_kwargs}
+    if given := sorted(_SOURCES & model_kwargs.keys()):
+        raise HubError(f'{given[0]} is no option of a network: the weights are those of {source.file}.')
+    of_run = {key: value for key, value in (source.run.get('model_kwargs') or {}).items() if key not in _SOURCES}
+    kwargs = {**_basis_of(state), **of_run, **model_kwargs}
     if source.run.get('gp'):
         kwargs.setdefault('global_pool', source.run['gp'])
-    with torch.device('meta'):
-        blank = timm.create_model(model_name, **kwargs)
+    try:
+        with torch.device('meta'):
+            blank = timm.create_model(model_name, **kwargs)
+    except Exception as error:  # timm asserts some options, and looks up others
+        shown = ', '.join(f'{key}={value!r}' for key, value in kwargs.items()) or 'no options'
+        raise HubError(
+            f'{model_name} cannot be built with {shown}: {type(error).__name__}: {first_line(error)}'
+        ) from error
     shapes = _shapes(blank, state, f'{source.file} has no {{}}: it is not a {model_name}.')
     for key, value in shapes.items():
         if kwargs.setdefault(key, value) != value:
@@ -125,7 +145,7 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
         notes=source.notes or None,
     )
     if not source.url:
-        overlay.update(tag=None, url=None, hf_hub_id=None, origin_url=None)
+        overlay.update(tag=None, url=None, hf_hub_id=None, origin_url=None, license=None)
     model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     model.pretrained_cfg.pop('state_dict', None)
     return model.eval()

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -11,6 +14,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
@@ -37,23 +41,45 @@ def publish(
     Options are those of `timm-harmonic publish`. Raises HubError if the folder is not one to publish, the repository
     holds other files, or the token may not write; HfHubHTTPError is what else the Hub answered.
     """
-    with _explaining_errors(repo_id):
-        files = _check_folder(folder, repo_id)
-        api = HfApi(library_name='timm-harmonic', library_version=version('timm-harmonic'))
-        exists = api.repo_exists(repo_id)
-        if exists:
-            _check_repository(api, files, repo_id, private=private, revision=revision, force=force or create_pr)
-        if dry_run:
-            return f'{huggingface_hub.constants.ENDPOINT}/{repo_id}'
-        return _upload(api, folder, repo_id, exists, private=private, revision=revision, create_pr=create_pr)
+    with tempfile.TemporaryDirectory() as temporary:
+        # A copy is checked and uploaded, so that what is published is what was checked.
+        files = _check_folder(_copy(folder, Path(temporary)), repo_id)
+        with _explaining_errors(repo_id):
+            _check_card(files)
+            api = HfApi(library_name='timm-harmonic', library_version=version('timm-harmonic'))
+            exists = api.repo_exists(repo_id)
+            parent = None
+            if exists:
+                if private and not api.model_info(repo_id).private:
+                    raise HubError(f'{repo_id} exists and is public: --private makes new repositories only private.')
+                parent = _check_repository(api, files, repo_id, revision, force or create_pr)
+            if dry_run:
+                return _url(repo_id)
+            if not exists:
+                api.create_repo(repo_id, private=private)
+            try:
+                return _upload(api, files, repo_id, parent, revision=revision, create_pr=create_pr)
+            except BaseException:
+                # A repository that was made here goes away again if nothing got into it, whatever stopped that.
+                if not exists and api.repo_exists(repo_id) and set(api.list_repo_files(repo_id)) <= {'.gitattributes'}:
+                    api.delete_repo(repo_id)
+                raise
+
+
+def _url(repo_id: str) -> str:
+    return f'{huggingface_hub.constants.ENDPOINT}/{repo_id}'
 
 
 @contextmanager
 def _explaining_errors(repo_id: str) -> Iterator[None]:
-    """Says what to do if the token may not write, or the Hub does not answer."""
+    """Says what to do if the token may not write, somebody else has committed, or the Hub does not answer."""
     try:
         yield
     except HfHubHTTPError as error:
+        if error.response.status_code == 412:
+            raise HubError(
+                f'{repo_id} has a new commit since it was checked. Nothing was published: look at it, and try again.'
+            ) from error
         if error.response.status_code not in (401, 403):
             raise
         raise HubError(
@@ -70,28 +96,56 @@ def _explaining_errors(repo_id: str) -> Iterator[None]:
 
 
 def _upload(
-    api: HfApi, folder: Path, repo_id: str, exists: bool, *, private: bool, revision: str | None, create_pr: bool
+    api: HfApi, files: list[Path], repo_id: str, parent: str | None, *, revision: str | None, create_pr: bool
 ) -> str:
+    """Uploads files as one commit on top of `parent`. Returns where they are."""
+    if revision and not create_pr:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    folder = files[0].parent
+    place: Any = dict(repo_id=repo_id, revision=revision, create_pr=create_pr, parent_commit=parent)
+    message = f'{folder.name} by timm-harmonic {version("timm-harmonic")}'
     try:
-        if not exists:
-            api.create_repo(repo_id, private=private)
-        if revision and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        message = f'{folder.name} by timm-harmonic {version("timm-harmonic")}'
-        place: Any = dict(repo_id=repo_id, revision=revision, create_pr=create_pr, commit_message=message)
-        commit = api.upload_folder(folder_path=folder, allow_patterns=list(FILES), **place)
-    except BaseException:
-        # A repository that was made here goes away again if nothing got into it, whatever stopped that.
-        if not exists and api.repo_exists(repo_id) and set(api.list_repo_files(repo_id)) <= {'.gitattributes'}:
-            api.delete_repo(repo_id)
+        commit = api.upload_folder(folder_path=folder, allow_patterns=list(FILES), commit_message=message, **place)
+    except HfHubHTTPError:
         raise
-    return commit.pr_url or f'{huggingface_hub.constants.ENDPOINT}/{repo_id}'
+    except Exception as error:  # the commit may be there although its answer is not
+        if create_pr or not _is_there(api, files, repo_id, revision):
+            raise
+        warnings.warn(f'the answer of the Hub was lost ({first_line(error)}), but all files are there.', stacklevel=2)
+        return _url(repo_id)
+    return commit.pr_url or _url(repo_id)
+
+
+def _is_there(api: HfApi, files: list[Path], repo_id: str, revision: str | None) -> bool:
+    """Whether the repository holds these files now. Raises HubError if it cannot be asked."""
+    try:
+        there = {entry.rfilename: entry for entry in _entries(api, repo_id, revision)[1]}
+    except HfHubHTTPError:
+        return False
+    except Exception as error:
+        raise HubError(
+            f'the Hub stopped answering ({type(error).__name__}: {first_line(error)}). Whether the folder is published '
+            f'is unknown: look at {_url(repo_id)} before you try again.'
+        ) from error
+    return all(path.name in there and not _differs(path, there[path.name]) for path in files)
+
+
+def _copy(folder: Path, place: Path) -> Path:
+    """A copy of a folder's files. Raises HubError if it is none, or has links in it."""
+    if not folder.is_dir():
+        raise HubError(f'{str(folder)!r} is not a folder.')
+    copy = place / (folder.resolve().name or 'folder')
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.is_symlink() or not path.is_file():
+            kind = 'symbolic link' if path.is_symlink() else 'folder'
+            raise HubError(f'{str(folder)!r} holds a {kind}, {path.name}: only files are published.')
+        shutil.copyfile(path, copy / path.name)
+    return copy
 
 
 def _check_folder(folder: Path, repo_id: str) -> list[Path]:
-    """The files to upload. Raises unless they are a network that loads and a card that the Hub accepts."""
-    if not folder.is_dir():
-        raise HubError(f'{str(folder)!r} is not a folder.')
+    """The files to upload. Raises unless they are a network that loads, and a card of it."""
     files = sorted(folder.iterdir())
     names = {path.name for path in files}
     if missing := [name for name in REQUIRED if name not in names]:
@@ -102,11 +156,11 @@ def _check_folder(folder: Path, repo_id: str) -> list[Path]:
         config = json.loads((folder / 'config.json').read_text())
         card = ModelCard.load(folder / 'README.md')
         licences = config['pretrained_cfg'].get('license'), card.data.license
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise HubError(f'config.json or README.md in {str(folder)!r} is damaged: {error}') from error
     if licences[0] != licences[1]:
         raise HubError(f'config.json says licence {licences[0]!r}, README.md {licences[1]!r}: they must agree.')
-    named = {name for name in re.findall(r'hf-hub:([\w.-]+/[\w.-]+)', card.text) if name != repo_id}
+    named = set(re.findall(r"(?:hf-hub|local-dir):[^'\s]+", card.text)) - {f'hf-hub:{repo_id}'}
     if named:
         raise HubError(
             f'README.md loads {", ".join(sorted(named))}, but you publish it as {repo_id}: '
@@ -116,36 +170,47 @@ def _check_folder(folder: Path, repo_id: str) -> list[Path]:
     with torch.inference_mode():
         if not model(torch.rand(1, *model.pretrained_cfg['input_size'])).isfinite().all():
             raise HubError(f'{str(folder)!r} gives outputs that are not finite.')
-    try:
-        card.validate()
-    except ValueError as error:
-        raise HubError(f'the Hub does not accept the front matter of README.md: {error}') from error
     return files
 
 
-def _check_repository(
-    api: HfApi, files: list[Path], repo_id: str, *, private: bool, revision: str | None, force: bool
-) -> None:
-    """Raises if publishing would replace files that are not the same, unless forced."""
-    if private and not api.model_info(repo_id).private:
-        raise HubError(f'{repo_id} exists and is public: --private makes new repositories only private.')
-    if force:
-        return
+def _check_card(files: list[Path]) -> None:
+    """Raises unless the Hub accepts the card."""
     try:
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        ModelCard.load(files[0].parent / 'README.md').validate()
+    except ValueError as error:
+        raise HubError(f'the Hub does not accept the front matter of README.md: {error}') from error
+
+
+def _check_repository(api: HfApi, files: list[Path], repo_id: str, revision: str | None, force: bool) -> str | None:
+    """Raises if publishing would replace files that are not the same, unless forced. Returns the commit that was seen.
+
+    None if the branch will be made.
+    """
+    try:
+        commit, entries = _entries(api, repo_id, revision)
     except RevisionNotFoundError:
-        return  # a branch that will be made
+        return None
     ours = {path.name: path for path in files}
-
-    def differs(entry: RepoSibling) -> bool:
-        path = ours.get(entry.rfilename)
-        if path is None:
-            return entry.rfilename != '.gitattributes'  # the Hub makes this file itself
-        return sha256_of(path) != entry.lfs.sha256 if entry.lfs else git_hash(path.read_bytes()) != entry.blob_id
-
-    differing = sorted(entry.rfilename for entry in info.siblings or [] if differs(entry))
-    if differing:
+    # The Hub makes .gitattributes itself.
+    differing = sorted(
+        entry.rfilename
+        for entry in entries
+        if entry.rfilename != '.gitattributes'
+        and (entry.rfilename not in ours or _differs(ours[entry.rfilename], entry))
+    )
+    if differing and not force:
         raise HubError(
             f'{repo_id} holds other files: {", ".join(differing)}. Nothing was uploaded. '
             '--force replaces those of the same name, --create-pr proposes it.'
         )
+    return commit
+
+
+def _entries(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, list[RepoSibling]]:
+    """The newest commit of a branch, and what it holds."""
+    info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    return info.sha, info.siblings or []
+
+
+def _differs(path: Path, entry: RepoSibling) -> bool:
+    return sha256_of(path) != entry.lfs.sha256 if entry.lfs else git_hash(path.read_bytes()) != entry.blob_id

@@ -117,20 +117,30 @@ class HarmonicLayer(nn.Module):
         # An attribute, because TorchScript has to know whether it is None.
         pools = self.level == 1 and self.dc and self.padding_mode == 'zeros'
         self.pool_padding = pool_padding(self.kernel_size[0], self.padding, self.dilation) if pools else None
-        self.basis = self.basis_for(self.weight)
-        self.basis_name = write_name(self.named_basis(), self.weight.device)
+        stored = self._stored_coefficients()
+        with torch.inference_mode(False):  # a buffer that is made in inference mode cannot be trained with
+            self.basis = self.basis_for(stored)
+            self.basis_name = write_name(self.named_basis(), stored.device)
 
-    def basis_for(self, weight: Tensor) -> Tensor:
-        """Basis (P, k, k) on a weight's device and in its precision, but never below float32.
+    def _stored_coefficients(self) -> Tensor:
+        """The parameter that the coefficients are or, pruned and normed, are computed from: it is what casts reach."""
+        names = ('weight', 'parametrizations.weight.')
+        for name, parameter in self.named_parameters():
+            if name.startswith(names):
+                return parameter
+        return self.weight
+
+    def basis_for(self, like: Tensor) -> Tensor:
+        """Basis (P, k, k) on a tensor's device and in its precision, but never below float32.
 
         It is float64 if a filter has few channels, on devices that have float64: in so short a sum the rounding of the
         filters would show, and there are few coefficients.
         """
-        few = weight.shape[1] <= _FEW_CHANNELS and weight.device.type != 'mps'
-        dtype = torch.promote_types(weight.dtype, torch.float64 if few else torch.float32)
+        few = self.in_channels // self.groups <= _FEW_CHANNELS and like.device.type != 'mps'
+        dtype = torch.promote_types(like.dtype, torch.float64 if few else torch.float32)
         side = self.kernel_size[0]
         options = (side, self.level, self.dc, self.normalization, self.smoothness)
-        return dct_basis(*options, device=weight.device, dtype=dtype)
+        return dct_basis(*options, device=like.device, dtype=dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
         # A cast would round the basis for good, and to_empty() would lose it.

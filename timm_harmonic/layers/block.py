@@ -148,7 +148,8 @@ class HarmonicBlock2d(HarmonicLayer):
     def init_non_persistent_buffers(self) -> None:
         """Builds the basis and the spectrum anew, see `HarmonicConv2d`."""
         super().init_non_persistent_buffers()
-        self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
+        with torch.inference_mode(False):
+            self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
 
     def has_statistics(self) -> bool:
         """Whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""

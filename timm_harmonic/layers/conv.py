@@ -20,6 +20,8 @@ from .dct import project
 torch.fx.wrap('compose')
 torch.fx.wrap('pad_same')
 
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of filters that can be projected
+
 
 class HarmonicConv2d(HarmonicLayer):
     """Convolution with filters sum_n weight[o, i, n] d_n over DCT functions d_n (arXiv:2001.06570).
@@ -137,13 +139,32 @@ class HarmonicConv2d(HarmonicLayer):
                 layer.bias.requires_grad_(conv.bias.requires_grad)
         return layer.to(memory_format=format_of(conv.weight)).train(conv.training)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        filters = state_dict.get(f'{prefix}weight')
-        if filters is not None and filters.shape[2:] == self.kernel_size and self.kernel_size != (1, 1):
-            coefficients = project(filters.detach(), self.basis_for(filters)).to(filters.dtype)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key, ours = f'{prefix}weight', self.weight
+        filters = state_dict.get(key)
+        shape = (*ours.shape[:2], *self.kernel_size)
+        if isinstance(filters, Tensor) and filters.shape == shape and self.kernel_size != (1, 1):
+            if filters.dtype not in _PRECISIONS:
+                error_msgs.append(f'{key}: filters in {filters.dtype} are no numbers to project: convert them first')
+                return
+            # In the better of the two precisions, then rounded once: by the copy or, with assign=True, here.
+            wide = filters.detach().to(torch.promote_types(filters.dtype, ours.dtype))
+            coefficients = project(wide, self.basis_for(wide))
+            if local_metadata.get('assign_to_params_buffers'):
+                coefficients = coefficients.to(filters.dtype)
             name = write_name(self.named_basis())
-            state_dict = {**state_dict, f'{prefix}weight': coefficients, f'{prefix}basis_name': name}
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            state_dict = {**state_dict, key: coefficients, f'{prefix}basis_name': name}
+        reports = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *reports)
 
 
 class HarmonicConv2dSame(HarmonicConv2d):

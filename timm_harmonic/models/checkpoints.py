@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
@@ -37,26 +36,31 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f'no checkpoint at {path!r}.')
-    with open(path, 'rb') as file:
-        if re.match(rb'\s*<[!?a-zA-Z]', file.read(64)):  # a lone < may be the size of a header
-            raise CheckpointError(f'{path!r} is a web page, not a checkpoint: download the file itself again.')
     try:
         if path.endswith('.safetensors'):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in what timm's train.py saves
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f'{path!r} was not loaded: it is no checkpoint, or it holds more than tensors and plain values and '
-            f'could run code. Download it again, or save its state dict alone. ({first_line(error)})'
-        ) from error
-    except (EOFError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f'{path!r} is truncated or damaged: download or save it again. ({first_line(error)})'
-        ) from error
+    except Exception as error:  # bytes that are no checkpoint make the readers raise anything
+        if _is_web_page(path):
+            problem = 'is a web page, not a checkpoint: download the file itself again.'
+        elif isinstance(error, pickle.UnpicklingError):
+            problem = (
+                'was not loaded: it is no checkpoint, or it holds more than tensors and plain values and could run '
+                f'code. Download it again, or save its state dict alone. ({first_line(error)})'
+            )
+        else:
+            reason = f'{type(error).__name__}: {first_line(error)}'
+            problem = f'is truncated or damaged, or no checkpoint: download or save it again. ({reason})'
+        raise CheckpointError(f'{path!r} {problem}') from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f'{path!r} holds a {type(checkpoint).__name__}, not a state dict.')
     return checkpoint
+
+
+def _is_web_page(path: str) -> bool:
+    with open(path, 'rb') as file:
+        return re.match(rb'\s*<[!?a-zA-Z]', file.read(64)) is not None
 
 
 def first_line(error: BaseException) -> str:
@@ -77,7 +81,23 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     if use_ema is False and averaged and not last:
         raise CheckpointError('the checkpoint has averaged weights (EMA) only.')
     found = (last if use_ema is False else averaged + last) or [checkpoint]
-    return clean_state_dict(found[0])
+    strange = [key for key in found[0] if not isinstance(key, str)]
+    if strange:
+        raise CheckpointError(f'the checkpoint has a key {strange[0]!r}, which is no name of a parameter.')
+    state = clean_state_dict(found[0])
+    if len(state) != len(found[0]):
+        raise CheckpointError('the checkpoint has one parameter under two names, with and without the prefix module.')
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
+        if not value.is_meta and value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise CheckpointError(
+                f'{key} {tuple(value.shape)} of the checkpoint repeats fewer numbers than its shape has: save it with '
+                '.contiguous(), if that is what it should be.'
+            )
+    return state
 
 
 def convert_state_dict(
@@ -97,8 +117,6 @@ def convert_state_dict(
     stem = model.pretrained_cfg['first_conv']
     state = {}
     for key, value in rename_keys(unwrap(checkpoint), names).items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
         name, _, attribute = key.rpartition('.')
         if attribute == 'dct' and name in layers:
             _check_basis(key, value, layers[name])
@@ -117,7 +135,10 @@ def convert_state_dict(
 def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
     """A state dict with regular expressions over its keys replaced, one after the other."""
     for pattern, replacement in names.items():
-        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+        renamed = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+        if len(renamed) != len(state):
+            raise CheckpointError("the checkpoint has one parameter under two names, the authors' and ours.")
+        state = renamed
     return state
 
 
@@ -187,7 +208,8 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     target = model.state_dict()
     heads = {f'{name}.{what}' for name in names_of(classifiers) for what in ('weight', 'bias')}
     first = {f'{name}.weight' for name in names_of(stems)}
-    projected = {f'{n}.weight': m.kernel_size for n, m in model.named_modules() if isinstance(m, HarmonicConv2d)}
+    modules = model.named_modules(remove_duplicate=False)  # a network may use one layer in several places
+    projected = {f'{n}.weight': m.kernel_size for n, m in modules if isinstance(m, HarmonicConv2d)}
 
     def misfit(key: str) -> bool:
         ours, theirs = list(target[key].shape), list(state[key].shape)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import socket
+import threading
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -19,13 +20,22 @@ ORGANISATION = os.environ.get('TIMM_HARMONIC_HUB_ORG') or 'timm-harmonic'
 WEIGHTS_NAME = 'model.safetensors'
 
 _PIN = re.compile(r'sha256:([0-9a-f]{64})')
+_MEANT_AS_A_PIN = re.compile(r'sha-?256\s*[:=]\s*\S*', re.IGNORECASE)
 _TIMEOUT = 10.0  # seconds without an answer from a server
 
 
 def pinned_sha256(notes: str | tuple[str, ...] | None) -> str | None:
-    """The SHA-256 that a config's notes pin the Hub's file to, as `sha256:` and 64 hex digits; None without a pin."""
-    found = _PIN.search('\n'.join([notes] if isinstance(notes, str) else notes or ()))
-    return found and found.group(1)
+    """The SHA-256 that a config's notes pin the Hub's file to, as `sha256:` and 64 hex digits; None without a pin.
+
+    Raises CheckpointError if something there looks like a pin and is none, or there are several.
+    """
+    meant = _MEANT_AS_A_PIN.findall('\n'.join([notes] if isinstance(notes, str) else notes or ()))
+    for text in meant:
+        if not _PIN.fullmatch(text):
+            raise CheckpointError(f'{text!r} in the notes is no pin: write sha256: and 64 digits, 0-9 and a-f.')
+    if len(set(meant)) > 1:
+        raise CheckpointError(f'the notes pin several files: {" and ".join(sorted(set(meant)))}.')
+    return meant[0].removeprefix('sha256:') if meant else None
 
 
 def sha256_of(path: str | os.PathLike) -> str:
@@ -87,7 +97,8 @@ def from_hub(hub_id: str, filename: str | None, pin: str | None, cache_dir: Cach
         return read_checkpoint(path)
     except CheckpointError as error:
         revision = os.path.basename(os.path.dirname(path))
-        huggingface_hub.scan_cache_dir(hub_cache(cache_dir)).delete_revisions(revision).execute()
+        with contextlib.suppress(OSError):  # a cache that is read-only
+            huggingface_hub.scan_cache_dir(hub_cache(cache_dir)).delete_revisions(revision).execute()
         raise CheckpointError(f'{repo_id} on the Hugging Face Hub: {error} {_whether_removed(path)}') from error
 
 
@@ -131,32 +142,42 @@ def _whether_removed(path: str) -> str:
 def from_url(url: str, cache_dir: CacheDir) -> StateDict:
     """A checkpoint from a url, kept under its name. A hash in the name must begin the content's SHA-256.
 
-    Raises OSError if it cannot be downloaded, CheckpointError if it is not what it should be (it is not kept).
+    Raises OSError if it cannot be downloaded, CheckpointError if it is not what it should be. Such a download is not
+    kept. A file that was there before stays: other programs keep theirs in the same folder.
     """
     name = os.path.basename(urlparse(url).path)
     path = os.path.join(url_cache(cache_dir), name)
     digits = released_digits(name)
     if not os.path.exists(path):
-        _download_from_url(url, path, digits)
+        return _download_from_url(url, path, digits)
     try:
         if not sha256_of(path).startswith(digits):
             raise CheckpointError(f'{path!r} is not the file that its name says: it has another SHA-256.')
         return read_checkpoint(path)
     except CheckpointError as error:
-        with contextlib.suppress(OSError):  # a cache that is read-only
-            os.remove(path)
-        raise CheckpointError(f'{error} {_whether_removed(path)}') from error
+        raise CheckpointError(
+            f'{error} It was there before, in place of {url}: remove it if no other program needs it, or pass another '
+            'cache_dir.'
+        ) from error
 
 
-def _download_from_url(url: str, path: str, digits: str) -> None:
+def _download_from_url(url: str, path: str, digits: str) -> StateDict:
+    """Downloads a checkpoint and reads it, and only then gives the file its name."""
     if huggingface_hub.is_offline_mode():
         raise ConnectionError('HF_HUB_OFFLINE is set')
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    unchecked = os.path.join(os.path.dirname(path), f'.{os.getpid()}-{threading.get_ident()}-{os.path.basename(path)}')
     waiting = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)  # torch.hub itself waits for an answer without end
     try:
-        torch.hub.download_url_to_file(url, path, hash_prefix=digits or None)
-    except RuntimeError as error:
-        raise CheckpointError(f'{url} was refused and is not cached: {error}.') from error
+        torch.hub.download_url_to_file(url, unchecked, hash_prefix=digits or None)
+        read = read_checkpoint(unchecked)
+        os.replace(unchecked, path)
+        return read
+    except RuntimeError as error:  # the hash that torch compares, and what cannot be read
+        reason = str(error).replace(repr(unchecked), 'it').rstrip('.')
+        raise CheckpointError(f'{url} was refused and is not cached: {reason}.') from error
     finally:
         socket.setdefaulttimeout(waiting)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(unchecked)

@@ -1,5 +1,6 @@
 """The architecture `harmonized`: any convolutional network of timm, made harmonic by `harmonize` (arXiv:2001.06570)."""
 
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -20,6 +21,7 @@ from timm.models import (
 from torch import nn
 
 from ..conversion.convolutions import harmonic_layers
+from ..conversion.energy import kept_at
 from ..conversion.forms import Form, check_patterns
 from ..conversion.harmonize import ARCHITECTURE, PatternLevels, apply_plan, plan
 from ..layers import HarmonicConv2d, name_of_basis, options_of_basis
@@ -80,7 +82,10 @@ def _create(
     create_base = partial(timm.create_model, base_model, cache_dir=cache_dir, pretrained=pretrained and not named)
     choose = partial(plan, level=level, levels=levels, include=include, exclude=exclude)
 
+    of_base: dict[str, Any] = {}
+
     def make(**kwargs: Any) -> nn.Module:
+        of_base.update(kwargs)
         model = create_base(**extra, **kwargs)
         wanted = choose(model)
         check_patterns(form or {}, wanted)
@@ -93,10 +98,21 @@ def _create(
         model = create_base(features_only=True, **features, **extra, **kwargs)
         return _without_args(apply_plan(model, wanted, basis, form or {}))
 
+    def fitting(checkpoint: StateDict, model: nn.Module) -> StateDict:
+        """The state dict of a network whose base is ours, or of that base, in which more functions may be kept."""
+        try:
+            return ours.checkpoint_filter_fn(checkpoint, model)
+        except CheckpointError as error:
+            whole: Any = timm.create_model(base_model, **extra, **of_base)
+            whole.pretrained_cfg = model.pretrained_cfg
+            with contextlib.suppress(CheckpointError):
+                return _lowered(ours.checkpoint_filter_fn(checkpoint, whole), whole, model)
+            raise error
+
     loading = dict(pretrained=pretrained and named, cache_dir=cache_dir)
     cfg = _config(given, base_model, named).to_dict()
     build: Any = partial(build_model, variant=ARCHITECTURE, pretrained_cfg=cfg, **loading)
-    filter_fn = ours.checkpoint_filter_fn if ours else checkpoint_filter_fn
+    filter_fn = fitting if ours else checkpoint_filter_fn
     if not kwargs.pop('features_only', False):
         return build(make, pretrained_filter_fn=filter_fn, **kwargs)
     features: dict[str, Any] = {key: kwargs.pop(key) for key in ('out_indices', 'feature_cls') if key in kwargs}
@@ -132,6 +148,20 @@ def _config(given: PretrainedCfg, base_model: str, named: bool) -> PretrainedCfg
     elsewhere = dict(url=None, file=None, hf_hub_id=None, hf_hub_filename=None, tag=None) if named else {}
     changed = {'custom_load': False, **elsewhere, **changed, 'architecture': ARCHITECTURE}
     return dataclasses.replace(get_pretrained_cfg(base_model), **changed)
+
+
+def _lowered(state: StateDict, whole: nn.Module, model: nn.Module) -> StateDict:
+    """A state dict of `whole`, without the coefficients and statistics of functions that `model` leaves out."""
+    lower = harmonic_layers(model)
+    for name, layer in harmonic_layers(whole).items():
+        if lower[name].level < layer.level:
+            kept, factors = kept_at(layer, lower[name].level)
+            weight = state[f'{name}.weight']
+            state[f'{name}.weight'] = (weight[:, :, kept] * factors[:, None]).to(weight)
+            for key in (f'{name}.bn.running_mean', f'{name}.bn.running_var'):
+                if key in state:
+                    state[key] = state[key].reshape(-1, len(layer.basis))[:, kept].flatten()
+    return state
 
 
 def _without_args(model: Any) -> nn.Module:

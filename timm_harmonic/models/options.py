@@ -52,8 +52,12 @@ def make_network_harmonic(
     """Makes a newly built network harmonic, in place: the layers start from their own initialisation.
 
     `stem` names the first convolution, which becomes a `HarmonicBlock2d`, and `level_of` gives a convolution's level by
-    its name. `basis` has the normalization and the smoothness. Only names that start with `within` count.
+    its name. `basis` has the normalization and the smoothness. Only names that start with `within` count. Raises
+    TypeError if a switch is no bool.
     """
+    for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
+        if not isinstance(value, bool):
+            raise TypeError(f'{option} must be True or False, got {value!r}.')
     wanted = {
         name: level_of(name)
         for name in reasons_to_skip(model)
@@ -80,6 +84,8 @@ def register(create: Callable[..., nn.Module], name: str, doc: str) -> Callable[
     """Registers an architecture in timm. Its entry point `name(pretrained=False, **kwargs)` calls create(name, ...)."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if 'level' in kwargs:
+            raise TypeError(f'{name} takes levels, not level: did you mean levels={kwargs["level"]!r}?')
         return create(name, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name

@@ -1,5 +1,6 @@
 """Where pretrained weights come from: a file, the Hugging Face Hub, or the authors' release."""
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable
@@ -70,6 +71,8 @@ def build_model(
     """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    if cfg.source:
+        pretrained_cfg = cfg = _of_this_source(cfg, overlay)
     read = None
     if pretrained and not cfg.state_dict:
         read = _read_weights(variant, cfg, overlay, cache_dir)
@@ -104,6 +107,12 @@ def _read_weights(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any], cac
     if url_named or not cfg.hf_hub_id:
         return _from_url_only(cfg.url, cache_dir)
     return _from_hub_or_release(cfg, pin, cache_dir)
+
+
+def _of_this_source(cfg: PretrainedCfg, overlay: dict[str, Any]) -> PretrainedCfg:
+    """The config that came with a repository or a folder, without other sources that it names: only the caller may."""
+    file = cfg.file if cfg.source == 'local-dir' else overlay.get('file')
+    return dataclasses.replace(cfg, file=file, state_dict=overlay.get('state_dict'))
 
 
 def _named_by_caller(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any]) -> tuple[bool, bool, str | None]:

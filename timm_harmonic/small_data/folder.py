@@ -46,8 +46,10 @@ class Folder:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image as (H, W, C), in the values that the file has; gray ones have one channel, and an alpha channel is left
-    out. Raises DataError if the file is no image, or has values that are not finite.
+    """An image as (H, W, C), in the values and the type that the file has.
+
+    Gray ones have one channel, and an alpha channel is left out. Raises DataError if the file is no image, or has
+    values that are not finite.
     """
     try:
         if path.suffix.lower() == '.npy':
@@ -62,7 +64,6 @@ def read_image(path: Path) -> np.ndarray:
         array = array[..., None]
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in 'buif':
         raise DataError(f'shape {array.shape} of {array.dtype} is not (H, W) or (H, W, C) of numbers')
-    array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise DataError('it has values that are not finite')
     return array
@@ -78,8 +79,10 @@ def _read_picture(path: Path) -> np.ndarray:
 
 
 def _read_tiff(path: Path) -> np.ndarray:
-    import tifffile
-
+    try:
+        import tifffile
+    except ImportError as error:
+        raise DataError('TIFF needs a package: pip install tifffile') from error
     try:
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
@@ -118,7 +121,7 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -
                 for path in paths:
                     bar.update()
                     try:
-                        array = read_image(path)
+                        array = read_image(path).astype(np.float32)
                     except DataError as error:
                         bad.append(f'{path.relative_to(folder)}: {error}')
                         continue

@@ -5,12 +5,12 @@ patches from the right half.
 """
 
 import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ..hub.writing import clear_remains, new_folder
 
 # Package and path of each picture. The name of the file is the name of the class. Left out: pictures of text, drawings,
 # silhouettes, and the second half of a stereo pair.
@@ -114,18 +114,16 @@ def export_patches(
         'validation': draw_patches(photographs, 'validation', test_per_class, _TEST_SEED),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        clear_remains(folder)
+        if folder.exists() and any(folder.iterdir()):
             raise QuickstartError(f'{folder} is not empty: name a new or an empty folder.')
-        with tempfile.TemporaryDirectory(prefix='.partial-', dir=folder) as partial:
+        with new_folder(folder) as partial:
             for split, of_class in patches.items():
                 for name, corners in of_class.items():
                     Path(partial, split, name).mkdir(parents=True)
                     for top, left in corners:
                         patch = Image.fromarray(cut(photographs[name], (top, left)))
                         patch.save(Path(partial, split, name, f'{top:04d}_{left:04d}.png'))
-            for split in patches:
-                shutil.move(Path(partial, split), folder / split)
     except OSError as error:
         raise QuickstartError(f'cannot write the patches: {error}') from error
     return {split: sum(map(len, corners.values())) for split, corners in patches.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,8 @@ def quickstart(
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass  # before the training, not after it
     except OSError as error:
         raise QuickstartError(f'cannot write results: {error}') from error
     recipe = dataclasses.replace(RECIPE, epochs=epochs)

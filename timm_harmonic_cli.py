@@ -1,17 +1,30 @@
-"""The `timm-harmonic` command: argument parsing only, the work is in the modules."""
+"""The `timm-harmonic` command: argument parsing only, the work is in the modules.
+
+It stands beside the package, and imports it where a command needs it: help and errors do not wait for PyTorch.
+"""
 
 import argparse
 import inspect
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .small_data.networks import MEANINGS, option
+_OWN = ('run', 'parser', 'quiet', 'model', 'out', 'repo')  # of the arguments, what is no option of `compress`
+_MODELS = ('harm0', 'harm1', 'harm', 'smooth')
 
-_MODELS = tuple(MEANINGS)
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f'must be above 0 and at most 1, got {text!r}')
+    return share
 
 
 def _positive(text: str) -> int:
@@ -29,6 +42,8 @@ def _models(text: str) -> list[str]:
 
 
 def _option(text: str) -> tuple[str, Any]:
+    from timm_harmonic.small_data.networks import option
+
     try:
         return option(text)
     except ValueError as error:
@@ -68,8 +83,8 @@ def _quickstart(args: argparse.Namespace) -> None:
     if 'export' in args and (others := sorted(set(given) - {'train_per_class'})):
         args.parser.error(f'--export trains nothing, so it cannot be combined with --{others[0]}')
 
-    from .small_data.photographs import QuickstartError
-    from .small_data.quickstart import export, quickstart
+    from timm_harmonic.small_data.photographs import QuickstartError
+    from timm_harmonic.small_data.quickstart import export, quickstart
 
     options = {**defaults, **given}
     try:
@@ -120,10 +135,54 @@ def _compare(args: argparse.Namespace) -> None:
     and .npy (H, W, C). Prints a table, and writes results.json and compare.png. After an interruption the
     same command goes on where it was.
     """
-    from .small_data.compare import compare
+    from timm_harmonic.small_data.compare import compare
 
-    options = {key: value for key, value in vars(args).items() if key not in ('run', 'parser')}
+    options = {key: value for key, value in vars(args).items() if key not in ('run', 'parser', 'quiet')}
     compare(**options)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('model', metavar='MODEL', help='a folder, local-dir:, hf-hub:, or a name of timm with --checkpoint')
+    add('images', nargs='+', type=Path, metavar='IMAGES', help='files, or folders of them')
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument('--checkpoint', type=Path, metavar='FILE', help="weights, as of timm's train.py")
+    weights.add_argument('--pretrained', action='store_true', help='take the weights that timm has for it')
+    add('--model-kwargs', nargs='+', type=_option, default=[], metavar='NAME=VALUE', help='options of the network')
+    add('--class-names', type=Path, metavar='FILE', help='names of the classes in order, one per line')
+    add('--topk', type=_positive, default=5, metavar='K', help='classes shown of each image (default: 5)')
+    add('--format', choices=('table', 'csv', 'json'), default='table', help='of what is printed (default: table)')
+    add('--out', type=Path, metavar='FILE', help='write it there rather than to the terminal')
+    add('--batch-size', type=_positive, default=32, metavar='N', help='images in a batch (default: 32)')
+    add('--device', metavar='DEVICE', help='where to run (default: cuda if there is one)')
+    add('--skip-bad', action='store_true', help='leave out files that cannot be taken')
+
+
+def _predict(args: argparse.Namespace) -> None:
+    """say which classes images have, by a trained network
+
+    Prepares images as in the validation of the network, and prints its likeliest classes with their
+    probabilities, as a table, CSV or JSON. Reads whatever Pillow opens, TIFF with any bands, and .npy
+    (H, W, C): integers of 8 and 16 bits are scaled to 0..1. For example:
+
+      timm-harmonic predict FOLDER images/ --format csv --out classes.csv
+    """
+    from timm_harmonic.small_data.predict import predict, write_predictions
+    from timm_harmonic.small_data.summary import write_whole
+
+    given = ('checkpoint', 'pretrained', 'topk', 'batch_size', 'device', 'skip_bad')
+    options = {key: getattr(args, key) for key in given}
+    names = args.class_names.read_text(encoding='utf-8').splitlines() if args.class_names else None
+    rows = predict(args.model, args.images, model_kwargs=dict(args.model_kwargs), class_names=names, **options)
+    if args.out is None:
+        write_predictions(rows, args.format)
+        return
+
+    def write(path: Path) -> None:
+        with open(path, 'w', encoding='utf-8') as file:
+            write_predictions(rows, args.format, file)
+
+    write_whole(args.out, write)
 
 
 def _add_list(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +191,7 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     """show the models and where their weights are"""
-    from .hub.inventory import print_inventory
+    from timm_harmonic.hub.inventory import print_inventory
 
     print_inventory(as_json=args.json)
 
@@ -145,9 +204,9 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     weights.add_argument('--checkpoint', type=Path, metavar='FILE', help='its weights: .pth, .pth.tar or .safetensors')
     weights.add_argument('--pretrained', action='store_true', help='take the weights that timm has for it')
     amount = parser.add_mutually_exclusive_group(required=True).add_argument
-    amount('--level', type=int, metavar='L', help='keep the frequencies with i + j < L in every layer')
-    amount('--energy', type=float, metavar='E', help='keep this share of the energy of each layer')
-    amount('--ratio', type=float, metavar='R', help='keep this share of the cost: of all parameters, or see --cost')
+    amount('--level', type=_positive, metavar='L', help='keep the frequencies with i + j < L in every layer')
+    amount('--energy', type=_share, metavar='E', help='keep this share of the energy of each layer')
+    amount('--ratio', type=_share, metavar='R', help='keep this share of the cost: of all parameters, or see --cost')
     amount('--max-params', type=int, metavar='N', help='keep at most this many parameters')
     costs = 'what --ratio is of: parameters, multiply-adds, or the time of one image here (default: parameters)'
     add('--cost', choices=('parameters', 'macs', 'time'), default='parameters', help=costs)
@@ -167,7 +226,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     add('--smoothness', type=float, metavar='S', help=smoothness)
     add('--model-kwargs', nargs='+', type=_option, default=[], metavar='NAME=VALUE', help='options of the network')
     add('--data', type=Path, metavar='DIR', help='image folder: weigh frequencies by what they change on its images')
-    add('--batches', type=_positive, default=8, metavar='N', help='batches of --data (default: 8)')
+    add('--batches', type=_positive, metavar='N', help='batches of --data (default: 8)')
     add('--batch-size', type=_positive, default=32, metavar='N', help='images in a batch (default: 32)')
     add('--evaluate', type=Path, metavar='DIR', help='image folder: measure accuracy before and after')
     add('--split', default='validation', help='split of --evaluate (default: validation)')
@@ -186,11 +245,11 @@ def _compress(args: argparse.Namespace) -> None:
     report (compression.md, compression.json) and a picture (compression.png) too. timm's --reparam gives
     the plain network from it, each layer in the form that the folder says.
     """
-    from .hub.compress import compress, deployed_table
+    from timm_harmonic.hub.compress import compress, deployed_table
 
     if args.level is not None and args.data and not args.refit:
         raise ValueError('--data is for --refit, --energy, --ratio and --max-params: with --level nothing is chosen.')
-    options = {key: value for key, value in vars(args).items() if key not in ('run', 'parser', 'model', 'out', 'repo')}
+    options = {key: value for key, value in vars(args).items() if key not in _OWN}
     images = {key: value for key in ('img_size', 'mean', 'std') if (value := options.pop(key)) is not None}
     options['model_kwargs'] = dict(args.model_kwargs)
     print(compress(args.model, args.out, repo_id=args.repo, data_config=images, **options))
@@ -206,13 +265,13 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add('--model', required=True, metavar='NAME', help='architecture, see `timm-harmonic list`')
     add('--out', type=Path, required=True, metavar='DIR', help='folder to write, new or empty')
     add('--use-ema', action='store_true', help='take the averaged weights of the checkpoint')
-    repo = 'where you will publish it, for the card (default: our organisation and the name of the folder)'
+    repo = 'where you will publish it, for the card (default: the folder itself)'
     add('--repo', default='', metavar='ORG/NAME', help=repo)
     kwargs = 'options of the architecture, if no args.yaml has them'
     add('--model-kwargs', nargs='+', type=_option, default=[], metavar='NAME=VALUE', help=kwargs)
     add('--class-names', type=Path, metavar='FILE', help='names of the classes in order, one per line')
     add('--dataset', default='', metavar='ID', help='the training data on the Hub, for the card')
-    add('--license', default='bsd-3-clause', metavar='ID', help='of the weights (default: bsd-3-clause)')
+    add('--license', default='', metavar='ID', help="of the weights (default: the authors' for theirs, else none)")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -222,7 +281,7 @@ def _convert(args: argparse.Namespace) -> None:
     timm's train.py. args.yaml and summary.csv beside the checkpoint say how it was trained and go along.
     The folder is loaded again, and must give the outputs of the checkpoint on random images.
     """
-    from .hub.folder import convert
+    from timm_harmonic.hub.folder import convert
 
     names = args.class_names.read_text(encoding='utf-8').splitlines() if args.class_names else None
     about = dict(repo_id=args.repo, class_names=names, license=args.license, dataset=args.dataset)
@@ -251,8 +310,8 @@ def _publish(args: argparse.Namespace) -> None:
 
     Checks a folder that `convert` or `compress` wrote, and uploads it in one commit. Log in by `hf auth login`.
     """
-    from .hub.publish import publish
-    from .models.download import WEIGHTS_NAME, sha256_of
+    from timm_harmonic.hub.publish import publish
+    from timm_harmonic.models.download import WEIGHTS_NAME, sha256_of
 
     options = {key: getattr(args, key) for key in ('private', 'revision', 'create_pr', 'dry_run', 'force')}
     url = publish(args.folder, args.repo, **options)
@@ -263,6 +322,7 @@ def _publish(args: argparse.Namespace) -> None:
 _COMMANDS = {
     'quickstart': (_quickstart, _add_quickstart),
     'compare': (_compare, _add_compare),
+    'predict': (_predict, _add_predict),
     'list': (_list, _add_list),
     'compress': (_compress, _add_compress),
     'convert': (_convert, _add_convert),
@@ -280,14 +340,20 @@ def _parser() -> argparse.ArgumentParser:
         line, _, description = (inspect.getdoc(run) or '').partition('\n\n')
         command = commands.add_parser(name, help=line, description=description, formatter_class=style)
         add_options(command)
+        command.add_argument('--quiet', action='store_true', default=False, help='show no progress')
         command.set_defaults(run=run, parser=command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0, 1 after an error, or 130 after Ctrl-C. Bad arguments exit with 2."""
-    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')  # where the terminal has no ±, a ? is better than an error
     try:
+        args = _parser().parse_args(argv)
+        if args.quiet or not sys.stderr.isatty():
+            os.environ.setdefault('TQDM_DISABLE', '1')  # progress is for people: tqdm reads this when it is imported
         args.run(args)
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)

@@ -1,0 +1,284 @@
+"""What truncation costs in accuracy, on the quickstart's patches: against pruned channels and narrower networks.
+
+    python -m benchmarks.truncation --out benchmarks/results
+
+A plain and a smooth network are trained by the quickstart's recipe. Then they are cut to shares of their parameters, of
+their multiply-adds and of their time, in several ways. Each result is measured as it is, after some more epochs at a
+lower rate, and in 8-bit integers. Seeds that are done are kept in --work.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import reparameterize_model
+from timm.utils import random_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_harmonic import deploy, harmonize, truncate
+from timm_harmonic.conversion.costs import count_macs
+from timm_harmonic.conversion.timing import times_of
+from timm_harmonic.small_data.photographs import load_photographs
+from timm_harmonic.small_data.quickstart import RECIPE, patches
+from timm_harmonic.small_data.training import Images, batches, evaluate, fit, one_thread
+
+from .environment import environment
+from .files import write
+from .smaller import in_int8, narrower, network, pruned, with_statistics
+
+# What is cut, and to which shares.
+CUTS = (('parameters', 0.68), ('parameters', 0.36), ('parameters', 0.2), ('macs', 0.4), ('time', 0.7))
+AXES = dict(parameters='parameters', macs='multiply-adds', time='time')
+EPOCHS, MORE, MORE_LR = 30, 15, 1e-3
+TRAIN, TEST = 10, 24  # patches of each photograph
+# What each method is called in tables, in their order.
+METHODS = {
+    'filters': 'levels by energy of the filters',
+    'data': 'levels by error on training patches',
+    'refit': 'refitted',
+    'smooth': 'smoothness 1, refitted',
+    'magnitude': 'pruned by magnitude',
+    'group': 'pruned by group norm',
+    'narrower': 'narrower, trained anew',
+}
+_OURS = tuple(METHODS)[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sized:
+    """A network, and its parameters, multiply-adds for one image, and time by that of the plain network."""
+
+    model: nn.Module
+    parameters: int
+    macs: int
+    time: float
+
+
+def sized(models: list[nn.Module], deployed: list[nn.Module], plain: nn.Module, images: Tensor) -> list[Sized]:
+    """Networks with their sizes. Multiply-adds and time are those of what is deployed, in turns with the plain one."""
+    runs: dict[str, nn.Module] = dict(plain=plain, **{str(i): small for i, small in enumerate(deployed)})
+    times = times_of(runs, images)
+    found = []
+    for i, (model, small) in enumerate(zip(models, deployed, strict=True)):
+        ratio = statistics.median(a / b for a, b in zip(times[str(i)], times['plain'], strict=True))
+        parameters = sum(p.numel() for p in model.parameters())
+        found.append(Sized(model, parameters, count_macs(small, images), ratio))
+    return found
+
+
+def largest(candidates: list[Sized], axis: str, most: float) -> Sized:
+    """The one that keeps most of the parameters of those that cost no more."""
+    fitting = [of for of in candidates if getattr(of, axis) <= most]
+    if not fitting:
+        raise ValueError(f'no network costs at most {most} {axis}')
+    return max(fitting, key=lambda of: of.parameters)
+
+
+def ours(method: str, network: nn.Module, axis: str, share: float, images: Tensor, data: list[Tensor]) -> nn.Module:
+    """A trained network, truncated by one of our methods."""
+    options: dict[str, Any] = dict(ratio=share, cost=axis, images=None if axis == 'parameters' else images)
+    if method != 'filters':
+        options.update(data=data, refit=method != 'data')
+    return truncate(network, **options)
+
+
+def one_seed(seed: int, normalization: str) -> list[dict[str, Any]]:
+    """Every method at every cut, from one trained network and its smooth twin."""
+    photographs = load_photographs()
+    train, test = patches(photographs, TRAIN, seed, TEST)
+    images, classes = train.pixels[:1], len(photographs)
+    trained = {}
+    for name, options in dict(
+        plain=dict(), smooth=dict(harmonic_stem=True, harmonic_blocks=True, smoothness=1)
+    ).items():
+        random_seed(seed)
+        trained[name] = network(classes, **options)
+        fit(trained[name], train, dataclasses.replace(RECIPE, epochs=EPOCHS), seed)
+        trained[name].eval()
+    plain, smooth = copy.deepcopy(trained['plain']), trained['smooth']
+    harmonic = harmonize(plain, normalization=normalization)
+    data = [pixels for pixels, _ in batches(train, RECIPE, seed, epoch=0)]
+    random_seed(seed)
+    others = {name: pruned(plain, images, name == 'group') for name in ('magnitude', 'group')}
+    others['narrower'] = narrower(classes)
+    candidates = {name: sized(models, models, plain, images) for name, models in others.items()}
+    whole = sized([harmonic], [plain], plain, images)[0]
+    rows = []
+
+    def note(method: str, axis: str | None, share: float | None, of: Sized, deployed: nn.Module) -> None:
+        anew = method == 'narrower'
+        model = copy.deepcopy(of.model)
+        epochs, lr = (EPOCHS + MORE, RECIPE.lr) if anew else (MORE, MORE_LR)
+        row = dict(seed=seed, method=method, axis=axis, share=share, time=of.time)
+        row.update(parameters=of.parameters / whole.parameters, macs=of.macs / whole.macs)
+        row['before'] = None if anew else accuracy_on(model, test)
+        fit(model, train, dataclasses.replace(RECIPE, epochs=epochs, lr=lr), seed)
+        row['after'] = accuracy_on(model, test)
+        row['int8'] = accuracy_in_int8(model.eval() if anew else deployed, data, test)
+        rows.append(row)
+
+    note('none', None, None, whole, plain)
+    dense = deploy(smooth, form='dense')
+    note('smooth', None, None, sized([smooth], [dense], plain, images)[0], dense)
+    for axis, share in CUTS:
+        for method in METHODS:
+            if method in _OURS:
+                small = ours(method, smooth if method == 'smooth' else harmonic, axis, share, images, data)
+                deployed = reparameterize_model(small) if axis == 'macs' else deploy(small, images)
+                of = sized([small], [deployed], plain, images)[0]
+            else:
+                of = largest(candidates[method], axis, share * (1 if axis == 'time' else getattr(whole, axis)))
+                if method != 'narrower':
+                    of = dataclasses.replace(of, model=with_statistics(copy.deepcopy(of.model), data))
+                deployed = of.model
+            note(method, axis, share, of, deployed)
+    return rows
+
+
+def accuracy_on(model: nn.Module, test: Images) -> float:
+    """Percentage of the test patches."""
+    return evaluate(model, test)[0]
+
+
+def accuracy_in_int8(model: nn.Module, data: list[Tensor], test: Images) -> float:
+    """Percentage of the test patches, in ONNX Runtime in 8-bit integers."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = in_int8(model, data, Path(folder))
+    predicted = torch.cat([run(part) for part in test.pixels.split(len(data[0]))]).argmax(1)
+    return 100 * (predicted == test.labels).float().mean().item()
+
+
+def kept(seed: int, options: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+    """Rows of a seed: measured, or as they were kept."""
+    path = work / f'truncation-{seed}.json'
+    if path.exists() and (saved := json.loads(path.read_text()))['options'] == options:
+        return saved['rows']
+    with one_thread():
+        rows = one_seed(seed, options['normalization'])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(options=options, rows=rows)))
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of each method at each cut."""
+    found = []
+    for axis, share, method in dict.fromkeys((row['axis'], row['share'], row['method']) for row in rows):
+        of = [row for row in rows if (row['axis'], row['share'], row['method']) == (axis, share, method)]
+        entry = dict(axis=axis, share=share, method=method)
+        entry.update({size: statistics.mean(row[size] for row in of) for size in AXES})
+        for when in ('before', 'after', 'int8'):
+            values = [row[when] for row in of if row[when] is not None]
+            entry[when] = statistics.mean(values) if values else None
+            entry[f'{when}_deviation'] = statistics.stdev(values) if len(values) > 1 else None
+        found.append(entry)
+    return found
+
+
+def cell(mean: float | None, deviation: float | None) -> str:
+    """A figure with its deviation, as in the tables."""
+    return '' if mean is None else f'{mean:.1f}' + ('' if deviation is None else f' ± {deviation:.1f}')
+
+
+def title_of(row: dict[str, Any]) -> str:
+    """What a row's method is called."""
+    uncut = dict(none='nothing cut', smooth='smoothness 1, nothing cut')
+    return uncut[row['method']] if row['axis'] is None else METHODS[row['method']]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    env, options = report['environment'], report['options']
+    lines = [
+        '# Truncation against pruned channels, narrower networks and 8-bit integers',
+        '',
+        f'Measured on {env["processor"]}, torch {env["torch"]}, timm {env["timm"]}, {env["date"]}, two seeds at a time '
+        f'with one thread each: {options["seeds"]} seeds, each with its own training patches ({TRAIN} of each of '
+        f'{options["classes"]} photographs), the same {TEST * options["classes"]} test patches. The network is that of '
+        f'the quickstart at twice its width. It is trained for {EPOCHS} epochs, then cut, then trained for {MORE} more '
+        f'epochs at a rate of {MORE_LR}. Basis of what is truncated: {options["normalization"]}. Test accuracy in '
+        'percent, mean ± standard deviation over seeds. Sizes are in percent of the plain network. Time is that of the '
+        'deployed network in torch, batch 1.',
+        '',
+        'No way of cutting sees a label. Levels by error, refitting, the statistics of batch normalisation (refitted '
+        'and pruned networks) and the ranges of 8-bit integers come from the training patches. Pruned: by '
+        'Torch-Pruning, the same share of the channels in each layer. Narrower: all stages with fewer channels, '
+        f'trained from the start for as many epochs as the others together, {EPOCHS + MORE}. In int8: by ONNX Runtime, '
+        'static, the network as cut, and the narrower one as trained.',
+        '',
+        '| cut | method | parameters | multiply-adds | time | as it is | after fine-tuning | int8 |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for row in report['summary']:
+        cut = '' if row['axis'] is None else f'{100 * row["share"]:.0f} % of the {AXES[row["axis"]]}'
+        sizes = ' | '.join(f'{100 * row[size]:.0f} %' for size in AXES)
+        figures = ' | '.join(cell(row[when], row[f'{when}_deviation']) for when in ('before', 'after', 'int8'))
+        lines.append(f'| {cut} | {title_of(row)} | {sizes} | {figures} |')
+    return '\n'.join(lines) + '\n'
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Accuracy against each size, as it is and after fine-tuning. Every network is a point in each panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = ('#E69F00', '#D55E00', '#0072B2', '#56B4E9', '#404040', '#999999', '#009E73')
+    styles = dict(zip(METHODS, zip(colours, 'vos^xPD', strict=True), strict=True))
+    figure = Figure(figsize=(12, 7.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    whole, *rows = report['summary']
+    moments = dict(before='as it is', after='after fine-tuning')
+    for of_moment, (when, title) in zip(figure.subplots(2, len(AXES), sharey=True), moments.items(), strict=True):
+        for axes, (size, unit) in zip(of_moment, AXES.items(), strict=True):
+            axes.axhline(whole[when], color='0.5', linestyle=':', linewidth=1, label='nothing cut')
+            for method, (colour, marker) in styles.items():
+                points = [r for r in rows if r['method'] == method and r['axis'] and r[when] is not None]
+                points.sort(key=lambda row: row[size])
+                x, y = [100 * row[size] for row in points], [row[when] for row in points]
+                axes.plot(x, y, color=colour, marker=marker, linewidth=1.2, label=METHODS[method])
+            axes.set(xlabel=f'{unit}, % of the plain network', xlim=(0, None), title=title)
+            axes.grid(color='0.92')
+            axes.set_axisbelow(True)
+            axes.spines[['top', 'right']].set_visible(False)
+        of_moment[0].set_ylabel('test accuracy, %')
+    figure.axes[-1].legend(loc='lower right', frameon=False, fontsize=8)
+    figure.suptitle(f'Left and high is better. Means of {report["options"]["seeds"]} seeds', fontsize=10)
+    figure.savefig(path, format='png', dpi=140)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.truncation', description=__doc__.partition('\n')[0])
+    parser.add_argument('--seeds', type=int, default=8, metavar='N')
+    parser.add_argument('--normalization', default='ortho', choices=('l1', 'ortho'), help='of the truncated networks')
+    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='seeds at a time, a thread each')
+    parser.add_argument(
+        '--work', type=Path, default=Path('build/truncation'), metavar='DIR', help='seeds that are done'
+    )
+    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for truncation.json, .md and .png')
+    parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
+    args = parser.parse_args()
+    if args.show:
+        print(table(json.loads(args.show.read_text())))
+        return
+    of_seed = dict(normalization=args.normalization, cuts=list(map(list, CUTS)), epochs=[EPOCHS, MORE])
+    options = dict(of_seed, seeds=args.seeds, classes=len(load_photographs()))
+    with ProcessPoolExecutor(args.jobs, get_context('spawn')) if args.jobs > 1 else nullcontext() as pool:
+        found = (pool.map if pool else map)(partial(kept, options=of_seed, work=args.work), range(args.seeds))
+        rows = [row for of in tqdm(found, total=args.seeds, unit='seed') for row in of]
+    report: dict[str, Any] = dict(environment=environment(), options=options, rows=rows, summary=summary(rows))
+    write(report, table, args.out, 'truncation', plot)
+
+
+if __name__ == '__main__':
+    main()

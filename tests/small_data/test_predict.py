@@ -1,0 +1,143 @@
+"""timm-harmonic predict: the classes that the network gives, for every kind of file, in every format."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import reference
+import tifffile
+import timm
+import torch
+import yaml
+from PIL import Image
+
+import timm_harmonic_cli as cli
+from timm_harmonic.small_data.folder import DataError
+from timm_harmonic.small_data.predict import predict
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+KWARGS = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
+CLASSES = ['ash', 'beech', 'cedar']
+
+
+def network(folder, channels=3, **config):
+    """A folder of a harmonic network for images of 48 pixels."""
+    torch.manual_seed(0)
+    model = timm.create_model('harm_resnet18', in_chans=channels, num_classes=3, **KWARGS)
+    reference.randomize_batch_norm(model).eval()
+    config = dict(input_size=(channels, 48, 48), crop_pct=0.75, mean=(0.4,) * channels, std=(0.3,) * channels) | config
+    names = dict(label_names=CLASSES, pretrained_cfg=config)
+    timm.models.save_for_hf(model, str(folder), model_config=names, safe_serialization=True)
+    return model
+
+
+def pixels(height, width, channels, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def probabilities(row):
+    return {of['name']: of['probability'] for of in row['classes']}
+
+
+def expected(model, image):
+    with torch.inference_mode():
+        return dict(zip(CLASSES, model(image[None]).softmax(-1)[0].tolist(), strict=True))
+
+
+def test_pictures_as_in_validation(tmp_path):
+    """Files and folders, in any mode, in more than one batch."""
+    model = network(tmp_path / 'net')
+    (tmp_path / 'images' / 'more').mkdir(parents=True)
+    paths = [tmp_path / 'images' / f'{i}.png' for i in range(4)] + [tmp_path / 'images' / 'more' / 'gray.jpg']
+    for i, path in enumerate(paths):
+        array = pixels(60 + i, 80, 3, i)
+        Image.fromarray(array if path.suffix == '.png' else array[..., 0]).save(path)
+    (tmp_path / 'images' / '.hidden').write_text('')
+    rows = predict(str(tmp_path / 'net'), [tmp_path / 'images', paths[0]], batch_size=2)
+    assert [row['file'] for row in rows] == [str(path) for path in (*paths, paths[0])]
+    loaded = timm.create_model(f'local-dir:{tmp_path / "net"}', pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded), is_training=False)
+    for row in rows:
+        with Image.open(row['file']) as image:
+            found = expected(model, transform(image.convert('RGB')))
+        assert probabilities(row) == pytest.approx(found, abs=1e-5)
+        assert list(probabilities(row)) == sorted(found, key=found.get, reverse=True)
+
+
+@pytest.mark.parametrize('suffix', ['.npy', '.tif'])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32])
+def test_many_bands(suffix, dtype, tmp_path):
+    """The centre of the image, scaled to 0..1 by its type, normalised band by band."""
+    mean, std = tuple(0.3 + 0.01 * i for i in range(13)), tuple(0.2 + 0.01 * i for i in range(13))
+    model = network(tmp_path / 'net', 13, mean=mean, std=std, crop_pct=1.0)
+    scale = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    array = (np.random.default_rng(0).random((48, 60, 13)) * scale).astype(dtype)
+    path = tmp_path / f'bands{suffix}'
+    np.save(path, array) if suffix == '.npy' else tifffile.imwrite(
+        path, array.transpose(2, 0, 1), photometric='minisblack'
+    )
+    (row,) = predict(str(tmp_path / 'net'), [path], topk=3)
+    image = torch.from_numpy(array[:, 6:54].astype(np.float32) / scale).permute(2, 0, 1)
+    image = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert probabilities(row) == pytest.approx(expected(model, image), abs=1e-5)
+
+
+def test_a_checkpoint_of_a_run(tmp_path):
+    """The run's options say how to prepare images."""
+    model = network(tmp_path / 'net')
+    torch.save(dict(state_dict=model.state_dict(), epoch=1), tmp_path / 'last.pth.tar')
+    run = dict(model='harm_resnet18', model_kwargs={k: list(v) for k, v in KWARGS.items()}, img_size=48, crop_pct=0.75)
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(run, mean=[0.4] * 3, std=[0.3] * 3)))
+    Image.fromarray(pixels(60, 80, 3)).save(tmp_path / 'image.png')
+    (expected_row,) = predict(str(tmp_path / 'net'), [tmp_path / 'image.png'])
+    options = dict(checkpoint=tmp_path / 'last.pth.tar', class_names=CLASSES)
+    (row,) = predict('harm_resnet18', [tmp_path / 'image.png'], **options)
+    assert probabilities(row) == pytest.approx(probabilities(expected_row), abs=1e-6)
+
+
+def test_files_that_cannot_be_taken(tmp_path):
+    network(tmp_path / 'net')
+    Image.fromarray(pixels(60, 80, 3)).save(tmp_path / 'good.png')
+    (tmp_path / 'bad.png').write_text('no image')
+    np.save(tmp_path / 'bands.npy', pixels(60, 80, 13))
+    paths = [tmp_path / name for name in ('bad.png', 'good.png', 'bands.npy')]
+    with pytest.raises(DataError, match=r'2 files cannot be taken; pass --skip-bad(.|\n)*bad\.png(.|\n)*13 channels'):
+        predict(str(tmp_path / 'net'), paths)
+    rows = predict(str(tmp_path / 'net'), paths, skip_bad=True)
+    assert ['error' in row for row in rows] == [True, False, True]
+    with pytest.raises(DataError, match='does not exist'):
+        predict(str(tmp_path / 'net'), [tmp_path / 'nowhere'])
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(DataError, match='no files in'):
+        predict(str(tmp_path / 'net'), [tmp_path / 'empty'])
+    with pytest.raises(ValueError, match='2 names of classes, the network has 3'):
+        predict(str(tmp_path / 'net'), paths, class_names=['a', 'b'])
+    with pytest.raises(ValueError, match='harm_resnet18 needs weights: pass --checkpoint FILE or --pretrained'):
+        predict('harm_resnet18', paths)
+
+
+@pytest.mark.parametrize('form', ['table', 'csv', 'json'])
+def test_command(form, tmp_path, capsys):
+    network(tmp_path / 'net')
+    Image.fromarray(pixels(60, 80, 3)).save(tmp_path / 'image.png')
+    (tmp_path / 'bad.png').write_text('no image')
+    arguments = [str(tmp_path / 'net'), str(tmp_path / 'image.png'), str(tmp_path / 'bad.png'), '--format', form]
+    assert cli.main(['predict', *arguments]) == 1
+    assert 'bad.png' in capsys.readouterr().err
+    arguments += ['--skip-bad', '--topk', '2', '--quiet']
+    assert cli.main(['predict', *arguments]) == 0
+    printed = capsys.readouterr()
+    assert cli.main(['predict', *arguments, '--out', str(tmp_path / 'out')]) == 0
+    text = (tmp_path / 'out').read_text()
+    assert text.split() == printed.out.split()
+    if form == 'json':
+        assert [len(row.get('classes', ())) for row in json.loads(text)] == [2, 0]
+    elif form == 'csv':
+        rows = list(csv.DictReader(text.splitlines()))
+        assert rows[0]['class_1'] in CLASSES
+        assert float(rows[0]['probability_1']) >= float(rows[0]['probability_2'])
+        assert rows[1]['error']
+    else:
+        assert '%' in text
+        assert 'left out' in text

@@ -1,0 +1,176 @@
+"""Classes of new images by a trained network: `timm-harmonic predict`."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
+from tqdm import tqdm
+
+from ..hub.provenance import build_loaded, key_names, provenance_of
+from ..models.checkpoints import read_checkpoint, rename_keys, unwrap
+from .folder import DataError, read_image
+
+_PILLOW = {1: 'L', 3: 'RGB'}  # what timm's transform takes, by channels
+FORMATS = ('table', 'csv', 'json')
+
+
+def predict(
+    model_name: str,
+    paths: Sequence[Path],
+    *,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    topk: int = 5,
+    batch_size: int = 32,
+    device: str | None = None,
+    skip_bad: bool = False,
+) -> list[dict[str, Any]]:
+    """The likeliest classes of images, a row for each: its file, and classes with their probabilities.
+
+    Options are those of `timm-harmonic predict`. Raises DataError if files are no images, or have other channels than
+    the network, unless they are to be skipped: then their row has an `error`. ValueError if the names of the classes
+    are not as many as the network has.
+    """
+    model = _load(model_name, checkpoint, pretrained, model_kwargs or {})
+    names = list(class_names or model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
+    if len(names) != model.num_classes:
+        raise ValueError(f'there are {len(names)} names of classes, the network has {model.num_classes} classes.')
+    files = list(_files(paths))
+    if not files:
+        raise DataError(f'no files in {", ".join(map(str, paths))}.')
+    model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    prepare = Preparation(model)
+    rows: list[dict[str, Any]] = []
+    waiting: list[tuple[dict[str, Any], Tensor]] = []
+    for path in tqdm(files, unit='image', leave=False):
+        row: dict[str, Any] = dict(file=str(path))
+        rows.append(row)
+        try:
+            waiting.append((row, prepare(path)))
+        except DataError as error:
+            row['error'] = str(error)
+        if len(waiting) == batch_size or (waiting and path is files[-1]):
+            _classify(model, waiting, names, topk)
+            waiting = []
+    bad = [f'{row["file"]}: {row["error"]}' for row in rows if 'error' in row]
+    if bad and not skip_bad:
+        shown = '\n  '.join(bad[:10] + [f'and {len(bad) - 10} more'] * (len(bad) > 10))
+        raise DataError(f'{len(bad)} files cannot be taken; pass --skip-bad to leave them out:\n  {shown}')
+    return rows
+
+
+def _load(model_name: str, checkpoint: Path | None, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """The network, in evaluation. A folder may be named without local-dir:."""
+    if Path(model_name).is_dir():
+        model_name = f'local-dir:{model_name}'
+    if checkpoint is None:
+        if ':' not in model_name and not pretrained:
+            raise ValueError(f'{model_name} needs weights: pass --checkpoint FILE or --pretrained.')
+        return timm.create_model(model_name, pretrained=True, **kwargs).eval()
+    content = read_checkpoint(checkpoint)
+    source = provenance_of(checkpoint, content, model_name, None)
+    model = build_loaded(model_name, rename_keys(unwrap(content), key_names(model_name) or {}), source, kwargs)
+    run = {
+        key: source.run[key]
+        for key in ('img_size', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation')
+        if source.run.get(key)
+    }
+    config = resolve_data_config(dict(run, in_chans=model.in_chans), model=model)
+    model.pretrained_cfg.update(
+        {key: config[key] for key in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
+    )
+    return model
+
+
+class Preparation:
+    """What is done to a file before a network sees it, as in its validation.
+
+    Pictures go through timm's transform. Arrays of .npy and TIFF, and images of other channels, are scaled to 0..1 if
+    they hold integers of 8 or 16 bits, resized and cut alike, and normalised by the network's mean and deviation.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config = resolve_data_config({}, model=model)
+        self.channels: int = model.in_chans
+        self.transform = create_transform(**self.config, is_training=False) if self.channels in _PILLOW else None
+
+    def __call__(self, path: Path) -> Tensor:
+        """An image (C, H, W). Raises DataError if the file is none, or has other channels."""
+        array = read_image(path)
+        if self.transform is not None and array.dtype == np.uint8 and array.shape[2] in _PILLOW:
+            picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+            return self.transform(picture.convert(_PILLOW[self.channels]))
+        if array.shape[2] != self.channels:
+            raise DataError(f'it has {array.shape[2]} channels, the network takes {self.channels}')
+        scale = np.iinfo(array.dtype).max if array.dtype in (np.uint8, np.uint16) else 1
+        image = torch.from_numpy(array.astype(np.float32) / scale).permute(2, 0, 1)
+        height, width = self.config['input_size'][1:]
+        shorter = int(min(height, width) / self.config['crop_pct'])
+        image = functional.center_crop(functional.resize(image, [shorter], antialias=True), [height, width])
+        mean, std = (self._of_channels(self.config[key]) for key in ('mean', 'std'))
+        return (image - mean) / std
+
+    def _of_channels(self, values: Sequence[float]) -> Tensor:
+        """One value a channel: the network's, or the mean of those it has."""
+        if len(values) != self.channels:
+            values = [sum(values) / len(values)] * self.channels
+        return torch.tensor(values)[:, None, None]
+
+
+@torch.inference_mode()
+def _classify(model: nn.Module, waiting: list[tuple[dict[str, Any], Tensor]], names: Sequence[str], topk: int) -> None:
+    """Adds the likeliest classes to the rows."""
+    images = torch.stack([image for _, image in waiting]).to(next(model.parameters()).device)
+    found = model(images).float().softmax(-1).topk(min(topk, len(names)))
+    for (row, _), values, indices in zip(waiting, found.values.tolist(), found.indices.tolist(), strict=True):
+        row['classes'] = [dict(name=names[i], probability=value) for value, i in zip(values, indices, strict=True)]
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """Files, and those in folders at any depth; hidden ones are left out there. Raises DataError if one is missing."""
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob('*') if p.is_file())
+            yield from (p for p in inside if not any(part.startswith('.') for part in p.relative_to(path).parts))
+        elif path.exists():
+            yield path
+        else:
+            raise DataError(f'{str(path)!r} does not exist.')
+
+
+def write_predictions(rows: list[dict[str, Any]], form: str, file: TextIO | None = None) -> None:
+    """Writes rows as a table, CSV or JSON, to a file or to standard output."""
+    out = file or sys.stdout
+    if form == 'json':
+        out.write(json.dumps(rows, indent=1) + '\n')
+        return
+    number = max((len(row.get('classes', ())) for row in rows), default=0)
+    if form == 'csv':
+        writer = csv.writer(out, lineterminator='\n')
+        pairs = [f'{what}_{i + 1}' for i in range(number) for what in ('class', 'probability')]
+        writer.writerow(['file', *pairs, 'error'])
+        for row in rows:
+            cells = [cell for of in row.get('classes', ()) for cell in (of['name'], f'{of["probability"]:.6f}')]
+            writer.writerow([row['file'], *cells, *[''] * (2 * number - len(cells)), row.get('error', '')])
+        return
+    table = Table()
+    table.add_column('file', overflow='fold')
+    table.add_column('classes', overflow='fold')
+    for row in rows:
+        classes = ', '.join(f'{of["name"]} {of["probability"]:.1%}' for of in row.get('classes', ()))
+        table.add_row(row['file'], classes or f'left out: {row["error"]}')
+    Console(file=out, highlight=False).print(table)
