@@ -234,7 +234,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     colours = ('#E69F00', '#D55E00', '#0072B2', '#56B4E9', '#404040', '#999999', '#009E73')
-    styles = dict(zip(METHODS, zip(colours, 'vos^xPD', strict=True), strict=True))
+    styles = dict(zip(METHODS, zip(colours, 'vos^xPD', strict=True), strict=False))
     figure = Figure(figsize=(12, 7.5), layout='constrained')
     FigureCanvasAgg(figure)
     whole, *rows = report['summary']

@@ -223,7 +223,7 @@ def test_compression_is_measured(tmp_path, monkeypatch, capsys):
 def test_pruned_networks_lose_channels(grouped):
     """From few channels to all; with all of them it is the same network. They can be trained."""
     torch.manual_seed(0)
-    model = reference.randomize_batch_norm(smaller.network(5, 0.25)).eval()
+    model = reference.randomize_batch_norm(smaller.network(5)).eval()
     x = torch.randn(2, 1, 48, 48)
     found = smaller.pruned(model, x, grouped)
     sizes = [sum(p.numel() for p in small.parameters()) for small in found]

@@ -311,7 +311,7 @@ class Subclass(nn.Conv2d):
         (lambda: hooked('forward_pre'), 'has hooks'),
         (lambda: hooked('full_backward'), 'has hooks'),
         (lambda: hooked('full_backward_pre'), 'has hooks'),
-        (lambda: hooked('state_dict'), 'has hooks'),
+        (lambda: hooked('state_dict_post'), 'has hooks'),
         (lambda: hooked('load_state_dict_post'), 'has hooks'),
         (patched, 'its forward was replaced'),
         (lambda: TiedElsewhere(), 'shares its weight with decoder'),
@@ -474,6 +474,7 @@ def test_energy_kept_is_the_product_of_truncations():
     assert energy_kept(at_once.conv1) is None  # unknown for coefficients that were loaded
 
 
+@pytest.mark.filterwarnings('ignore:`torch.jit.*` is deprecated:FutureWarning')  # torch's own
 def test_wrapped_networks_are_refused():
     """What holds them would go on with the layers of before."""
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))

@@ -229,7 +229,7 @@ def test_tables_are_up_to_date():
 def bibtex(text):
     """Fields of the entries in BibTeX, one dictionary each."""
     entries = text.split('\n@')
-    return [dict(re.findall(r'(\w+)\s*=\s*\{(.+)\},?$', entry, re.MULTILINE)) for entry in entries]
+    return [dict(re.findall(r'(\w+)\s*=\s*\{([^{}]*)\}', entry)) for entry in entries]
 
 
 @pytest.mark.parametrize('page', [README, ROOT / 'timm_harmonic' / 'hub' / 'card.md'], ids=name_of)

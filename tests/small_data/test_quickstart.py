@@ -116,7 +116,7 @@ def test_interrupted_export_leaves_nothing(few, tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, 'save', interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_patches(tmp_path / 'new', few, 2)
-    assert os.listdir(tmp_path / 'new') == []
+    assert os.listdir(tmp_path) == []
 
 
 def test_too_many_patches_names_the_picture_and_the_option(pictures):

@@ -38,14 +38,14 @@ _FUSING = ('fuse', 'reparameterize', 'switch_to_deploy')
 
 
 def harmonic_layers(model: nn.Module) -> dict[str, HarmonicLayer]:
-    """The harmonic layers of a network by qualified name, in its order. Raises TypeError if it is no network."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'a network is wanted, an nn.Module as of timm.create_model(...), got {model!r}.')
+    """The harmonic layers of a network by qualified name, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicLayer)}
 
 
-def check_unwrapped(model: nn.Module) -> None:
-    """Raises TypeError if a network is wrapped or compiled: what holds it would go on with the layers of before."""
+def check_unwrapped(model: Any) -> None:
+    """Raises TypeError for what is no network, or holds one: that would go on with the layers of before."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'a network is wanted, an nn.Module as of timm.create_model(...), got {model!r}.')
     kind = type(model).__name__
     if kind in _WRAPPERS:
         raise TypeError(f'{kind} holds the network: {_WRAPPERS[kind]}.')

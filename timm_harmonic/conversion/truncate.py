@@ -17,6 +17,7 @@ from .harmonize import PatternLevels, plan, record_options
 from .losses import Losses, losses_by_filters, losses_by_images
 from .refit import Parts, losses_by_refit, read_images
 from .refit import refit as fit_to
+from .running import check_batches
 
 _COSTS = ('parameters', 'macs', 'time')
 
@@ -75,8 +76,8 @@ def truncate(
             has weights that are not finite, or the network cannot be made so small.
         TypeError: If a level or a number has another type.
     """
-    layers = harmonic_layers(model)
     check_unwrapped(model)
+    layers = harmonic_layers(model)
     if not layers:
         raise ValueError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
     options = dict(level=level, levels=levels, energy=energy, max_params=max_params, ratio=ratio)
@@ -91,6 +92,8 @@ def truncate(
     if losses is not None and data is not None and not refit:
         raise ValueError('pass data or losses: losses are what data would tell.')
     _check_cost(cost, images, ratio)
+    if data is not None:
+        check_batches(data)
     if refit:
         if data is None:
             raise ValueError('refit needs data: batches of images.')

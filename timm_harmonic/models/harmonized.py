@@ -76,7 +76,7 @@ def _create(
     base = _base_architecture(base_model)
     given = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
     named = bool(given.source or given.state_dict or given.has_weights)
-    ours = sys.modules[model_entrypoint(base).__module__] if base.startswith('harm') else None
+    ours: Any = sys.modules[model_entrypoint(base).__module__] if base.startswith('harm') else None
     basis = options_of_basis(name_of_basis(normalization, smoothness))
     extra = basis if ours else {}  # the basis is also for layers that are harmonic in the base
     create_base = partial(timm.create_model, base_model, cache_dir=cache_dir, pretrained=pretrained and not named)
