@@ -353,7 +353,7 @@ def patches(photographs, split, per_class):
     return x, torch.arange(len(corners)).repeat_interleave(per_class)
 
 
-def train(x, labels, epochs=8):
+def train(x, labels, epochs=30):
     """The quickstart's network after a few epochs on patches, fused."""
     torch.manual_seed(0)
     model = timm.create_model('harm_resnet18', num_classes=int(labels.max()) + 1, in_chans=1, **NAMED['harm'])
@@ -390,7 +390,7 @@ def test_int8(runtime, tmp_path):
     model = torch.onnx.export(fused, (x[:2],), dynamic_shapes=shapes, dynamo=True, verbose=False).model_proto
 
     class Patches(CalibrationDataReader):
-        batches = iter(x[torch.randperm(len(x))[:128]].split(32))
+        batches = iter(x[torch.randperm(len(x))].split(32))
 
         def get_next(self):
             batch = next(self.batches, None)

@@ -140,7 +140,7 @@ def _save(
 @torch.inference_mode()
 def _compare(model: nn.Module, loaded: nn.Module) -> None:
     """Raises unless the folder's network gives the source's outputs on random images, up to float32 rounding."""
-    images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, *loaded.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     expected, found = model(images), loaded(images)
     if not expected.isfinite().all():
         raise HubError('the checkpoint gives outputs that are not finite.')
