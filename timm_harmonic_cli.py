@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-_OWN = ('run', 'parser', 'quiet', 'model', 'out', 'repo')  # of the arguments, what is no option of `compress`
+_OWN = ('run', 'parser', 'quiet')  # arguments that are the command's own
 _MODELS = ('harm0', 'harm1', 'harm', 'smooth')
 
 
@@ -48,6 +48,10 @@ def _option(text: str) -> tuple[str, Any]:
         return option(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _lines(path: Path | None) -> list[str] | None:
+    return path.read_text(encoding='utf-8').splitlines() if path else None
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +141,7 @@ def _compare(args: argparse.Namespace) -> None:
     """
     from timm_harmonic.small_data.compare import compare
 
-    options = {key: value for key, value in vars(args).items() if key not in ('run', 'parser', 'quiet')}
+    options = {key: value for key, value in vars(args).items() if key not in _OWN}
     compare(**options)
 
 
@@ -167,12 +171,12 @@ def _predict(args: argparse.Namespace) -> None:
 
       timm-harmonic predict FOLDER images/ --format csv --out classes.csv
     """
+    from timm_harmonic.hub.writing import write_whole
     from timm_harmonic.small_data.predict import predict, write_predictions
-    from timm_harmonic.small_data.summary import write_whole
 
     given = ('checkpoint', 'pretrained', 'topk', 'batch_size', 'device', 'skip_bad')
     options = {key: getattr(args, key) for key in given}
-    names = args.class_names.read_text(encoding='utf-8').splitlines() if args.class_names else None
+    names = _lines(args.class_names)
     rows = predict(args.model, args.images, model_kwargs=dict(args.model_kwargs), class_names=names, **options)
     if args.out is None:
         write_predictions(rows, args.format)
@@ -249,7 +253,8 @@ def _compress(args: argparse.Namespace) -> None:
 
     if args.level is not None and args.data and not args.refit:
         raise ValueError('--data is for --refit, --energy, --ratio and --max-params: with --level nothing is chosen.')
-    options = {key: value for key, value in vars(args).items() if key not in _OWN}
+    own = (*_OWN, 'model', 'out', 'repo')
+    options = {key: value for key, value in vars(args).items() if key not in own}
     images = {key: value for key in ('img_size', 'mean', 'std') if (value := options.pop(key)) is not None}
     options['model_kwargs'] = dict(args.model_kwargs)
     print(compress(args.model, args.out, repo_id=args.repo, data_config=images, **options))
@@ -283,7 +288,7 @@ def _convert(args: argparse.Namespace) -> None:
     """
     from timm_harmonic.hub.folder import convert
 
-    names = args.class_names.read_text(encoding='utf-8').splitlines() if args.class_names else None
+    names = _lines(args.class_names)
     about = dict(repo_id=args.repo, class_names=names, license=args.license, dataset=args.dataset)
     kwargs = dict(args.model_kwargs)
     files = convert(args.checkpoint, args.model, args.out, use_ema=args.use_ema, model_kwargs=kwargs, **about)

@@ -102,7 +102,7 @@ def test_files_that_cannot_be_taken(tmp_path):
     (tmp_path / 'bad.png').write_text('no image')
     np.save(tmp_path / 'bands.npy', pixels(60, 80, 13))
     paths = [tmp_path / name for name in ('bad.png', 'good.png', 'bands.npy')]
-    with pytest.raises(DataError, match=r'2 files cannot be taken; pass --skip-bad(.|\n)*bad\.png(.|\n)*13 channels'):
+    with pytest.raises(DataError, match=r'2 files cannot be read; pass --skip-bad(.|\n)*bad\.png(.|\n)*13 channels'):
         predict(str(tmp_path / 'net'), paths)
     rows = predict(str(tmp_path / 'net'), paths, skip_bad=True)
     assert ['error' in row for row in rows] == [True, False, True]

@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data import create_dataset
 
 import timm_harmonic_cli as cli
+from timm_harmonic.hub.writing import write_whole
 from timm_harmonic.small_data import photographs, quickstart, training
 from timm_harmonic.small_data.photographs import (
     PATCH_SIZE,
@@ -21,7 +22,6 @@ from timm_harmonic.small_data.photographs import (
     export_patches,
     load_photographs,
 )
-from timm_harmonic.small_data.summary import write_whole
 
 # timm's ImageDataset does not close images: the garbage collector does.
 pytestmark = [

@@ -23,13 +23,12 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> _Choice:
         name: {level: -math.log(max(1 - lost, _LEAST)) for level, lost in of.items()} for name, of in losses.items()
     }
     top = {name: max(of) for name, of in losses.items()}
-    least = costs.rest + sum(min(of.values()) for of in costs.of.values())
-    if budget < least:
+    if budget < costs.least:
         raise ValueError(
-            f'a budget of {costs.text(budget)} is too small: the network has {costs.text(costs.total(top))}, and '
-            f'{costs.text(least)} with every layer at its cheapest level.'
+            f'a budget of {costs.text(budget)} is too small: the network has {costs.text(costs.present)}, and '
+            f'{costs.text(costs.least)} with every layer at its cheapest level.'
         )
-    if costs.total(top) <= budget:
+    if costs.present <= budget:
         return top
     greedy = _greedy(harms, costs, budget)
     if importlib.util.find_spec('scipy') is None:

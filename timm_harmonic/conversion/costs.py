@@ -34,6 +34,16 @@ class Costs:
         """Cost of the network with every layer at a level."""
         return self.rest + sum(self.of[name][level] for name, level in levels.items())
 
+    @property
+    def present(self) -> float:
+        """Cost of the network as it is."""
+        return self.total({name: max(of) for name, of in self.of.items()})
+
+    @property
+    def least(self) -> float:
+        """Cost with every layer at its cheapest level."""
+        return self.rest + sum(min(of.values()) for of in self.of.values())
+
     def text(self, cost: float) -> str:
         """A cost with its unit."""
         return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'

@@ -32,7 +32,7 @@ def losses_by_filters(model: nn.Module) -> Losses:
     return found
 
 
-def losses_by_images(model: nn.Module, data: Iterable[Any]) -> Losses:
+def losses_by_images(model: nn.Module, data: Iterable[Any], batches: int | None = None) -> Losses:
     """Share of each harmonic layer's output on images that becomes error, at each level.
 
     Each layer gets its complete input, so this is the error that the layer itself makes. A frequency that is rare in
@@ -41,8 +41,8 @@ def losses_by_images(model: nn.Module, data: Iterable[Any]) -> Losses:
     brought into [0, 1) as ratio / (1 + ratio). The network is in evaluation meanwhile. A layer that no image reaches is
     judged by its filters.
 
-    `data` are batches of images (B, C, H, W), alone or first in a tuple or list. Raises ValueError as
-    `images_in` does, or if outputs are not finite.
+    `data` are batches of images (B, C, H, W), alone or first in a tuple or list; `batches` is how many are read at
+    most. Raises TypeError and ValueError as `images_in` does, or ValueError if outputs are not finite.
     """
     layers, found = harmonic_layers(model), losses_by_filters(model)
     lower = {
@@ -59,7 +59,7 @@ def losses_by_images(model: nn.Module, data: Iterable[Any]) -> Losses:
 
     parameter = next(model.parameters())
     with evaluating(model), watching(model, watch), torch.no_grad():
-        for images in images_in(data, parameter):
+        for images in images_in(data, parameter, batches):
             model(images)
     for name, output in outputs.items():
         if not output.count:

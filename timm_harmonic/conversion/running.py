@@ -28,13 +28,6 @@ class Use(NamedTuple):
         return x.copy_(torch.randn(self.shape, device=self.device))
 
 
-def check_batches(data: Any) -> None:
-    """Raises TypeError if data are not batches, but images or a name."""
-    if isinstance(data, (Tensor, str)):
-        given = f'images {tuple(data.shape)}: pass [images]' if isinstance(data, Tensor) else repr(data)
-        raise TypeError(f'data must be batches of images, a loader or a list, got {given}.')
-
-
 def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Iterator[Tensor]:
     """The images (B, C, H, W) of each batch, on the device and in the dtype of `like`.
 
@@ -42,7 +35,9 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
     ValueError if there are none, or one has no images or values that are not finite, naming it; TypeError if data are
     no batches.
     """
-    check_batches(data)
+    if isinstance(data, (Tensor, str)):
+        given = f'images {tuple(data.shape)}: pass [images]' if isinstance(data, Tensor) else repr(data)
+        raise TypeError(f'data must be batches of images, a loader or a list, got {given}.')
     number = -1
     for number, batch in enumerate(islice(data, batches)):
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from .harmonize import PatternLevels, plan, record_options
 from .losses import Losses, losses_by_filters, losses_by_images
 from .refit import Parts, losses_by_refit, read_images
 from .refit import refit as fit_to
-from .running import check_batches
 
 _COSTS = ('parameters', 'macs', 'time')
 
@@ -92,14 +90,10 @@ def truncate(
     if losses is not None and data is not None and not refit:
         raise ValueError('pass data or losses: losses are what data would tell.')
     _check_cost(cost, images, ratio)
-    if data is not None:
-        check_batches(data)
     if refit:
         if data is None:
             raise ValueError('refit needs data: batches of images.')
         data = read_images(data, next(model.parameters()), batches)
-    elif data is not None:
-        data = islice(data, batches)
     if given[0] in ('level', 'levels'):
         if (data is not None and not refit) or losses is not None:
             raise ValueError('data and losses are for energy, max_params and ratio: given levels need no choice.')
@@ -107,7 +101,7 @@ def truncate(
     else:
         costs = _costs(model, cost, images)
         budget = 0.0 if energy is not None else _budget(costs, max_params, ratio)
-        losses = _losses(model, data) if losses is None else _check_losses(losses, layers)
+        losses = _losses(model, data, batches) if losses is None else _check_losses(losses, layers)
         if energy is not None:
             chosen = {name: min(lv for lv, lost in of.items() if lost <= 1 - energy) for name, of in losses.items()}
         else:
@@ -133,14 +127,12 @@ def truncate(
 def _budget(costs: Costs, max_params: int | None, ratio: float | None) -> float:
     """What the network may cost. Raises ValueError if the ratio is below the least that is possible."""
     if ratio is not None:
-        present = costs.total({name: max(of) for name, of in costs.of.items()})
-        least = costs.rest + sum(min(of.values()) for of in costs.of.values())
-        if ratio * present < least:
+        if ratio * costs.present < costs.least:
             raise ValueError(
-                f'ratio={ratio:g} is too small: {math.ceil(1e3 * least / present) / 1e3:g} is the least, '
-                f'{costs.text(least)} of {costs.text(present)} with every layer at its cheapest level.'
+                f'ratio={ratio:g} is too small: {math.ceil(1e3 * costs.least / costs.present) / 1e3:g} is the least, '
+                f'{costs.text(costs.least)} of {costs.text(costs.present)} with every layer at its cheapest level.'
             )
-        return ratio * present
+        return ratio * costs.present
     if not isinstance(max_params, int) or isinstance(max_params, bool):
         raise TypeError(f'max_params must be an integer, got {max_params!r}.')
     return max_params
@@ -153,10 +145,10 @@ def _costs(model: nn.Module, cost: str, images: Tensor | None) -> Costs:
     return mac_costs(model, images) if cost == 'macs' else time_costs(model, images)
 
 
-def _losses(model: nn.Module, data: Iterable[Any] | None) -> Losses:
+def _losses(model: nn.Module, data: Iterable[Any] | None, batches: int | None) -> Losses:
     if data is None:
         return losses_by_filters(model)
-    return losses_by_refit(model, data) if isinstance(data, Parts) else losses_by_images(model, data)
+    return losses_by_refit(model, data) if isinstance(data, Parts) else losses_by_images(model, data, batches)
 
 
 def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import create_dataset, create_loader
 from timm.models import parse_model_name, reparameterize_model
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ from ..conversion.harmonize import ARCHITECTURE, Selection, harmonize, record_op
 from ..conversion.losses import Losses, losses_by_filters
 from ..conversion.report import HarmonicReport, harmonic_report
 from ..conversion.truncate import truncate
-from ..models.checkpoints import CheckpointError, check_fit, read_checkpoint, rename_keys, unwrap
+from ..models.checkpoints import CheckpointError, check_fit
 from .deployed import check_packages, write_deployed
 from .folder import STEPS, check_new, next_step, write_folder
-from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
+from .images import MODES
+from .images import data_config as data_config_of
+from .provenance import HubError, Provenance, build_loaded, options_of_run, read_source
 
 _BATCHES = 8  # of --data
 _POINTS = 40  # of the curve of parameters against energy
@@ -92,7 +94,7 @@ def compress(
         if channels_last:
             whole.to(memory_format=torch.channels_last)
         next_step(steps, 'truncate')
-        config = _data_config(whole, {**source.run, **(data_config or {})})
+        config = data_config_of(whole, {**source.run, **(data_config or {})})
         load = partial(_loader, batch_size=batch_size, config=config, workers=workers)
         images = None if data is None else _calibration(load(whole, data, 'train'), batches)
         example = _example(whole, config['input_size'], channels_last)
@@ -104,8 +106,9 @@ def compress(
         next_step(steps, 'evaluate')
         measured = {}
         if evaluate is not None:
-            for when, model in (('before', whole), ('after', small)):
-                measured[when] = _evaluate(model, _with_classes(load(model, evaluate, split), model, evaluate))
+            loader = load(whole, evaluate, split)
+            _check_classes(loader, whole, evaluate)
+            measured = {when: _evaluate(model, loader) for when, model in (('before', whole), ('after', small))}
         report = harmonic_report(small, example)
         more = {**(dict(cost=cost) if cost != 'parameters' else {}), **(dict(refit=True) if refit else {})}
         record = dict(
@@ -157,11 +160,9 @@ def _load(model_name: str, path: Path | None, pretrained: bool, kwargs: dict[str
 
 
 def _load_checkpoint(model_name: str, path: Path, kwargs: dict[str, Any]) -> tuple[Provenance, nn.Module]:
-    content = read_checkpoint(path)
-    state = rename_keys(unwrap(content), key_names(model_name) or {})
-    source = provenance_of(path, content, model_name, None)
+    source, state = read_source(path, model_name)
     with torch.device('meta'):
-        model = timm.create_model(model_name, **{**(source.run.get('model_kwargs') or {}), **kwargs})
+        model = timm.create_model(model_name, **{**options_of_run(source), **kwargs})
     _refuse_coefficients(path, state, model_name, model)
     if not harmonic_layers(model):  # timm would say less about what does not fit
         check_fit(state, model, model.pretrained_cfg['classifier'], model.pretrained_cfg['first_conv'])
@@ -182,19 +183,6 @@ def _refuse_coefficients(path: Path, state: dict[str, Any], model_name: str, mod
             )
 
 
-def _data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """How to prepare images for a network. A mean and deviation of other channels become their averages."""
-    config = resolve_data_config(dict(given, in_chans=model.in_chans), model=model)
-    channels = config['input_size'][0]
-    if channels != model.in_chans:
-        channels = model.in_chans
-        config['input_size'] = (channels, *config['input_size'][1:])
-    for key in ('mean', 'std'):
-        if len(config[key]) != channels:
-            config[key] = (sum(config[key]) / len(config[key]),) * channels
-    return config
-
-
 def _example(model: nn.Module, size: tuple[int, ...], channels_last: bool) -> Tensor:
     """One random image, for multiply-adds and times."""
     image = torch.randn(1, *size).to(next(model.parameters()))
@@ -203,7 +191,7 @@ def _example(model: nn.Module, size: tuple[int, ...], channels_last: bool) -> Te
 
 def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any], workers: int) -> Any:
     """timm's loader of an image folder, with the transforms of the network's evaluation."""
-    mode = {1: 'L', 3: 'RGB'}.get(config['input_size'][0])
+    mode = MODES.get(config['input_size'][0])
     if mode is None:
         raise HubError(f'images of {config["input_size"][0]} channels cannot be read from {str(folder)!r}.')
     dataset = create_dataset('', str(folder), split=split, input_img_mode=mode)
@@ -213,12 +201,11 @@ def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config:
     return create_loader(dataset, config['input_size'], batch_size, **images, **here)
 
 
-def _with_classes(loader: Any, model: nn.Module, folder: Path) -> Any:
-    """The loader. Raises HubError if its folder has other classes than the network."""
+def _check_classes(loader: Any, model: nn.Module, folder: Path) -> None:
+    """Raises HubError if a folder has other classes than the network."""
     classes = len(getattr(loader.dataset.reader, 'class_to_idx', ()))
     if classes != model.num_classes:
         raise HubError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
-    return loader
 
 
 def _calibration(loader: Any, batches: int) -> tqdm:
@@ -289,7 +276,7 @@ def _picture(path: Path, report: HarmonicReport, losses: Losses, whole: nn.Modul
 
     levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
     costs = parameter_costs(whole)
-    present, least = (round(costs.total({name: of(found) for name, found in losses.items()})) for of in (max, min))
+    present, least = round(costs.present), round(costs.least)
     curve = {}
     for budget in {least + round((present - least) * i / (_POINTS - 1)) for i in range(_POINTS)}:
         chosen = choose_levels(losses, costs, budget)

@@ -14,11 +14,11 @@ from timm.models import save_for_hf
 from torch import nn
 from tqdm import tqdm
 
-from ..models.checkpoints import first_line, read_checkpoint, rename_keys, unwrap
+from ..models.checkpoints import first_line
 from ..models.download import ORGANISATION, WEIGHTS_NAME
 from ..models.weights import TAG
 from .card import model_card
-from .provenance import HubError, Provenance, build_loaded, key_names, provenance_of
+from .provenance import HubError, Provenance, build_loaded, key_names, read_source
 from .writing import clear_remains, new_folder
 
 LICENSE = 'bsd-3-clause'  # of what the authors released
@@ -48,16 +48,13 @@ def convert(
     each other, or the folder does not give the source's outputs; CheckpointError if the checkpoint cannot be read or
     does not fit; FileNotFoundError if there is none.
     """
-    names = key_names(model_name) if ':' in model_name or timm.is_model(model_name) else None
-    if names is None:
+    if ':' not in model_name and (not timm.is_model(model_name) or key_names(model_name) is None):
         raise HubError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
     check_new(out)
     with tqdm(total=4, desc='read', **STEPS) as steps:
-        content = read_checkpoint(checkpoint)
-        state = unwrap(content, use_ema)
-        source = provenance_of(checkpoint, content, model_name, use_ema)
+        source, state = read_source(checkpoint, model_name, use_ema)
         next_step(steps, 'build')
-        model = build_loaded(model_name, rename_keys(state, names), source, model_kwargs or {})
+        model = build_loaded(model_name, state, source, model_kwargs or {})
         if source.url:
             class_names, dataset = ImageNetInfo().label_names(), dataset or 'imagenet-1k'
             license = license or LICENSE

@@ -14,11 +14,19 @@ from timm.models import get_pretrained_cfg, list_pretrained, model_entrypoint
 from torch import nn
 
 from ..layers import options_of_basis, read_name
-from ..models.checkpoints import CheckpointError, StateDict, first_line, names_of
+from ..models.checkpoints import (
+    CheckpointError,
+    StateDict,
+    first_line,
+    names_of,
+    read_checkpoint,
+    rename_keys,
+    unwrap,
+)
 from ..models.download import pinned_sha256, released_digits, sha256_of
 from ..models.paper import REPOSITORY
 
-# What names weights among the arguments of timm.create_model: those of a run began from others than it ended with.
+# What names weights among the arguments of timm.create_model.
 _SOURCES = {
     'cache_dir',
     'checkpoint_path',
@@ -53,6 +61,18 @@ def key_names(model_name: str) -> dict[str, str] | None:
     if ':' in model_name:
         return {}  # a repository or a folder has our names
     return getattr(sys.modules[model_entrypoint(model_name).__module__], 'KEY_NAMES', None)
+
+
+def read_source(path: Path, model_name: str, use_ema: bool | None = None) -> tuple[Provenance, StateDict]:
+    """What is known of a checkpoint, and its state dict by our names of parameters. Raises as what it calls does."""
+    content = read_checkpoint(path)
+    state = rename_keys(unwrap(content, use_ema), key_names(model_name) or {})
+    return provenance_of(path, content, model_name, use_ema), state
+
+
+def options_of_run(source: Provenance) -> dict[str, Any]:
+    """The network's options in a training run, without what names the weights that it began from."""
+    return {key: value for key, value in (source.run.get('model_kwargs') or {}).items() if key not in _SOURCES}
 
 
 def provenance_of(path: Path, content: StateDict, model_name: str, use_ema: bool | None) -> Provenance:
@@ -121,8 +141,7 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     """
     if given := sorted(_SOURCES & model_kwargs.keys()):
         raise HubError(f'{given[0]} is no option of a network: the weights are those of {source.file}.')
-    of_run = {key: value for key, value in (source.run.get('model_kwargs') or {}).items() if key not in _SOURCES}
-    kwargs = {**_basis_of(state), **of_run, **model_kwargs}
+    kwargs = {**_basis_of(state), **options_of_run(source), **model_kwargs}
     if source.run.get('gp'):
         kwargs.setdefault('global_pool', source.run['gp'])
     try:

@@ -1,12 +1,22 @@
-"""Folders that are there as a whole or not at all, whatever interrupts their writing."""
+"""Files and folders that are there as a whole or not at all, whatever interrupts their writing."""
 
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` make a file under another name, then renames it: an interruption leaves no half of a file."""
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

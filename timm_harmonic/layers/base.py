@@ -158,10 +158,19 @@ class HarmonicLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = f'{prefix}basis_name'
-        if f'{prefix}weight' in state_dict and (problem := self.other_basis(state_dict.get(key))):
-            error_msgs.append(f'{prefix}weight: {problem}')
-            return
+        key, weight = f'{prefix}basis_name', f'{prefix}weight'
+        stored = state_dict.get(weight)
+        if isinstance(stored, Tensor):
+            try:
+                coefficients = self.coefficients_of(stored, local_metadata.get('assign_to_params_buffers', False))
+            except ValueError as error:
+                error_msgs.append(f'{weight}: {error}')
+                return
+            if coefficients is not stored:  # they refer to our basis now
+                state_dict = {**state_dict, weight: coefficients}
+            elif problem := self.other_basis(state_dict.get(key)):
+                error_msgs.append(f'{weight}: {problem}')
+                return
         self.energy_kept = None
         reports = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, *reports)
@@ -169,6 +178,13 @@ class HarmonicLayer(nn.Module):
             missing_keys.remove(key)  # it was compared above
         # With assign=True the coefficients may be on another device or in another dtype now.
         self.init_non_persistent_buffers()
+
+    def coefficients_of(self, stored: Tensor, assign: bool) -> Tensor:
+        """What a state dict holds, or the coefficients of it if it is something else that the layer can take.
+
+        `assign` says that the tensor becomes the parameter, and is not copied into it. Raises ValueError with a reason.
+        """
+        return stored
 
     def named_basis(self) -> str:
         """What the coefficients refer to, see `name_of_basis`."""

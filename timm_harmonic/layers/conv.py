@@ -6,13 +6,11 @@
 is what is learned. With all k * k functions every filter can be written so.
 """
 
-from typing import Any
-
 import torch
 from timm.layers import pad_same
 from torch import Tensor, nn
 
-from .base import HarmonicLayer, conv_args, write_name
+from .base import HarmonicLayer, conv_args
 from .compose import compose, format_of
 from .dct import project
 
@@ -139,32 +137,15 @@ class HarmonicConv2d(HarmonicLayer):
                 layer.bias.requires_grad_(conv.bias.requires_grad)
         return layer.to(memory_format=format_of(conv.weight)).train(conv.training)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key, ours = f'{prefix}weight', self.weight
-        filters = state_dict.get(key)
-        shape = (*ours.shape[:2], *self.kernel_size)
-        if isinstance(filters, Tensor) and filters.shape == shape and self.kernel_size != (1, 1):
-            if filters.dtype not in _PRECISIONS:
-                error_msgs.append(f'{key}: filters in {filters.dtype} are no numbers to project: convert them first')
-                return
-            # In the better of the two precisions, then rounded once: by the copy or, with assign=True, here.
-            wide = filters.detach().to(torch.promote_types(filters.dtype, ours.dtype))
-            coefficients = project(wide, self.basis_for(wide))
-            if local_metadata.get('assign_to_params_buffers'):
-                coefficients = coefficients.to(filters.dtype)
-            name = write_name(self.named_basis())
-            state_dict = {**state_dict, key: coefficients, f'{prefix}basis_name': name}
-        reports = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, *reports)
+    def coefficients_of(self, stored: Tensor, assign: bool) -> Tensor:
+        """Projects filters (O, C / groups, k, k), in the better of the two precisions, and rounds them once."""
+        if stored.shape != (*self.weight.shape[:2], *self.kernel_size) or self.kernel_size == (1, 1):
+            return stored
+        if stored.dtype not in _PRECISIONS:
+            raise ValueError(f'filters in {stored.dtype} are no numbers to project: convert them first')
+        wide = stored.detach().to(torch.promote_types(stored.dtype, self.weight.dtype))
+        coefficients = project(wide, self.basis_for(wide))
+        return coefficients.to(stored.dtype) if assign else coefficients  # else they are rounded when they are copied
 
 
 class HarmonicConv2dSame(HarmonicConv2d):

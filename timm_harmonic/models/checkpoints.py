@@ -81,23 +81,33 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     if use_ema is False and averaged and not last:
         raise CheckpointError('the checkpoint has averaged weights (EMA) only.')
     found = (last if use_ema is False else averaged + last) or [checkpoint]
-    strange = [key for key in found[0] if not isinstance(key, str)]
-    if strange:
-        raise CheckpointError(f'the checkpoint has a key {strange[0]!r}, which is no name of a parameter.')
-    state = clean_state_dict(found[0])
-    if len(state) != len(found[0]):
-        raise CheckpointError('the checkpoint has one parameter under two names, with and without the prefix module.')
+    state = _check_names(found[0])
     for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
-        if value.layout != torch.strided or value.is_quantized:
-            raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
-        if not value.is_meta and value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise CheckpointError(
-                f'{key} {tuple(value.shape)} of the checkpoint repeats fewer numbers than its shape has: save it with '
-                '.contiguous(), if that is what it should be.'
-            )
+        _check_tensor(key, value)
     return state
+
+
+def _check_names(state: StateDict) -> StateDict:
+    """The state dict without prefixes. Raises CheckpointError for keys that are no text or meet in one name."""
+    if strange := [key for key in state if not isinstance(key, str)]:
+        raise CheckpointError(f'the checkpoint has a key {strange[0]!r}, which is no name of a parameter.')
+    clean = clean_state_dict(state)
+    if len(clean) != len(state):
+        raise CheckpointError('the checkpoint has one parameter under two names, with and without the prefix module.')
+    return clean
+
+
+def _check_tensor(key: str, value: Any) -> None:
+    """Raises CheckpointError for what is no dense tensor, or would take much more memory than its numbers do."""
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
+    if value.layout != torch.strided or value.is_quantized:
+        raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
+    if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:
+        raise CheckpointError(
+            f'{key} {tuple(value.shape)} of the checkpoint repeats fewer numbers than its shape has: save it with '
+            '.contiguous(), if that is what it should be.'
+        )
 
 
 def convert_state_dict(

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..conversion.convolutions import harmonic_layers
+from ..hub.writing import write_whole
 from .figure import draw_comparison
 from .folder import DataError, Folder, read_folder, stratified
 from .networks import Network, network
 from .runs import CompareError, Store, curve_epochs, fingerprint
 from .search import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, setting
-from .summary import environment, summarise, table, write_whole
+from .summary import environment, summarise, table
 from .training import ZOOM, Images, Recipe
 
 MODELS = ('harm0', 'harm', 'smooth')

@@ -128,8 +128,7 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -
                     channels.setdefault(array.shape[2], path.relative_to(folder))
                     arrays[split].append((array, classes.index(name)))
     if bad and not skip_bad:
-        shown = '\n  '.join(bad[:10] + [f'and {len(bad) - 10} more'] * (len(bad) > 10))
-        raise DataError(f'{len(bad)} files cannot be read; pass --skip-bad to leave them out:\n  {shown}')
+        raise unreadable(bad)
     if len(channels) > 1:
         found = ', '.join(f'{path} has {count}' for count, path in sorted(channels.items()))
         raise DataError(f'images must have the same number of channels: {found}.')
@@ -146,6 +145,12 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -
     deep = any(array.max() > 255 for of_split in arrays.values() for array, _ in of_split)
     plain = not suffixes & {'.npy', *_TIFF} and set(channels) <= {1, 3} and not deep
     return Folder(classes, splits, bad, plain)
+
+
+def unreadable(bad: Sequence[str]) -> DataError:
+    """The error for files that cannot be taken, given with the reason of each."""
+    shown = '\n  '.join([*bad[:10], *[f'and {len(bad) - 10} more'] * (len(bad) > 10)])
+    return DataError(f'{len(bad)} files cannot be read; pass --skip-bad to leave them out:\n  {shown}')
 
 
 def _square(array: np.ndarray, side: int) -> Tensor:

@@ -13,17 +13,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from ..hub.provenance import build_loaded, key_names, provenance_of
-from ..models.checkpoints import read_checkpoint, rename_keys, unwrap
-from .folder import DataError, read_image
-
-_PILLOW = {1: 'L', 3: 'RGB'}  # what timm's transform takes, by channels
-FORMATS = ('table', 'csv', 'json')
+from ..hub.images import MODES, data_config
+from ..hub.provenance import build_loaded, read_source
+from .folder import DataError, read_image, unreadable
 
 
 def predict(
@@ -68,8 +65,7 @@ def predict(
             waiting = []
     bad = [f'{row["file"]}: {row["error"]}' for row in rows if 'error' in row]
     if bad and not skip_bad:
-        shown = '\n  '.join(bad[:10] + [f'and {len(bad) - 10} more'] * (len(bad) > 10))
-        raise DataError(f'{len(bad)} files cannot be taken; pass --skip-bad to leave them out:\n  {shown}')
+        raise unreadable(bad)
     return rows
 
 
@@ -81,18 +77,9 @@ def _load(model_name: str, checkpoint: Path | None, pretrained: bool, kwargs: di
         if ':' not in model_name and not pretrained:
             raise ValueError(f'{model_name} needs weights: pass --checkpoint FILE or --pretrained.')
         return timm.create_model(model_name, pretrained=True, **kwargs).eval()
-    content = read_checkpoint(checkpoint)
-    source = provenance_of(checkpoint, content, model_name, None)
-    model = build_loaded(model_name, rename_keys(unwrap(content), key_names(model_name) or {}), source, kwargs)
-    run = {
-        key: source.run[key]
-        for key in ('img_size', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation')
-        if source.run.get(key)
-    }
-    config = resolve_data_config(dict(run, in_chans=model.in_chans), model=model)
-    model.pretrained_cfg.update(
-        {key: config[key] for key in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
-    )
+    source, state = read_source(checkpoint, model_name)
+    model = build_loaded(model_name, state, source, kwargs)
+    model.pretrained_cfg.update(data_config(model, source.run))  # as the run prepared its images
     return model
 
 
@@ -104,16 +91,16 @@ class Preparation:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.config = resolve_data_config({}, model=model)
+        self.config = data_config(model, {})
         self.channels: int = model.in_chans
-        self.transform = create_transform(**self.config, is_training=False) if self.channels in _PILLOW else None
+        self.transform = create_transform(**self.config, is_training=False) if self.channels in MODES else None
 
     def __call__(self, path: Path) -> Tensor:
         """An image (C, H, W). Raises DataError if the file is none, or has other channels."""
         array = read_image(path)
-        if self.transform is not None and array.dtype == np.uint8 and array.shape[2] in _PILLOW:
+        if self.transform is not None and array.dtype == np.uint8 and array.shape[2] in MODES:
             picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-            return self.transform(picture.convert(_PILLOW[self.channels]))
+            return self.transform(picture.convert(MODES[self.channels]))
         if array.shape[2] != self.channels:
             raise DataError(f'it has {array.shape[2]} channels, the network takes {self.channels}')
         scale = np.iinfo(array.dtype).max if array.dtype in (np.uint8, np.uint16) else 1
@@ -121,14 +108,8 @@ class Preparation:
         height, width = self.config['input_size'][1:]
         shorter = int(min(height, width) / self.config['crop_pct'])
         image = functional.center_crop(functional.resize(image, [shorter], antialias=True), [height, width])
-        mean, std = (self._of_channels(self.config[key]) for key in ('mean', 'std'))
+        mean, std = (torch.tensor(self.config[key])[:, None, None] for key in ('mean', 'std'))
         return (image - mean) / std
-
-    def _of_channels(self, values: Sequence[float]) -> Tensor:
-        """One value a channel: the network's, or the mean of those it has."""
-        if len(values) != self.channels:
-            values = [sum(values) / len(values)] * self.channels
-        return torch.tensor(values)[:, None, None]
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
+from ..hub.writing import write_whole
 from .figure import draw_quickstart, energy_by_frequency
 from .networks import MEANINGS, NAMED, network
 from .photographs import (
@@ -26,7 +27,7 @@ from .photographs import (
     load_photographs,
 )
 from .runs import curve_epochs, run
-from .summary import environment, summarise, table, write_whole
+from .summary import environment, summarise, table
 from .training import Images, Recipe, one_thread
 
 MODELS = tuple(MEANINGS)

@@ -3,9 +3,8 @@
 import os
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,16 +56,6 @@ def environment() -> dict[str, Any]:
             continue
     here = dict(python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count())
     return dict(versions, torch=torch.__version__, **here, threads=torch.get_num_threads())
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a file under another name, then renames it: an interruption leaves no half of a file."""
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def interval(of: dict[str, Any] | None) -> str:
