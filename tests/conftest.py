@@ -27,6 +27,9 @@ def pytest_addoption(parser):
     parser.addoption(
         '--every-model', action='store_true', help="run timm's own tests on every harm* model, not on a selection"
     )
+    parser.addoption(
+        '--fuzz', type=float, metavar='MINUTES', help='search for faults so long, by examples that nobody has seen'
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ from .deployed import check_packages, write_deployed
 from .folder import STEPS, check_new, next_step, write_folder
 from .images import MODES
 from .images import data_config as data_config_of
-from .provenance import HubError, Provenance, build_loaded, options_of_run, read_source
+from .provenance import HubError, Provenance, build_loaded, create_trained, options_of_run, read_source
 
 _BATCHES = 8  # of --data
 _POINTS = 40  # of the curve of parameters against energy
@@ -145,16 +145,16 @@ def _load(model_name: str, path: Path | None, pretrained: bool, kwargs: dict[str
     """Where the weights of the network to compress come from, and the network, in evaluation."""
     if path is not None:
         return _load_checkpoint(model_name, path, kwargs)
-    elsewhere = parse_model_name(model_name)[0] is not None
-    model = timm.create_model(model_name, pretrained=pretrained or elsewhere, **kwargs).eval()
-    if elsewhere:
-        return Provenance(base=model_name), model
+    if parse_model_name(model_name)[0] is not None:
+        return Provenance(base=model_name), create_trained(model_name, **kwargs)
     if not pretrained:
+        model = timm.create_model(model_name, **kwargs).eval()
         warnings.warn(
             f'{model_name} has random weights here: pass --pretrained or --checkpoint to compress a trained network.',
             stacklevel=2,
         )
         return Provenance(base=f'{model_name.partition(".")[0]} with random weights'), model
+    model = create_trained(model_name, **kwargs)
     name = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
     return Provenance(base=f"{name} (timm's weights)"), model
 

@@ -131,6 +131,24 @@ def _summary(path: Path, epoch: int | None) -> dict[str, str]:
     return {key: value for key, value in (rows or [{}])[-1].items() if key and key.startswith('eval_')}
 
 
+def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
+    """A network of timm with the weights that its name stands for, in evaluation.
+
+    A folder or a repository has a config by somebody else, which may hold anything: raises HubError if no network can
+    be made of it, CheckpointError if its weights do not fit, OSError if something cannot be read.
+    """
+    try:
+        return timm.create_model(model_name, pretrained=True, **kwargs).eval()
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:
+        if ':' not in model_name:
+            raise
+        raise HubError(
+            f'no network can be made of {model_name}, by its config.json: {type(error).__name__}: {first_line(error)}'
+        ) from error
+
+
 def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
     """The network that parameters belong to, loaded with them, in evaluation.
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
@@ -23,7 +22,7 @@ from huggingface_hub.utils.sha import git_hash
 from ..models.checkpoints import first_line
 from ..models.download import sha256_of
 from .folder import FILES, REQUIRED
-from .provenance import HubError
+from .provenance import HubError, create_trained
 
 
 def publish(
@@ -166,7 +165,7 @@ def _check_folder(folder: Path, repo_id: str) -> list[Path]:
             f'README.md loads {", ".join(sorted(named))}, but you publish it as {repo_id}: '
             f'convert with --repo {repo_id}, or edit it.'
         )
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    model = create_trained(f'local-dir:{folder}')
     with torch.inference_mode():
         if not model(torch.rand(1, *model.pretrained_cfg['input_size'])).isfinite().all():
             raise HubError(f'{str(folder)!r} gives outputs that are not finite.')

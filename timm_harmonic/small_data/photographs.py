@@ -117,7 +117,7 @@ def export_patches(
         clear_remains(folder)
         if folder.exists() and any(folder.iterdir()):
             raise QuickstartError(f'{folder} is not empty: name a new or an empty folder.')
-        with new_folder(folder) as partial:
+        with new_folder(folder, last='train') as partial:
             for split, of_class in patches.items():
                 for name, corners in of_class.items():
                     Path(partial, split, name).mkdir(parents=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from rich.console import Console
@@ -19,7 +18,8 @@ from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 from ..hub.images import MODES, data_config
-from ..hub.provenance import build_loaded, read_source
+from ..hub.provenance import build_loaded, create_trained, read_source
+from ..models.checkpoints import first_line
 from .folder import DataError, read_image, unreadable
 
 
@@ -43,7 +43,9 @@ def predict(
     are not as many as the network has.
     """
     model = _load(model_name, checkpoint, pretrained, model_kwargs or {})
-    names = list(class_names or model.pretrained_cfg.get('label_names') or map(str, range(model.num_classes)))
+    if not getattr(model, 'num_classes', 0):
+        raise ValueError(f'{model_name} has no classes to predict: it gives features.')
+    names = list(class_names or _label_names(model) or map(str, range(model.num_classes)))
     if len(names) != model.num_classes:
         raise ValueError(f'there are {len(names)} names of classes, the network has {model.num_classes} classes.')
     files = list(_files(paths))
@@ -76,11 +78,18 @@ def _load(model_name: str, checkpoint: Path | None, pretrained: bool, kwargs: di
     if checkpoint is None:
         if ':' not in model_name and not pretrained:
             raise ValueError(f'{model_name} needs weights: pass --checkpoint FILE or --pretrained.')
-        return timm.create_model(model_name, pretrained=True, **kwargs).eval()
+        return create_trained(model_name, **kwargs)
     source, state = read_source(checkpoint, model_name)
     model = build_loaded(model_name, state, source, kwargs)
     model.pretrained_cfg.update(data_config(model, source.run))  # as the run prepared its images
     return model
+
+
+def _label_names(model: nn.Module) -> list[str]:
+    names = model.pretrained_cfg.get('label_names') or []
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError('label_names in the config of the network are no list of names: pass --class-names FILE.')
+    return list(names)
 
 
 class Preparation:
@@ -88,16 +97,27 @@ class Preparation:
 
     Pictures go through timm's transform. Arrays of .npy and TIFF, and images of other channels, are scaled to 0..1 if
     they hold integers of 8 or 16 bits, resized and cut alike, and normalised by the network's mean and deviation.
+    Raises DataError if the network's config says nothing that can be done.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.config = data_config(model, {})
         self.channels: int = model.in_chans
-        self.transform = create_transform(**self.config, is_training=False) if self.channels in MODES else None
+        try:
+            self.config = data_config(model, {})
+            self.transform = create_transform(**self.config, is_training=False) if self.channels in MODES else None
+            self.prepared(np.zeros((8, 8, self.channels), np.uint8))
+        except Exception as error:  # a stranger's config may hold anything
+            raise DataError(
+                'images cannot be prepared as the config of the network says: '
+                f'{type(error).__name__}: {first_line(error)}'
+            ) from error
 
     def __call__(self, path: Path) -> Tensor:
         """An image (C, H, W). Raises DataError if the file is none, or has other channels."""
-        array = read_image(path)
+        return self.prepared(read_image(path))
+
+    def prepared(self, array: np.ndarray) -> Tensor:
+        """The same of pixels (H, W, C)."""
         if self.transform is not None and array.dtype == np.uint8 and array.shape[2] in MODES:
             picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
             return self.transform(picture.convert(MODES[self.channels]))
@@ -118,6 +138,9 @@ def _classify(model: nn.Module, waiting: list[tuple[dict[str, Any], Tensor]], na
     images = torch.stack([image for _, image in waiting]).to(next(model.parameters()).device)
     found = model(images).float().softmax(-1).topk(min(topk, len(names)))
     for (row, _), values, indices in zip(waiting, found.values.tolist(), found.indices.tolist(), strict=True):
+        if any(value != value for value in values):
+            row['error'] = 'the network gives NaN for it'
+            continue
         row['classes'] = [dict(name=names[i], probability=value) for value, i in zip(values, indices, strict=True)]
 
 
