@@ -1,10 +1,13 @@
 """Checks that the wheel is the package and nothing else, and that the sdist is the whole repository.
 
+The description in the wheel has no link into a folder, because an index has none.
+
     python .ci/contents.py DIST SOURCE
 
 SOURCE is the folder that DIST was built from. Building leaves an egg-info there, and nothing else.
 """
 
+import re
 import sys
 import tarfile
 import zipfile
@@ -15,6 +18,13 @@ def in_wheel(dist: Path) -> set[str]:
     (wheel,) = dist.glob('*.whl')
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if '.dist-info/' not in name}
+
+
+def relative_links(dist: Path) -> list[str]:
+    (wheel,) = dist.glob('*.whl')
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
+        return re.findall(r'\]\((?!\w+:|#)[^)]*\)', archive.read(name).decode())
 
 
 def in_sdist(dist: Path) -> set[str]:
@@ -38,7 +48,7 @@ def main() -> None:
         'wheel': {name for name in source if name.startswith(_PACKAGED)},
         'sdist': source,
     }
-    problems = []
+    problems = [f'the description has a link{link[1:]}' for link in relative_links(dist)]
     for kind, found in {'wheel': in_wheel(dist), 'sdist': in_sdist(dist)}.items():
         problems += [f'{kind}: {name} is missing' for name in sorted(expected[kind] - found)]
         problems += [f'{kind}: {name} does not belong there' for name in sorted(found - expected[kind])]
