@@ -80,7 +80,10 @@ def _quickstart(args: argparse.Namespace) -> None:
     gray pixels is from. The photographs are in the packages scikit-image and scikit-learn: nothing is
     downloaded. Training patches are from the left half of each picture, test patches from the right half.
     Every seed draws new training patches, a new initialisation and a new order, the same for all models.
-    Prints a table, and writes results.json and quickstart.png. Two minutes on two CPU cores.
+    Prints a table, and writes results.json and quickstart.png. Two minutes on two CPU cores. For example:
+
+      timm-harmonic quickstart
+      timm-harmonic quickstart --export patches
     """
     defaults = dict(seeds=3, epochs=30, train_per_class=10, models=list(_MODELS), out=Path('quickstart'))
     given = {name: value for name, value in vars(args).items() if name in defaults}
@@ -137,7 +140,10 @@ def _compare(args: argparse.Namespace) -> None:
     --seeds times on all training images with its best setting. Test images choose nothing: those of test/
     or validation/, else a quarter of each class. Reads whatever Pillow opens, TIFF with any bands or pages,
     and .npy (H, W, C). Prints a table, and writes results.json and compare.png. After an interruption the
-    same command goes on where it was.
+    same command goes on where it was. For example:
+
+      timm-harmonic compare images/ --augment zoom --time-limit 30
+      timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=1 --img-size 96
     """
     from timm_harmonic.small_data.compare import compare
 
@@ -194,7 +200,12 @@ def _add_list(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    """show the models and where their weights are"""
+    """show the models and where their weights are
+
+    For example:
+
+      timm-harmonic list --json
+    """
     from timm_harmonic.hub.inventory import print_inventory
 
     print_inventory(as_json=args.json)
@@ -247,7 +258,9 @@ def _compress(args: argparse.Namespace) -> None:
     Makes the k x k convolutions of a network harmonic with the filters that they have, drops their high
     frequencies, and writes the folder of a Hub repository, which timm loads by local-dir:DIR. It holds a
     report (compression.md, compression.json) and a picture (compression.png) too. timm's --reparam gives
-    the plain network from it, each layer in the form that the folder says.
+    the plain network from it, each layer in the form that the folder says. For example:
+
+      timm-harmonic compress resnet18 --pretrained --ratio 0.5 --cost time --data images/ --refit --out small
     """
     from timm_harmonic.hub.compress import compress, deployed_table
 
@@ -284,7 +297,9 @@ def _convert(args: argparse.Namespace) -> None:
 
     Writes model.safetensors, config.json and a model card from an authors' file or from a checkpoint of
     timm's train.py. args.yaml and summary.csv beside the checkpoint say how it was trained and go along.
-    The folder is loaded again, and must give the outputs of the checkpoint on random images.
+    The folder is loaded again, and must give the outputs of the checkpoint on random images. For example:
+
+      timm-harmonic convert output/train/RUN/model_best.pth.tar --model harm_resnet50 --out folder
     """
     from timm_harmonic.hub.folder import convert
 
@@ -314,6 +329,9 @@ def _publish(args: argparse.Namespace) -> None:
     """upload such a folder to the Hugging Face Hub
 
     Checks a folder that `convert` or `compress` wrote, and uploads it in one commit. Log in by `hf auth login`.
+    For example:
+
+      timm-harmonic publish folder --repo ORG/NAME --private
     """
     from timm_harmonic.hub.publish import publish
     from timm_harmonic.models.download import WEIGHTS_NAME, sha256_of

@@ -1,6 +1,8 @@
 """The command line: help, version, and errors that name the option."""
 
+import inspect
 import os
+import shlex
 import subprocess
 import sys
 
@@ -112,6 +114,16 @@ def test_help_fits_the_terminal(columns, capsys, monkeypatch):
         assert printed
         options = printed.partition('options:')[2]
         assert max(map(len, options.splitlines())) <= columns
+
+
+@pytest.mark.parametrize('command', list(cli._COMMANDS))
+def test_help_has_examples(command):
+    """They are commands that can be given."""
+    lines = inspect.getdoc(cli._COMMANDS[command][0]).splitlines()
+    examples = [line.strip() for line in lines if line.startswith('  timm-harmonic ')]
+    assert examples
+    for example in examples:
+        assert cli._parser().parse_args(shlex.split(example)[1:]).run is cli._COMMANDS[command][0]
 
 
 def test_a_terminal_without_unicode(tmp_path):
