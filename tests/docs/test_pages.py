@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / 'README.md'
 PAGES = [README, *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'train_configs' / 'README.md']
 MARKDOWN = MarkdownIt('commonmark').enable('table')
-# What a fence may be: commands and what needs a network (no name), Python that runs, or neither.
-LANGUAGES = {'', 'python', 'text', 'bibtex'}
+# What a fence may be: commands and what needs a network (no name), Python that runs, Python that runs
+# with fastai, or neither.
+LANGUAGES = {'', 'python', 'python fastai', 'text', 'bibtex'}
 
 
 def name_of(page):
@@ -87,8 +88,17 @@ def test_python_runs(page, tmp_path, monkeypatch, record_property):
         exec(compile(block, f'{name_of(page)}, block {ran + 1}', 'exec'), namespace)
         check_printed(block, printed)
         ran += 1
-    assert ran == len(re.findall(r'^\s*```+ *python', page.read_text(), re.MULTILINE))
+    assert ran == len(re.findall(r'^\s*```+ *python *$', page.read_text(), re.MULTILINE))
     record_property('blocks', ran)
+
+
+def test_python_with_fastai_runs(tmp_path):
+    """fastai brings spaCy and more, so that it is not among what the tests install: pip install '.[fastai]'."""
+    pytest.importorskip('fastai')
+    (page,) = (page for page in PAGES if fences(page, 'python fastai'))
+    code = '\n'.join(fences(page, 'python')[:1] + fences(page, 'python fastai'))
+    code += '\nassert len(learner.recorder.values) == 1 and learner.model[0].model.conv1.in_channels == 13'
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
 
 
 def test_the_readme_and_some_pages_have_python():
