@@ -99,7 +99,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set_yticks(range(len(names)), [n.removeprefix('harm_') for n in names], fontsize=8)
         axis.invert_yaxis()
         axis.set_title(f'{"evaluation" if mode == "eval" else "training step"}, batch {batch}', fontsize=10)
-        axis.set_xlabel('time / plain twin')
+        axis.set_xlabel('time / plain twin: lower is faster')
     axes[0][0].legend(fontsize=8)
     for axis, (mode, along) in zip(axes[-1] if curves else [], curves, strict=False):
         other = 'size' if along == 'batch' else 'batch'
@@ -119,7 +119,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set_xscale('log', base=2)
         axis.set_xticks([row[along] for row in line], [str(row[along]) for row in line])
         axis.set_title(f'{line[0]["model"]}, {mode}, {other} {common}: along {along}', fontsize=10)
-        axis.set_ylabel('time / plain twin')
+        axis.set_ylabel('time / plain twin: lower is faster')
     for axis in [*axes[0][len(panels) :], *(axes[-1][len(curves) :] if curves else [])]:
         axis.set_axis_off()
     env = report['environment']

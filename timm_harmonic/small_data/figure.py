@@ -24,8 +24,8 @@ _COLUMNS = 8  # filters in a row
 _SHOWN = 32  # filters of a stem
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8}
 _TITLES = (
-    f'{_SHOWN} strongest filters of the stem, of seed 0\nin pixels (red positive, blue negative)',
-    'the same, DCT coefficient magnitude\n(frequency 0, 0 at the top left)',
+    f'{_SHOWN} strongest filters of the stem, seed 0\nin pixels; the largest of each is 1 or -1',
+    'magnitudes of their DCT coefficients\n(frequency 0, 0 at the top left; the largest is 1)',
     'mean of all\nfilters and seeds',
 )
 
@@ -150,8 +150,8 @@ def draw_quickstart(results: dict[str, Any], stems: dict[str, Tensor], path: Pat
         shared = LogNorm(vmin=0.02, vmax=max(20.0, *(energy.max() for energy in energies.values())), clip=True)
         for order, (row, (name, filters)) in enumerate(zip(grid, stems.items(), strict=True)):
             strongest = filters[filters.flatten(1).norm(dim=1).argsort(descending=True)[:_SHOWN]]
-            row[0].imshow(_mosaic(strongest[:, 0].numpy()), cmap='RdBu_r', vmin=-1, vmax=1)
-            row[1].imshow(_mosaic(np.abs(_coefficients(strongest))), cmap='magma_r', vmin=0, vmax=1)
+            pixels = row[0].imshow(_mosaic(strongest[:, 0].numpy()), cmap='RdBu_r', vmin=-1, vmax=1)
+            magnitudes = row[1].imshow(_mosaic(np.abs(_coefficients(strongest))), cmap='magma_r', vmin=0, vmax=1)
             image = row[2].imshow(energies[name], cmap='viridis', norm=shared)
             row[0].set_axis_off()
             row[1].set_axis_off()
@@ -163,5 +163,7 @@ def draw_quickstart(results: dict[str, Any], stems: dict[str, Tensor], path: Pat
         grid[-1][2].set_xlabel('horizontal freq.')
         for axes, title in zip(grid[0], _TITLES, strict=True):
             axes.set_title(title)
+        for column, tiles in enumerate((pixels, magnitudes)):
+            right.colorbar(tiles, ax=grid[-1][column], location='bottom', shrink=0.6, aspect=30, pad=0.02)
         right.colorbar(image, ax=[row[2] for row in grid], label='share of energy (%)', shrink=0.8, pad=0.02)
         figure.savefig(path, format='png', dpi=160)
