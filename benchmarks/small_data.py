@@ -205,7 +205,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 reach = [[gain['mean'] - gain['low']], [gain['high'] - gain['mean']]]
                 axes.errorbar(gain['mean'], place, xerr=reach, color=colour, marker='o', markersize=4, capsize=3)
         axes.axvline(0, color='0.5', linestyle=':', linewidth=1)
-        axes.set(title=variant, xlabel='points above plain')
+        axes.set(title=variant, xlabel='points above plain: right is better')
         axes.grid(color='0.92', axis='x')
         axes.spines[['top', 'right', 'left']].set_visible(False)
     labels = [

@@ -24,8 +24,8 @@ _COLUMNS = 8  # filters in a row
 _SHOWN = 32  # filters of a stem
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8}
 _TITLES = (
-    f'{_SHOWN} strongest filters of the stem, seed 0\nin pixels; the largest of each is 1 or -1',
-    'magnitudes of their DCT coefficients\n(frequency 0, 0 at the top left; the largest is 1)',
+    f'{_SHOWN} strongest filters of the stem, seed 0\nin pixels, over the largest of each',
+    'magnitudes of their DCT coefficients\n(0, 0 at the top left), over the largest',
     'mean of all\nfilters and seeds',
 )
 
