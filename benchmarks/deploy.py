@@ -5,7 +5,8 @@
 Every network is truncated to one level in all layers but its stem, and to shares of its measured time, then deployed.
 All variants of a network alternate in one process with the plain network and a second plain one, the noise. In torch
 each layer takes the form that is faster in the setting, in ONNX Runtime that of the rule. A network without weights is
-as fast as a trained one: nothing here is about accuracy.
+as fast as a trained one: nothing here is about accuracy. Rows of the report in --out stay if they are not measured
+again, and it was made by the same versions.
 """
 
 import argparse
@@ -44,7 +45,7 @@ MODELS = (
     'convnext_atto',
     'mobilenetv3_small_100',
 )
-LEVELS, SHARES = (3, 2, 1), (0.75, 0.5)
+LEVELS, SHARES = (3, 2, 1), (0.75, 0.6, 0.5)
 SETTINGS = {
     'contiguous': Setting('cpu'),
     'channels_last': Setting('cpu', channels_last=True),
@@ -158,7 +159,7 @@ def table(report: dict[str, Any]) -> str:
         f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. "Plain again" is '
         'the noise. "0.5 of the time" is truncated to that share in this setting (in ONNX Runtime: of the time in '
         'torch); where it is empty, no levels are so fast. The stem is left alone. Where a row takes many minutes, '
-        'there is batch 1 only.',
+        'there is batch 1 only. Rows that were not measured again stay: they may be some days older than the date.',
         '',
         f'| network | in | batch | plain, ms | {" | ".join(columns)} |',
         '|---' * (4 + len(columns)) + '|',
@@ -168,9 +169,27 @@ def table(report: dict[str, Any]) -> str:
         cells = [f'`{row["model"]}`', row['setting'], str(row['batch']), f'{1000 * runs["plain"]["seconds"]:.1f}']
         for column in columns:
             run = runs.get(column)
-            cells.append(f'{run["ratio"]:.2f} [{run["low"]:.2f}, {run["high"]:.2f}]' if run else '')
+            none = '' if column in row['impossible'] else 'not measured'
+            cells.append(f'{run["ratio"]:.2f} [{run["low"]:.2f}, {run["high"]:.2f}]' if run else none)
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n'
+
+
+def with_saved(report: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """The report, with the rows of a saved one that it lacks."""
+    path = out and out / 'deploy.json'
+    if not path or not path.exists():
+        return report
+    saved = json.loads(path.read_text())
+    versions = ('torch', 'timm', 'timm_harmonic', 'processor', 'threads')
+    if any(saved['environment'][key] != report['environment'][key] for key in versions):
+        return report
+
+    def which(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ('model', 'setting', 'batch', 'size'))
+
+    rows = {which(row): row for of in (saved, report) for row in of['rows']}
+    return dict(report, rows=list(rows.values()))
 
 
 def main() -> None:
@@ -199,7 +218,7 @@ def main() -> None:
     with get_context('spawn').Pool(1, maxtasksperchild=1, **threads) as fresh:
         for function, name, which in tqdm(jobs):
             report['rows'] += fresh.apply(function, (name, which, args.batches, args.size, args.budget))
-    write(report, table, args.out, 'deploy')
+    write(with_saved(report, args.out), table, args.out, 'deploy')
 
 
 if __name__ == '__main__':
