@@ -1,136 +1,162 @@
-"""What truncation costs in accuracy, on the quickstart's patches: against pruned filters and a narrower network.
+"""What truncation costs in accuracy, on the quickstart's patches: against pruned channels and narrower networks.
 
     python -m benchmarks.compression --out benchmarks/results
 
-A plain network is trained by the quickstart's recipe. Then its parameters are cut in several ways to the same numbers,
-those of the levels 3, 2 and 1, and each result is measured as it is and after some more epochs at a lower rate.
+A plain and a smooth network are trained by the quickstart's recipe. Then they are cut to shares of their parameters, of
+their multiply-adds and of their time, in several ways. Each result is measured as cut, after some more epochs at a
+lower rate, and in 8-bit integers. Seeds that are done are kept in --work.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import reparameterize_model
 from timm.utils import random_seed
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_harmonic import harmonize, truncate
-from timm_harmonic.small_data.networks import NAMED
+from timm_harmonic import deploy, harmonize, truncate
+from timm_harmonic.conversion.costs import count_macs
+from timm_harmonic.conversion.timing import times_of
 from timm_harmonic.small_data.photographs import load_photographs
 from timm_harmonic.small_data.quickstart import RECIPE, patches
 from timm_harmonic.small_data.training import Images, batches, evaluate, fit, one_thread
 
 from .environment import environment
 from .files import write
+from .smaller import in_int8, narrower, network, pruned, with_statistics
 
-LEVELS = (3, 2, 1)
+# What is cut, and to which shares.
+CUTS = (('parameters', 0.68), ('parameters', 0.36), ('parameters', 0.2), ('macs', 0.4), ('time', 0.7))
+AXES = dict(parameters='parameters', macs='multiply-adds', time='time')
 EPOCHS, MORE, MORE_LR = 30, 15, 1e-3
 TRAIN, TEST = 10, 24  # patches of each photograph
 # What each method is called in tables, in their order.
 METHODS = {
-    'level': 'one level for all layers',
-    'weights': 'levels by energy of the filters',
+    'filters': 'levels by energy of the filters',
     'data': 'levels by error on training patches',
-    'filters': 'pruned filters',
-    'narrower': 'narrower network, trained anew',
+    'refit': 'refitted',
+    'smooth': 'smoothness 1, refitted',
+    'magnitude': 'pruned by magnitude',
+    'group': 'pruned by group norm',
+    'narrower': 'narrower, trained anew',
 }
+_OURS = tuple(METHODS)[:4]
+_TRIES = 5
+_LOOKS = dict(
+    filters=('#E69F00', 'v'),
+    data=('#D55E00', 'o'),
+    refit=('#0072B2', 's'),
+    smooth=('#56B4E9', '^'),
+    magnitude=('#404040', 'x'),
+    group=('#999999', 'P'),
+    narrower=('#009E73', 'D'),
+)
 
 
-def count(model: nn.Module) -> int:
-    """Parameters of a network."""
-    return sum(p.numel() for p in model.parameters())
+@dataclasses.dataclass(frozen=True)
+class Sized:
+    """A network, and its parameters, multiply-adds for one image, and time by that of the plain network."""
+
+    model: nn.Module
+    parameters: int
+    macs: int
+    time: float
 
 
-def plain(num_classes: int, share: float = 1.0) -> nn.Module:
-    """The quickstart's network without anything harmonic, its stages this much narrower."""
-    options = dict(NAMED['harm0'], channels=tuple(max(1, round(c * share)) for c in NAMED['harm0']['channels']))
-    return timm.create_model('harm_resnet18', num_classes=num_classes, in_chans=1, **options)
+def sized(models: list[nn.Module], deployed: list[nn.Module], plain: nn.Module, images: Tensor) -> list[Sized]:
+    """Networks with their sizes. Multiply-adds and time are those of what is deployed, in turns with the plain one."""
+    runs: dict[str, nn.Module] = dict(plain=plain, **{str(i): small for i, small in enumerate(deployed)})
+    times = times_of(runs, images)
+    found = []
+    for i, (model, small) in enumerate(zip(models, deployed, strict=True)):
+        ratio = statistics.median(a / b for a, b in zip(times[str(i)], times['plain'], strict=True))
+        parameters = sum(p.numel() for p in model.parameters())
+        found.append(Sized(model, parameters, count_macs(small, images), ratio))
+    return found
 
 
-def narrower(num_classes: int, parameters: int) -> nn.Module:
-    """The widest such network with at most so many parameters."""
-    for share in (i / 200 for i in range(200, 0, -1)):
-        with torch.device('meta'):
-            size = count(plain(num_classes, share))
-        if size <= parameters:
-            return plain(num_classes, share)
-    raise ValueError(f'no network has at most {parameters} parameters')
+def largest(candidates: list[Sized], axis: str, most: float) -> Sized:
+    """The one that keeps most of the parameters of those that cost no more."""
+    fitting = [of for of in candidates if getattr(of, axis) <= most]
+    if not fitting:
+        raise ValueError(f'no network costs at most {most} {axis}')
+    return max(fitting, key=lambda of: of.parameters)
 
 
-def without_filters(model: nn.Module, parameters: int) -> nn.Module:
-    """A copy in which blocks lose the filters with the smallest l1 norm, the same share in each.
-
-    Only the filters between the two convolutions of a block can go: the others feed the sum of the residual
-    connection. By magnitude and without regard for data, as Li et al., arXiv:1608.08710.
-    """
-    for share in (i / 200 for i in range(200, 0, -1)):
-        small = build_without(model, [max(1, round(block.conv1.out_channels * share)) for block in blocks(model)])
-        if count(small) <= parameters:
-            return small
-    raise ValueError(f'blocks with one filter each still leave more than {parameters} parameters')
+def ours(method: str, network: nn.Module, axis: str, share: float, images: Tensor, data: list[Tensor]) -> nn.Module:
+    """A trained network, truncated by one of our methods. Where noise makes a time impossible, it is tried again."""
+    options: dict[str, Any] = dict(ratio=share, cost=axis, images=None if axis == 'parameters' else images)
+    if method != 'filters':
+        options.update(data=data, refit=method != 'data')
+    for _ in range(_TRIES - 1 if axis == 'time' else 0):
+        with contextlib.suppress(ValueError):
+            return truncate(network, **options)
+    return truncate(network, **options)
 
 
-def blocks(model: nn.Module) -> Iterable[nn.Module]:
-    """The residual blocks of a network."""
-    return [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
-
-
-def build_without(model: nn.Module, kept: list[int]) -> nn.Module:
-    """A copy of a network whose blocks have only so many inner channels, those with the strongest filters."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for block, number in zip(blocks(model), kept, strict=True):
-            first, norm, second = block.conv1, block.bn1, block.conv2
-            strongest = first.weight.abs().sum((1, 2, 3)).argsort(descending=True)[:number].sort().values
-            first.weight = nn.Parameter(first.weight[strongest])
-            second.weight = nn.Parameter(second.weight[:, strongest])
-            for name in ('weight', 'bias'):
-                setattr(norm, name, nn.Parameter(getattr(norm, name)[strongest]))
-            norm.running_mean, norm.running_var = norm.running_mean[strongest], norm.running_var[strongest]
-            first.out_channels = second.in_channels = norm.num_features = number
-    return model.eval()
-
-
-def one_seed(seed: int, photographs: dict[str, Any], normalization: str, bar: tqdm) -> list[dict[str, Any]]:
-    """Every method at every size, from one trained network."""
-    classes = len(photographs)
+def one_seed(seed: int, normalization: str) -> list[dict[str, Any]]:
+    """Every method at every cut, from one trained network and its smooth twin."""
+    photographs = load_photographs()
     train, test = patches(photographs, TRAIN, seed, TEST)
+    images, classes = train.pixels[:1], len(photographs)
+    trained = {}
+    for name, options in dict(
+        plain=dict(), smooth=dict(harmonic_stem=True, harmonic_blocks=True, smoothness=1)
+    ).items():
+        random_seed(seed)
+        trained[name] = network(classes, **options)
+        fit(trained[name], train, dataclasses.replace(RECIPE, epochs=EPOCHS), seed)
+        trained[name].eval()
+    plain, smooth = copy.deepcopy(trained['plain']), trained['smooth']
+    harmonic = harmonize(plain, normalization=normalization)
+    data = [pixels for pixels, _ in batches(train, RECIPE, seed, epoch=0)]
     random_seed(seed)
-    trained = plain(classes)
-    fit(trained, train, dataclasses.replace(RECIPE, epochs=EPOCHS), seed)
-    harmonic = harmonize(trained.eval(), normalization=normalization)
-    calibration = [pixels for pixels, _ in batches(train, RECIPE, seed, epoch=0)]
+    others = {name: pruned(plain, images, name == 'group') for name in ('magnitude', 'group')}
+    others['narrower'] = narrower(classes)
+    candidates = {name: sized(models, models, plain, images) for name, models in others.items()}
+    whole = sized([harmonic], [plain], plain, images)[0]
     rows = []
 
-    def note(method: str, level: int | None, model: nn.Module, before: float | None, epochs: int) -> None:
-        lr = MORE_LR if before is not None else RECIPE.lr
+    def note(method: str, axis: str | None, share: float | None, of: Sized, deployed: nn.Module) -> None:
+        anew = method == 'narrower'
+        model = copy.deepcopy(of.model)
+        epochs, lr = (EPOCHS + MORE, RECIPE.lr) if anew else (MORE, MORE_LR)
+        row = dict(seed=seed, method=method, axis=axis, share=share, time=of.time)
+        row.update(parameters=of.parameters / whole.parameters, macs=of.macs / whole.macs)
+        row['before'] = None if anew else accuracy_on(model, test)
         fit(model, train, dataclasses.replace(RECIPE, epochs=epochs, lr=lr), seed)
-        after = accuracy_on(model, test)
-        rows.append(dict(seed=seed, method=method, level=level, parameters=count(model), before=before, after=after))
-        bar.update()
+        row['after'] = accuracy_on(model, test)
+        row['int8'] = accuracy_in_int8(model.eval() if anew else deployed, data, test)
+        rows.append(row)
 
-    note('none', None, trained, accuracy_on(harmonic, test), MORE)
-    for level in LEVELS:
-        low = truncate(harmonic, level=level)
-        size = count(low)
-        models = dict(
-            level=low,
-            weights=truncate(harmonic, max_params=size),
-            data=truncate(harmonic, max_params=size, data=calibration),
-            filters=without_filters(reparameterize_model(harmonic), size),  # the plain network, not trained on
-        )
-        for method, model in models.items():
-            note(method, level, model, accuracy_on(model, test), MORE)
-        random_seed(seed)
-        note('narrower', level, narrower(classes, size), None, EPOCHS + MORE)
+    note('none', None, None, whole, plain)
+    dense = deploy(smooth, form='dense')
+    note('smooth', None, None, sized([smooth], [dense], plain, images)[0], dense)
+    for axis, share in CUTS:
+        for method in METHODS:
+            if method in _OURS:
+                small = ours(method, smooth if method == 'smooth' else harmonic, axis, share, images, data)
+                deployed = reparameterize_model(small) if axis == 'macs' else deploy(small, images)
+                of = sized([small], [deployed], plain, images)[0]
+            else:
+                of = largest(candidates[method], axis, share * (1 if axis == 'time' else getattr(whole, axis)))
+                if method != 'narrower':
+                    of = dataclasses.replace(of, model=with_statistics(copy.deepcopy(of.model), data))
+                deployed = of.model
+            note(method, axis, share, of, deployed)
     return rows
 
 
@@ -139,19 +165,38 @@ def accuracy_on(model: nn.Module, test: Images) -> float:
     return evaluate(model, test)[0]
 
 
+def accuracy_in_int8(model: nn.Module, data: list[Tensor], test: Images) -> float:
+    """Percentage of the test patches, in ONNX Runtime in 8-bit integers."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = in_int8(model, data, Path(folder))
+    predicted = torch.cat([run(part) for part in test.pixels.split(len(data[0]))]).argmax(1)
+    return 100 * (predicted == test.labels).float().mean().item()
+
+
+def kept(seed: int, options: dict[str, Any], work: Path) -> list[dict[str, Any]]:
+    """Rows of a seed: measured, or as they were kept."""
+    path = work / f'compression-{seed}.json'
+    if path.exists() and (saved := json.loads(path.read_text()))['options'] == options:
+        return saved['rows']
+    with one_thread():
+        rows = one_seed(seed, options['normalization'])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(options=options, rows=rows)))
+    return rows
+
+
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of each method at each size."""
+    """Mean and standard deviation over seeds of each method at each cut."""
     found = []
-    for level in (None, *LEVELS):
-        for method in ('none', *METHODS):
-            of = [row for row in rows if (row['method'], row['level']) == (method, level)]
-            if of:
-                entry = dict(method=method, level=level, parameters=round(statistics.mean(r['parameters'] for r in of)))
-                for when in ('before', 'after'):
-                    values = [row[when] for row in of if row[when] is not None]
-                    entry[when] = statistics.mean(values) if values else None
-                    entry[f'{when}_deviation'] = statistics.stdev(values) if len(values) > 1 else None
-                found.append(entry)
+    for axis, share, method in dict.fromkeys((row['axis'], row['share'], row['method']) for row in rows):
+        of = [row for row in rows if (row['axis'], row['share'], row['method']) == (axis, share, method)]
+        entry = dict(axis=axis, share=share, method=method)
+        entry.update({size: statistics.mean(row[size] for row in of) for size in AXES})
+        for when in ('before', 'after', 'int8'):
+            values = [row[when] for row in of if row[when] is not None]
+            entry[when] = statistics.mean(values) if values else None
+            entry[f'{when}_deviation'] = statistics.stdev(values) if len(values) > 1 else None
+        found.append(entry)
     return found
 
 
@@ -160,58 +205,76 @@ def cell(mean: float | None, deviation: float | None) -> str:
     return '' if mean is None else f'{mean:.1f}' + ('' if deviation is None else f' ± {deviation:.1f}')
 
 
+def title_of(row: dict[str, Any]) -> str:
+    """What a row's method is called."""
+    uncut = dict(none='nothing cut', smooth='smoothness 1, nothing cut')
+    return uncut[row['method']] if row['axis'] is None else METHODS[row['method']]
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     env, options = report['environment'], report['options']
     lines = [
-        '# Truncation against pruned filters and narrower networks',
+        '# Truncation against pruned channels, narrower networks and 8-bit integers',
         '',
-        f'Measured on {env["processor"]}, {env["threads"]} thread, torch {env["torch"]}, timm {env["timm"]}, '
-        f'{env["date"]}: {options["seeds"]} seeds, each with its own training patches ({TRAIN} of each of '
-        f'{options["classes"]} photographs), the same {TEST * options["classes"]} test patches. Plain network of the '
-        f'quickstart, {EPOCHS} epochs; then cut; then {MORE} more epochs at a rate of {MORE_LR}. Basis: '
-        f'{options["normalization"]}. Test accuracy in percent, mean ± standard deviation over seeds.',
+        f'Measured on {env["processor"]}, torch {env["torch"]}, timm {env["timm"]}, {env["date"]}, two seeds at a time '
+        f'with one thread each: {options["seeds"]} seeds, each with its own training patches ({TRAIN} of each of '
+        f'{options["classes"]} photographs), the same {TEST * options["classes"]} test patches. The network is that of '
+        f'the quickstart at twice its width. It is trained for {EPOCHS} epochs, then cut, then trained for {MORE} more '
+        f'epochs at a rate of {MORE_LR}. Basis of what is truncated: {options["normalization"]}. Test accuracy in '
+        'percent, mean ± standard deviation over seeds. Sizes are in percent of the plain network. Time is that of the '
+        'deployed network in torch, batch 1.',
         '',
-        'Pruned filters: between the two convolutions of each block, those with the smallest l1 norm, the same share '
-        'in each block (arXiv:1608.08710). Narrower: all stages with fewer channels, trained from the start for as '
-        f'many epochs as the others together, {EPOCHS + MORE}.',
+        'No way of cutting sees a label. Levels by error, refitting, the statistics of batch normalisation (refitted '
+        'and pruned networks) and the ranges of 8-bit integers come from the training patches. Pruned: by '
+        'Torch-Pruning, the same share of the channels in each layer. Narrower: all stages with fewer channels, '
+        f'trained from the start for as many epochs as the others together, {EPOCHS + MORE}. In int8: by ONNX Runtime, '
+        'static, the network as cut, and the narrower one as trained.',
         '',
-        '| size | method | parameters | as it is | after fine-tuning |',
-        '|---|---|---|---|---|',
+        '| cut | method | parameters | multiply-adds | time | as cut | after fine-tuning | int8 |',
+        '|---|---|---|---|---|---|---|---|',
     ]
     for row in report['summary']:
-        size = 'all' if row['level'] is None else f'of level {row["level"]}'
-        method = METHODS.get(row['method'], 'nothing cut')
-        figures = ' | '.join(cell(row[when], row[f'{when}_deviation']) for when in ('before', 'after'))
-        lines.append(f'| {size} | {method} | {row["parameters"]:,} | {figures} |')
+        cut = '' if row['axis'] is None else f'{100 * row["share"]:.0f} % of the {AXES[row["axis"]]}'
+        sizes = ' | '.join(f'{100 * row[size]:.0f} %' for size in AXES)
+        figures = ' | '.join(cell(row[when], row[f'{when}_deviation']) for when in ('before', 'after', 'int8'))
+        lines.append(f'| {cut} | {title_of(row)} | {sizes} | {figures} |')
     return '\n'.join(lines) + '\n'
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Accuracy against parameters, as it is and after fine-tuning."""
+    """Accuracy against each size, as cut and after fine-tuning. Every network is a point in each panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    looks = (('#E69F00', 'v'), ('#D55E00', 'o'), ('#0072B2', 's'), ('#404040', 'x'), ('#009E73', 'D'))
-    styles, titles = dict(zip(METHODS, looks, strict=True)), dict(before='as it is', after='after fine-tuning')
-    figure = Figure(figsize=(11, 4.6), layout='constrained')
+    figure = Figure(figsize=(12, 7.5), layout='constrained')
     FigureCanvasAgg(figure)
-    whole = report['summary'][0]
-    for axes, (when, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        axes.axhline(whole[when], color='0.5', linestyle=':', linewidth=1, label='nothing cut')
-        for place, (method, (colour, marker)) in enumerate(styles.items()):
-            rows = [row for row in report['summary'] if row['method'] == method and row[when] is not None]
-            if rows:
-                x = [row['parameters'] / whole['parameters'] * 100 + place * 0.35 - 0.7 for row in rows]
-                y, error = [row[when] for row in rows], [row[f'{when}_deviation'] or 0 for row in rows]
-                axes.errorbar(x, y, error, color=colour, marker=marker, capsize=2, linewidth=1.4, label=METHODS[method])
-        axes.set(xlabel='parameters, % of the plain network', title=title, xlim=(0, 100))
-        axes.grid(color='0.92')
-        axes.set_axisbelow(True)
-        axes.spines[['top', 'right']].set_visible(False)
-    figure.axes[0].set_ylabel('test accuracy, %')
-    figure.axes[1].legend(loc='lower right', frameon=False, fontsize=8)
-    figure.suptitle(f'{report["options"]["seeds"]} seeds, mean and standard deviation', fontsize=10)
+    whole, *rows = report['summary']
+    moments = dict(before='as cut', after='after fine-tuning')
+    for of_moment, (when, title) in zip(figure.subplots(2, len(AXES), sharey=True), moments.items(), strict=True):
+        for axes, (size, unit) in zip(of_moment, AXES.items(), strict=True):
+            axes.axhline(whole[when], color='0.5', linestyle=':', linewidth=1, label='nothing cut')
+            for method in METHODS:
+                colour, marker = _LOOKS[method]
+                found = [r for r in rows if r['method'] == method and r['axis'] and r[when] is not None]
+                line = sorted((100 * r[size], r[when]) for r in found if r['axis'] == 'parameters')
+                look: Any = dict(color=colour, marker=marker, linewidth=1.2)
+                if line:
+                    axes.plot(*zip(*line, strict=True), **look, label=METHODS[method])
+                others = [(100 * r[size], r[when]) for r in found if r['axis'] != 'parameters']
+                if others:
+                    axes.plot(*zip(*others, strict=True), **dict(look, linestyle='', markerfacecolor='none'))
+            axes.set(xlabel=f'{unit}, % of the plain network', xlim=(0, None), title=title)
+            axes.grid(color='0.92')
+            axes.set_axisbelow(True)
+            axes.spines[['top', 'right']].set_visible(False)
+        of_moment[0].set_ylabel('test accuracy, %')
+    figure.axes[-1].legend(loc='lower right', frameon=False, fontsize=8)
+    title = (
+        f'Left and high is better. Means of {report["options"]["seeds"]} seeds. Lines: cut to shares of the '
+        'parameters; hollow: of the multiply-adds or the time'
+    )
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, format='png', dpi=140)
 
 
@@ -219,18 +282,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.compression', description=__doc__.partition('\n')[0])
     parser.add_argument('--seeds', type=int, default=8, metavar='N')
     parser.add_argument('--normalization', default='ortho', choices=('l1', 'ortho'), help='of the truncated networks')
+    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='seeds at a time, a thread each')
+    parser.add_argument(
+        '--work', type=Path, default=Path('build/compression'), metavar='DIR', help='seeds that are done'
+    )
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for compression.json, .md and .png')
     parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
     args = parser.parse_args()
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return
-    photographs = load_photographs()
-    options = dict(seeds=args.seeds, normalization=args.normalization, classes=len(photographs))
-    with one_thread(), tqdm(total=args.seeds * (1 + len(LEVELS) * len(METHODS))) as bar:
-        report: dict[str, Any] = dict(environment=environment(), options=options)
-        rows = [row for seed in range(args.seeds) for row in one_seed(seed, photographs, args.normalization, bar)]
-        report.update(rows=rows, summary=summary(rows))
+    of_seed = dict(normalization=args.normalization, cuts=list(map(list, CUTS)), epochs=[EPOCHS, MORE])
+    options = dict(of_seed, seeds=args.seeds, classes=len(load_photographs()))
+    with ProcessPoolExecutor(args.jobs, get_context('spawn')) if args.jobs > 1 else nullcontext() as pool:
+        found = (pool.map if pool else map)(partial(kept, options=of_seed, work=args.work), range(args.seeds))
+        rows = [row for of in tqdm(found, total=args.seeds, unit='seed') for row in of]
+    report: dict[str, Any] = dict(environment=environment(), options=options, rows=rows, summary=summary(rows))
     write(report, table, args.out, 'compression', plot)
 
 

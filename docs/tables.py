@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import timm  # noqa: E402
 from timm.models import get_pretrained_cfg  # noqa: E402
 
-from benchmarks import compression  # noqa: E402
+from benchmarks import compression, sizes  # noqa: E402
 from timm_harmonic.hub.card import INSTALL  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
 from timm_harmonic.small_data.networks import MEANINGS  # noqa: E402
@@ -101,24 +101,52 @@ def speed() -> str:
         [f'`{name}`', *(f'{found[name, mode, batch][key]["ratio"]:.2f}' for mode, batch, key in columns)]
         for name in dict.fromkeys(name for name, _, _ in found)
     ]
-    titles = ['eval, batch 1: fused', 'unfused', 'original', 'batch 8: fused', 'unfused', 'original']
+    titles = ['eval, batch 1: fused', 'harmonic', 'original', 'batch 8: fused', 'harmonic', 'original']
     return markdown(['network', *titles, 'training step, batch 8', 'original'], rows)
 
 
-def truncation() -> str:
-    """Accuracy after truncation, of benchmarks/results/compression.json."""
+def _truncation(when: str) -> str:
+    """Accuracy of cut networks, of benchmarks/results/compression.json, a column a cut."""
     report = json.loads((RESULTS / 'compression.json').read_text())
-    found = {(row['method'], row['level']): row for row in report['summary']}
-    levels = sorted({level for _, level in found if level}, reverse=True)
-    whole = found['none', None]['parameters']
-    titles = [f'{100 * found["level", level]["parameters"] / whole:.0f} %: as cut' for level in levels]
-    header = ['', *(title for of_level in titles for title in (of_level, 'fine-tuned'))]
+    found = {(row['axis'], row['share'], row['method']): row for row in report['summary']}
+    cuts = list(dict.fromkeys((axis, share) for axis, share, _ in found if axis))
+    header = ['', *(f'{100 * share:.0f} % of the {compression.AXES[axis]}' for axis, share in cuts)]
     rows = []
     for method, title in compression.METHODS.items():
-        of_method = [found[method, level] for level in levels]
-        cells = [compression.cell(row[w], row[f'{w}_deviation']) for row in of_method for w in ('before', 'after')]
-        rows.append([title, *cells])
+        of_method = [found[(*cut, method)] for cut in cuts]
+        if of_method[0][when] is not None:
+            rows.append([title, *(compression.cell(row[when], row[f'{when}_deviation']) for row in of_method)])
     return markdown(header, rows)
+
+
+def truncation() -> str:
+    """Accuracy of networks as cut."""
+    return _truncation('before')
+
+
+def truncation_tuned() -> str:
+    """Accuracy of the same networks after fine-tuning."""
+    return _truncation('after')
+
+
+def truncation_int8() -> str:
+    """Accuracy of the same networks in 8-bit integers."""
+    return _truncation('int8')
+
+
+def truncation_in_short() -> str:
+    """A third and a fifth of the parameters, ours beside others."""
+    report = json.loads((RESULTS / 'compression.json').read_text())
+    found = {(row['axis'], row['share'], row['method']): row for row in report['summary']}
+    rows = []
+    for method in ('filters', 'refit', 'smooth', 'group', 'narrower'):
+        third, fifth = (found['parameters', share, method] for share in (0.36, 0.2))
+        uncut = found[None, None, 'smooth' if method == 'smooth' else 'none']
+        shown = [(uncut, 'before'), (third, 'before'), (fifth, 'before'), (fifth, 'after')]
+        cells = [compression.cell(row[when], row[f'{when}_deviation']) for row, when in shown]
+        rows.append([compression.METHODS[method], *cells])
+    header = ['36 % of the parameters', '20 %', '20 %, fine-tuned']
+    return markdown(['test accuracy, %', 'uncut', *header], rows)
 
 
 def _deployed(settings: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, str]]]:
@@ -144,6 +172,12 @@ def deployed() -> str:
         for row, of in _deployed(('contiguous', 'channels_last', 'ONNX Runtime'))
     ]
     return markdown(['network', 'in', 'plain, ms', *names], rows)
+
+
+def file_sizes() -> str:
+    """Megabytes of the files of truncated networks, of benchmarks/results/sizes.json."""
+    report = json.loads((RESULTS / 'sizes.json').read_text())
+    return markdown(['MB', *sizes.FILES.values()], [sizes.cells(row) for row in report['rows']])
 
 
 def deployed_in_short() -> str:
@@ -218,7 +252,19 @@ def install() -> str:
     return f'{INSTALL}.'
 
 
-_ALL = (models, paper, paper_small, speed, truncation, deployed, deployed_in_short)
+_ALL = (
+    models,
+    paper,
+    paper_small,
+    speed,
+    truncation,
+    truncation_tuned,
+    truncation_int8,
+    truncation_in_short,
+    deployed,
+    deployed_in_short,
+    file_sizes,
+)
 TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data, small_data_all, install)}
 
 

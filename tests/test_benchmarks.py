@@ -12,7 +12,7 @@ import timm
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compression, conversion, deploy, imports, small_data, smaller, smoothness, truncation
+from benchmarks import compression, conversion, deploy, forms, imports, sizes, small_data, smaller, smoothness
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
@@ -26,10 +26,11 @@ TABLES = dict(
     compression=compression.table,
     conversion=conversion.table,
     deploy=deploy.table,
+    forms=forms.table,
     imports=imports.table,
+    sizes=sizes.table,
     small_data=small_data.table,
     smoothness=smoothness.table,
-    truncation=truncation.table,
 )
 SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 
@@ -159,7 +160,7 @@ def test_saved_ratios_are_to_the_plain_twin(name, tmp_path):
 
 
 def test_saved_summary_of_the_compression_is_made_from_its_rows():
-    """Every method has one row for each seed at each size, in sizes that can be compared."""
+    """Every method has one row for each seed at each cut, and costs no more than the cut allows."""
     report = json.loads((RESULTS / 'compression.json').read_text())
     seeds = range(report['options']['seeds'])
     assert len(seeds) >= 5
@@ -167,56 +168,16 @@ def test_saved_summary_of_the_compression_is_made_from_its_rows():
     assert report['summary'] == [pytest.approx(row) for row in compression.summary(report['rows'])]
     by_cut = {}
     for row in report['rows']:
-        by_cut.setdefault((row['method'], row['level']), []).append(row)
-        assert all(0 <= row[when] <= 100 for when in ('before', 'after') if row[when] is not None)
-    assert by_cut.keys() == {(row['method'], row['level']) for row in report['summary']}
+        by_cut.setdefault((row['axis'], row['share'], row['method']), []).append(row)
+        assert all(0 <= row[when] <= 100 for when in ('before', 'after', 'int8') if row[when] is not None)
+        if row['axis'] in ('parameters', 'macs'):
+            assert row[row['axis']] <= row['share'] * 1.0001
     assert all([row['seed'] for row in rows] == list(seeds) for rows in by_cut.values())
-    methods, levels = ({cut[i] for cut in by_cut} - {'none', None} for i in range(2))
-    assert by_cut.keys() == {('none', None), *((method, level) for method in methods for level in levels)}
+    cuts = {(axis, share) for axis, share, _ in by_cut if axis}
+    methods = {method for axis, _, method in by_cut if axis}
+    uncut = {(None, None, 'none'), (None, None, 'smooth')}
+    assert by_cut.keys() == uncut | {(*cut, method) for cut in cuts for method in methods}
     assert methods <= compression.METHODS.keys()
-    for level in levels:
-        sizes = [row['parameters'] for row in report['summary'] if row['level'] == level]
-        assert max(sizes) < 1.03 * min(sizes)
-
-
-def test_pruning_takes_whole_filters():
-    """Down to the size given. The rest computes what the whole network does without those channels."""
-    torch.manual_seed(0)
-    model = reference.randomize_batch_norm(compression.plain(5)).eval()
-    small = compression.without_filters(model, 250_000)
-    assert 240_000 < compression.count(small) <= 250_000
-    kept = [block.conv1.out_channels for block in compression.blocks(small)]
-    with torch.no_grad():
-        for block, number in zip(compression.blocks(model), kept, strict=True):
-            weakest = block.conv1.weight.abs().sum((1, 2, 3)).argsort(descending=True)[number:]
-            block.conv2.weight[:, weakest] = 0
-        x = torch.randn(2, 1, 48, 48)
-        torch.testing.assert_close(small(x), model(x))
-    small.train()(x).sum().backward()
-
-
-@pytest.mark.parametrize('parameters', [200_000, 50_000])
-def test_narrower_networks_have_the_size_given(parameters):
-    assert 0.97 * parameters < compression.count(compression.narrower(17, parameters)) <= parameters
-
-
-@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # timm leaves that to Python
-def test_compression_is_measured(tmp_path, monkeypatch, capsys):
-    for name, value in dict(LEVELS=(2,), EPOCHS=1, MORE=1, TRAIN=2, TEST=1).items():
-        monkeypatch.setattr(compression, name, value)
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.compression', '--seeds', '2', '--out', str(tmp_path)])
-    compression.main()
-    assert {path.name for path in tmp_path.iterdir()} == {'compression.json', 'compression.md', 'compression.png'}
-    rows = json.loads((tmp_path / 'compression.json').read_text())['summary']
-    assert [row['method'] for row in rows] == ['none', *compression.METHODS]
-    sizes = {row['parameters'] for row in rows[1:]}
-    assert max(sizes) < 1.03 * min(sizes) < rows[0]['parameters']
-    assert rows[-1]['before'] is None
-    assert all(0 <= row['after'] <= 100 for row in rows)
-    capsys.readouterr()
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.compression', '--show', str(tmp_path / 'compression.json')])
-    compression.main()
-    assert capsys.readouterr().out.rstrip('\n') == (tmp_path / 'compression.md').read_text().rstrip('\n')
 
 
 @pytest.mark.parametrize('grouped', [False, True])
@@ -238,42 +199,43 @@ def test_pruned_networks_lose_channels(grouped):
 def test_the_largest_that_fits_is_taken():
     networks = smaller.narrower(5)[-10:]
     with pytest.raises(ValueError, match='no network costs at most 1 macs'):
-        truncation.largest(
-            truncation.sized(networks[:1], networks[:1], networks[0], torch.zeros(1, 1, 48, 48)), 'macs', 1
+        compression.largest(
+            compression.sized(networks[:1], networks[:1], networks[0], torch.zeros(1, 1, 48, 48)), 'macs', 1
         )
-    candidates = truncation.sized(networks, networks, networks[-1], torch.zeros(1, 1, 48, 48))
+    candidates = compression.sized(networks, networks, networks[-1], torch.zeros(1, 1, 48, 48))
     assert candidates[-1].time == pytest.approx(1, rel=0.5)
     most = 0.8 * candidates[-1].macs
-    best = truncation.largest(candidates, 'macs', most)
+    best = compression.largest(candidates, 'macs', most)
     assert best.macs <= most
     assert all(of.macs > most for of in candidates if of.parameters > best.parameters)
 
 
 @pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # timm leaves that to Python
-def test_truncation_is_measured(tmp_path, monkeypatch, capsys):
+def test_compression_is_measured(tmp_path, monkeypatch, capsys):
     """And is taken up where it was broken off."""
-    methods = {name: truncation.METHODS[name] for name in ('refit', 'magnitude', 'narrower')}
+    methods = {name: compression.METHODS[name] for name in ('refit', 'magnitude', 'narrower')}
     changed = dict(CUTS=(('parameters', 0.5),), METHODS=methods, EPOCHS=1, MORE=1, TRAIN=2, TEST=1)
     for name, value in changed.items():
-        monkeypatch.setattr(truncation, name, value)
+        monkeypatch.setattr(compression, name, value)
+    monkeypatch.setattr(smaller, '_SHARES', (0.2, 0.5, 1))
     out, work = tmp_path / 'out', tmp_path / 'work'
     options = ['--seeds', '1', '--jobs', '1', '--work', str(work), '--out', str(out)]
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.truncation', *options])
-    truncation.main()
-    assert {path.name for path in out.iterdir()} == {'truncation.json', 'truncation.md', 'truncation.png'}
-    rows = json.loads((out / 'truncation.json').read_text())['summary']
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.compression', *options])
+    compression.main()
+    assert {path.name for path in out.iterdir()} == {'compression.json', 'compression.md', 'compression.png'}
+    rows = json.loads((out / 'compression.json').read_text())['summary']
     assert [row['method'] for row in rows] == ['none', 'smooth', *methods]
     assert all(row['parameters'] <= 0.5 for row in rows[2:])
     assert rows[-1]['before'] is None
     assert all(0 <= row[when] <= 100 for row in rows for when in ('after', 'int8'))
     capsys.readouterr()
-    monkeypatch.setattr(truncation, 'one_seed', lambda *args: pytest.fail('measured twice'))
-    truncation.main()
-    assert json.loads((out / 'truncation.json').read_text())['summary'] == rows
+    monkeypatch.setattr(compression, 'one_seed', lambda *args: pytest.fail('measured twice'))
+    compression.main()
+    assert json.loads((out / 'compression.json').read_text())['summary'] == rows
     capsys.readouterr()
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.truncation', '--show', str(out / 'truncation.json')])
-    truncation.main()
-    assert capsys.readouterr().out.rstrip('\n') == (out / 'truncation.md').read_text().rstrip('\n')
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.compression', '--show', str(out / 'compression.json')])
+    compression.main()
+    assert capsys.readouterr().out.rstrip('\n') == (out / 'compression.md').read_text().rstrip('\n')
 
 
 def test_conversion_is_measured(tmp_path, monkeypatch, capsys):
@@ -311,13 +273,43 @@ def test_deployed_networks_are_measured(setting, monkeypatch):
     measure = deploy.measure if setting in deploy.SETTINGS else deploy.in_onnx_runtime
     (row,) = measure('resnet18', setting if setting in deploy.SETTINGS else [setting], [1], 64, 0.0)
     made = {'plain', 'plain again', 'level 1'}
-    shares = {'0.75 of the time', '0.5 of the time'}
+    shares = {f'{share:g} of the time' for share in deploy.SHARES}
     assert made <= row['runs'].keys() <= made | shares
     assert row['impossible'].keys() == shares - row['runs'].keys()
     assert all('is too small' in reason for reason in row['impossible'].values())
     assert row['runs']['plain']['ratio'] == 1
     line = deploy.table(dict(environment=command.environment(), rows=[row])).splitlines()[-1]
     assert line.startswith(f'| `resnet18` | {setting} | 1 |')
+
+
+def test_rows_that_are_not_measured_again_stay(tmp_path):
+    """If the same versions made them."""
+    row = dict(model='resnet18', setting='contiguous', batch=1, size=64, runs={}, impossible={})
+    rows = [row, dict(row, batch=8)]
+    saved = dict(environment=command.environment(), rows=rows)
+    (tmp_path / 'deploy.json').write_text(json.dumps(saved))
+    again = dict(saved, rows=[dict(row, runs={'plain': {}})])
+    assert deploy.with_saved(again, tmp_path)['rows'] == [*again['rows'], rows[1]]
+    again['environment'] = dict(again['environment'], torch='2.0')
+    assert deploy.with_saved(again, tmp_path) == again == deploy.with_saved(again, None)
+
+
+def test_training_in_both_forms_is_measured(monkeypatch):
+    monkeypatch.setattr(forms, 'LEVELS', (1,))
+    row = forms.measure('test_resnet', 'channels_last', 64, 0.0)
+    assert list(row['runs']) == ['plain', 'plain again', 'level 1, dense', 'level 1, separable']
+    assert all(run['ratio'] > 0 and run['peak_bytes'] > 0 for run in row['runs'].values())
+    line = forms.table(dict(environment=command.environment(), rows=[row])).splitlines()[-1]
+    assert line.startswith('| `test_resnet` | channels_last |')
+
+
+def test_files_of_truncated_networks():
+    """Fused they have the plain network's size again, separable they are as small as their weights."""
+    plain, small = (sizes.sizes('test_resnet', level) for level in (None, 1))
+    assert small['weights'] < 0.5 * plain['weights']
+    assert small['dense'] > 0.9 * plain['dense']
+    assert small['deployed'] < 0.6 * small['dense']
+    assert small['int8'] < small['deployed']
 
 
 def test_rows_of_a_report_count_as_measured(tmp_path):

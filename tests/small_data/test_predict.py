@@ -117,6 +117,32 @@ def test_files_that_cannot_be_taken(tmp_path):
         predict('harm_resnet18', paths)
 
 
+def test_networks_that_cannot_answer(tmp_path):
+    """One that gives NaN, one that has no classes, and configs that say nothing that can be done."""
+    Image.fromarray(pixels(60, 80, 3)).save(tmp_path / 'image.png')
+    model = network(tmp_path / 'net', crop_pct=0.75)
+    with torch.no_grad():
+        model.fc.bias.fill_(float('nan'))
+    timm.models.save_for_hf(model, str(tmp_path / 'nan'), safe_serialization=True)
+    with pytest.raises(DataError, match=r'image\.png: the network gives NaN for it'):
+        predict(str(tmp_path / 'nan'), [tmp_path / 'image.png'])
+    with pytest.raises(ValueError, match='has no classes to predict: it gives features'):
+        predict(str(tmp_path / 'net'), [tmp_path / 'image.png'], model_kwargs=dict(features_only=True))
+    config = json.loads((tmp_path / 'net' / 'config.json').read_text())
+    bad = {
+        'no network can be made of local-dir:.*KeyError': dict(architecture=None),
+        'images cannot be prepared as the config of the network says': dict(pretrained_cfg=dict(mean='gray')),
+        'label_names in the config of the network are no list of names': dict(label_names=dict(a=1, b=2, c=3)),
+    }
+    for message, changes in bad.items():
+        changed = dict(config, **changes)
+        changed['pretrained_cfg'] = dict(config['pretrained_cfg'], **changes.get('pretrained_cfg', {}))
+        changed = {key: value for key, value in changed.items() if value is not None}
+        (tmp_path / 'net' / 'config.json').write_text(json.dumps(changed))
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            predict(str(tmp_path / 'net'), [tmp_path / 'image.png'])
+
+
 @pytest.mark.parametrize('form', ['table', 'csv', 'json'])
 def test_command(form, tmp_path, capsys):
     network(tmp_path / 'net')
