@@ -250,9 +250,9 @@ def test_conversion_is_measured(tmp_path, monkeypatch, capsys):
 
 def test_smoothness_is_measured(tmp_path, monkeypatch, capsys):
     """Three networks side by side, in training, evaluation and fused."""
-    monkeypatch.setattr(smoothness, 'SIDES', dict(harm_wrn16_8=32))
+    monkeypatch.setattr(smoothness, 'SIDES', dict(harm_resnet18=64))
     monkeypatch.setattr(smoothness, 'BATCH', 2)
-    options = ['--models', 'harm_wrn16_8', '--budget', '0', '--threads']
+    options = ['--models', 'harm_resnet18', '--budget', '0', '--threads']
     monkeypatch.setattr(
         sys, 'argv', ['benchmarks.smoothness', *options, str(torch.get_num_threads()), '--out', str(tmp_path)]
     )
@@ -271,7 +271,7 @@ def test_deployed_networks_are_measured(setting, monkeypatch):
     """Every variant of a network beside the plain one; what cannot be made says why."""
     monkeypatch.setattr(deploy, 'LEVELS', (1,))
     measure = deploy.measure if setting in deploy.SETTINGS else deploy.in_onnx_runtime
-    (row,) = measure('resnet18', setting if setting in deploy.SETTINGS else [setting], [1], 64, 0.0)
+    (row,) = measure('test_resnet', setting if setting in deploy.SETTINGS else [setting], [1], 64, 0.0)
     made = {'plain', 'plain again', 'level 1'}
     shares = {f'{share:g} of the time' for share in deploy.SHARES}
     assert made <= row['runs'].keys() <= made | shares
@@ -279,7 +279,7 @@ def test_deployed_networks_are_measured(setting, monkeypatch):
     assert all('is too small' in reason for reason in row['impossible'].values())
     assert row['runs']['plain']['ratio'] == 1
     line = deploy.table(dict(environment=command.environment(), rows=[row])).splitlines()[-1]
-    assert line.startswith(f'| `resnet18` | {setting} | 1 |')
+    assert line.startswith(f'| `test_resnet` | {setting} | 1 |')
 
 
 def test_rows_that_are_not_measured_again_stay(tmp_path):

@@ -109,7 +109,7 @@ def test_exact_in_evaluation_and_fused_back(name):
 def test_exact_in_a_training_step(name):
     plain = network(name).train()
     harmonic = harmonize(plain)
-    x = images(plain, batch=4)
+    x = images(plain, batch=3)
     expected, found = outputs(plain, x), outputs(harmonic, x)
     close(found, expected, 1e-8)
     for y in (expected, found):

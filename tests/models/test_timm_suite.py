@@ -27,7 +27,6 @@ SELECTION = [
     'harm0_resnet50',
     'harm_resnext50_32x4d',
     'harm_seresnext50_32x4d',
-    'harm_vgg11',
     'harm_vgg11_bn',
     'harm_wrn16_8',
     'harm0_wrn16_8',

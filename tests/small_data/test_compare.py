@@ -113,7 +113,7 @@ def test_test_images_choose_nothing(pictures, tmp_path, monkeypatch):
 
 def test_killed_and_resumed_gives_the_same(pictures, tmp_path):
     """Killed in the middle of a run, and with half a line written."""
-    options = ['--models', 'harm0', 'smooth', '--trials', '2', '--seeds', '2', '--epochs', '6', '--img-size', '32']
+    options = ['--models', 'harm0', 'smooth', '--trials', '2', '--seeds', '2', '--epochs', '4', '--img-size', '32']
     command = [sys.executable, '-m', 'timm_harmonic', 'compare', str(pictures), *options]
     env = dict(os.environ, OMP_NUM_THREADS='1')
     runs = tmp_path / 'killed' / 'runs.jsonl'
