@@ -11,7 +11,6 @@ original formulation has many.
 
 import argparse
 import json
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from .environment import environment
 from .files import write
-from .measure import Setting, growth, measure
+from .measure import Setting, fresh_processes, growth, measure
 from .report import plot, table
 
 MODELS = (
@@ -96,9 +95,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     points = [] if args.no_growth else GROWTH[args.device]
     torch.set_num_threads(args.threads)  # here for the environment's sake
     report: dict[str, Any] = {'environment': environment(args.device), 'rows': [], 'growth': []}
-    threads = dict(initializer=torch.set_num_threads, initargs=(args.threads,))
     with (
-        get_context('spawn').Pool(1, maxtasksperchild=1, **threads) as fresh,
+        fresh_processes(args.threads) as fresh,
         tqdm(total=len(jobs) + bool(points)) as bar,
     ):
         for setting, name in jobs:

@@ -14,7 +14,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from timm_harmonic.hub.deployed import export_onnx, onnx_runner
 
 from .environment import environment
 from .files import write
-from .measure import Setting, compare
+from .measure import Setting, compare, fresh_processes
 from .smaller import in_int8
 
 MODELS = (
@@ -214,8 +213,7 @@ def main() -> None:
             jobs.append((in_onnx_runtime, name, in_onnx))
     torch.set_num_threads(args.threads)  # here for the environment's sake
     report: dict[str, Any] = dict(environment=environment(), rows=[])
-    threads = dict(initializer=torch.set_num_threads, initargs=(args.threads,))
-    with get_context('spawn').Pool(1, maxtasksperchild=1, **threads) as fresh:
+    with fresh_processes(args.threads) as fresh:
         for function, name, which in tqdm(jobs):
             report['rows'] += fresh.apply(function, (name, which, args.batches, args.size, args.budget))
     write(with_saved(report, args.out), table, args.out, 'deploy')

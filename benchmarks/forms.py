@@ -7,7 +7,6 @@ All runs of a network alternate in one process. A second plain network is the no
 
 import argparse
 import json
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from timm_harmonic import harmonize
 
 from .environment import environment
 from .files import write
-from .measure import Setting, train_steps
+from .measure import Setting, fresh_processes, train_steps
 
 MODELS = ('resnet18', 'resnet50')
 SETTINGS = {'contiguous': Setting('cpu'), 'channels_last': Setting('cpu', channels_last=True)}
@@ -81,8 +80,7 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)  # here for the environment's sake
     report: dict[str, Any] = dict(environment=environment(), rows=[])
-    threads = dict(initializer=torch.set_num_threads, initargs=(args.threads,))
-    with get_context('spawn').Pool(1, maxtasksperchild=1, **threads) as fresh:
+    with fresh_processes(args.threads) as fresh:
         for name, setting in tqdm([(name, setting) for name in args.models for setting in SETTINGS]):
             report['rows'].append(fresh.apply(measure, (name, setting, args.size, args.budget)))
     write(report, table, args.out, 'forms')

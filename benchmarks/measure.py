@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 
 from .original import check, original
 
-__all__ = ['Setting', 'compare', 'evaluation', 'growth', 'measure', 'train_steps']
+__all__ = ['Setting', 'compare', 'evaluation', 'fresh_processes', 'growth', 'measure', 'train_steps']
 
 PLAIN = dict(harmonic_stem=False, harmonic_blocks=False)
 
@@ -56,6 +58,11 @@ class Setting:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device, torch.bfloat16) if self.precision == 'bf16' else contextlib.nullcontext()
+
+
+def fresh_processes(threads: int) -> Pool:
+    """Runs one thing at a time, each in a new process with so many threads: nothing is left of what ran before."""
+    return get_context('spawn').Pool(1, maxtasksperchild=1, initializer=torch.set_num_threads, initargs=(threads,))
 
 
 def synchronize(device: str) -> None:

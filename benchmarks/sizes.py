@@ -45,13 +45,13 @@ def sizes(name: str, level: int | None) -> dict[str, int]:
     small = model
     if level is not None:
         small = harmonize(model, level=level, exclude=get_pretrained_cfg_value(name, 'first_conv'))
-    fused, fast = reparameterize_model(small), deploy(small)
-    found = dict(weights=len(safetensors.torch.save(small.state_dict())), dense=_onnx(fused))
-    if level is not None:
-        found |= dict(harmonic=_onnx(small), deployed=_onnx(fast))
+    found = dict(weights=len(safetensors.torch.save(small.state_dict())), dense=_onnx(reparameterize_model(small)))
     with tempfile.TemporaryDirectory() as folder:
-        in_int8(fast, [images], Path(folder))
-        found['int8'] = (Path(folder) / 'int8.onnx').stat().st_size
+        in_int8(deploy(small), [images], Path(folder))
+        deployed, int8 = ((Path(folder) / name).stat().st_size for name in ('fp32.onnx', 'int8.onnx'))
+    found['int8'] = int8
+    if level is not None:
+        found |= dict(harmonic=_onnx(small), deployed=deployed)
     return found
 
 

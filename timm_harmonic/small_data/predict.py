@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def _classify(model: nn.Module, waiting: list[tuple[dict[str, Any], Tensor]], na
     images = torch.stack([image for _, image in waiting]).to(next(model.parameters()).device)
     found = model(images).float().softmax(-1).topk(min(topk, len(names)))
     for (row, _), values, indices in zip(waiting, found.values.tolist(), found.indices.tolist(), strict=True):
-        if any(value != value for value in values):
+        if any(map(math.isnan, values)):
             row['error'] = 'the network gives NaN for it'
             continue
         row['classes'] = [dict(name=names[i], probability=value) for value, i in zip(values, indices, strict=True)]
