@@ -87,7 +87,7 @@ def _draw_times(axes: Any, names: Sequence[str], times: Mapping[str, tuple[float
 
 def _draw_curve(axes: Any, curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> None:
     parameters, kept = (np.array(values) for values in zip(*curve, strict=True))
-    label = 'the best for each number of parameters'
+    label = 'levels chosen for each number of parameters'
     axes.plot(parameters / 1e6, 100 * kept, color='#0072B2', marker='.', label=label)
     label = f'this network: {chosen[0] / 1e6:.2f} M, {chosen[1]:.2%}'
     axes.plot(chosen[0] / 1e6, 100 * chosen[1], color='#D55E00', marker='o', markersize=8, linestyle='', label=label)
