@@ -33,6 +33,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float('inf'):
+        raise argparse.ArgumentTypeError(f'must be a number above 0, got {text!r}')
+    return minutes
+
+
 def _models(text: str) -> list[str]:
     names = [name.strip() for name in text.split(',')]
     for name in names:
@@ -126,7 +136,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add('--no-flip', dest='flip', action='store_false', help='do not mirror images, as for digits')
     add('--opt', choices=('adamw', 'momentum'), default='adamw', help="optimizer, by timm's name (default: adamw)")
     add('--img-size', type=_positive, metavar='N', help="side of the images (default: the images' own, 64 at most)")
-    add('--time-limit', type=float, metavar='MINUTES', help='try and train less, to be done in this time')
+    add('--time-limit', type=_minutes, metavar='MINUTES', help='try and train less, to be done in this time')
     add('--device', default='cpu', help='where to train (default: cpu)')
     add('--skip-bad', action='store_true', help='leave out files that cannot be read')
 
@@ -183,13 +193,15 @@ def _predict(args: argparse.Namespace) -> None:
     given = ('checkpoint', 'pretrained', 'topk', 'batch_size', 'device', 'skip_bad')
     options = {key: getattr(args, key) for key in given}
     names = _lines(args.class_names)
+    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+        raise ValueError(f'--out {args.out} must be a file in a folder that is there.')
     rows = predict(args.model, args.images, model_kwargs=dict(args.model_kwargs), class_names=names, **options)
     if args.out is None:
         write_predictions(rows, args.format)
         return
 
     def write(path: Path) -> None:
-        with open(path, 'w', encoding='utf-8') as file:
+        with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:  # as names of files may be
             write_predictions(rows, args.format, file)
 
     write_whole(args.out, write)

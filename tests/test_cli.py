@@ -1,6 +1,7 @@
 """The command line: help, version, and errors that name the option."""
 
 import inspect
+import io
 import os
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 import timm_harmonic
 import timm_harmonic_cli as cli
+from timm_harmonic.conversion.progress import progress
 from timm_harmonic.small_data import quickstart
 
 
@@ -57,6 +59,8 @@ def test_model_names_are_those_of_the_quickstart():
         (('quickstart', '--models', 'harm0,vgg'), "unknown model 'vgg'"),
         (('quickstart', '--models', ''), 'unknown model'),
         (('quickstart', '--export', 'x', '--seeds', '2'), '--seeds'),
+        (('compare', 'x', '--time-limit', 'inf'), 'must be a number above 0'),
+        (('compare', 'x', '--time-limit', '-1'), 'must be a number above 0'),
     ],
 )
 def test_bad_arguments(capsys, tmp_path, monkeypatch, args, words):
@@ -139,6 +143,16 @@ def test_a_terminal_without_unicode(tmp_path):
         [sys.executable, '-c', f'{code}; sys.exit(cli.main(["list"]))'], capture_output=True, env=env, check=True
     )
     assert done.stdout == b'?\n'
+
+
+def test_progress_follows_the_terminal_and_the_command(monkeypatch):
+    """Whenever tqdm was imported."""
+    monkeypatch.delenv('TQDM_DISABLE', raising=False)
+    pipe, terminal = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True
+    assert [bool(progress(file=file).disable) for file in (pipe, terminal)] == [True, False]
+    monkeypatch.setenv('TQDM_DISABLE', '1')
+    assert progress(file=terminal).disable
 
 
 def test_no_progress_in_a_pipe(tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 from timm_harmonic import HarmonicConv2d, deploy, harmonize, truncate
 from timm_harmonic.conversion import forms, timing
 from timm_harmonic.conversion.convolutions import harmonic_layers
+from timm_harmonic.conversion.costs import count_macs, mac_costs
 from timm_harmonic.conversion.forms import forms_by_rule, forms_by_time, multiply_adds, set_forms
 from timm_harmonic.conversion.running import uses_of
 from timm_harmonic.hub.deployed import export_onnx, onnx_runner
@@ -234,6 +235,48 @@ def test_errors(network):
         deploy(network, form='fast')
     with pytest.raises(ValueError, match='images are on meta, the network is on cpu'):
         deploy(network, torch.zeros(1, 3, 64, 64, device='meta'))
+    with pytest.raises(TypeError, match='images must be an example batch'):
+        deploy(network, [torch.zeros(1, 3, 64, 64)])
+    with pytest.raises(TypeError, match=r'change network\.module'):
+        deploy(nn.DataParallel(network))
+    with pytest.raises(TypeError, match='a network is wanted'):
+        deploy('resnet18')
+
+
+def test_one_layer_under_two_names():
+    """timm's function sees a module of one parent once. Multiply-adds are those of both uses."""
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 8, 3), conv, nn.ReLU(), conv).eval())
+    x = torch.randn(1, 3, 16, 16)
+    plain = deploy(model)
+    assert not harmonic_layers(plain)
+    assert plain[1] is plain[3]
+    torch.testing.assert_close(plain(x), model(x))
+    assert mac_costs(model, x).present == count_macs(plain, x)
+
+
+@pytest.mark.parametrize('name', ['repvgg_a0', 'mobileone_s0', 'resnet10t'])
+def test_costs_are_those_of_the_fused_network(name):
+    """What a block fuses by itself is there once, at whatever level its layers are."""
+    model, x = harmonize(timm.create_model(name).eval()), torch.randn(1, 3, 32, 32)
+    costs = mac_costs(model, x)
+    assert costs.present == count_macs(deploy(model, form='dense'), x)
+    assert (costs.least < costs.present) == (name == 'resnet10t')
+
+
+def test_images_that_share_memory(network):
+    """A gray channel three times, and one image four times."""
+    images = torch.randn(1, 1, 64, 64).expand(4, 3, -1, -1)
+    assert not harmonic_layers(deploy(truncate(network, level=1), images))
+
+
+def test_what_is_made_in_inference_mode_can_be_trained(network):
+    with torch.inference_mode():
+        low = truncate(harmonize(timm.create_model('resnet10t', channels=(8, 8, 8, 8)).eval()), level=2)
+        plain = deploy(low)
+    for model in (low, plain):
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        assert model.layer1[0].bn1.weight.grad is not None
 
 
 def test_a_layer_alone():

@@ -360,6 +360,31 @@ def test_a_convolution_is_no_network():
         harmonize(nn.Conv2d(3, 3, 3))
 
 
+def test_forms_are_for_what_is_asked_for():
+    model = harmonize(harmonize(timm.create_model('resnet10t')), include='layer1.*', form='separable')
+    forms = {name: layer.form for name, layer in harmonic_layers(model).items()}
+    assert {name for name, form in forms.items() if form == 'separable'} == {n for n in forms if n[:6] == 'layer1'}
+
+
+@pytest.mark.parametrize('form', ['', 0, [], {1: 'dense'}])
+def test_forms_that_are_none(form):
+    for build in (harmonize, lambda model, form: timm.create_model('harmonized', base_model='resnet10t', form=form)):
+        with pytest.raises((TypeError, ValueError), match='form must'):
+            build(timm.create_model('resnet10t'), form=form)
+
+
+def test_a_basis_is_checked_where_no_layer_is_new():
+    model = timm.create_model('harm_resnet18', channels=(8, 8, 8, 8))
+    with pytest.raises(TypeError, match='smoothness must be'):
+        harmonize(model, smoothness='abc')
+    with pytest.raises(ValueError, match='normalization must be'):
+        harmonize(model, normalization='foo')
+    with pytest.raises(ValueError, match=r"the basis 'smoothness=1\.0' differs"):
+        harmonize(model, level=3, smoothness=1)
+    with pytest.raises(TypeError, match='smoothness must be'):
+        timm.create_model('harm0_resnet50', smoothness='abc', device='meta')
+
+
 def test_normalizations_do_not_mix():
     part = harmonize(network('resnet18'), include='layer1.*', normalization='ortho')
     with pytest.raises(ValueError, match="use 'ortho'"):

@@ -383,8 +383,108 @@ def test_networks_that_do_not_fit():
             truncate(harmonize(timm.create_model('resnet18'), exclude='conv1'), level=2),
             [smooth()],
         )
-    with pytest.raises(ValueError, match='networks are on different devices'):
-        refit(copy.deepcopy(model).to('meta'), small, [smooth()])
+    for other in (copy.deepcopy(model).to('meta'), copy.deepcopy(model).double()):
+        with pytest.raises(ValueError, match='on one device and of one dtype'):
+            refit(other, small, [smooth()])
+    with pytest.raises(ValueError, match='keeps less than that of the truncated one'):
+        refit(small, model, [smooth()])
+    other = trained_like('resnet18')
+    other.reset_classifier(5)
+    with pytest.raises(ValueError, match=r'tensors of the same shapes, got \[\(24, 5\)\] and \[\(24, 10\)\]'):
+        refit(other, small, [smooth()])
+    with pytest.raises(TypeError, match='a network is wanted'):
+        refit('resnet18', small, [smooth()])
+    nn.utils.parametrizations.weight_norm(small.layer1[0].conv1)
+    with pytest.raises(ValueError, match=r'cannot refit layer1\.0\.conv1: its weight is computed'):
+        refit(model, small, [smooth()])
+
+
+def test_values_beyond_the_precision_are_refused():
+    """They would make every level look alike, and any fit."""
+    model = trained_like('resnet18')
+    huge = [torch.full((16, 3, 32, 32), 3e38)]
+    for amount in (dict(ratio=0.5), dict(level=2)):
+        with pytest.raises(ValueError, match='not finite'):
+            truncate(model, data=huge, refit=True, **amount)
+
+
+@pytest.mark.parametrize('output', [None, 'text', torch.arange(3)])
+def test_outputs_that_are_no_numbers_are_left_out(output):
+    class More(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = tiny()[0]
+
+        def forward(self, x):
+            return self.network(x), output
+
+    model = More().eval()
+    small = weakened(truncate(model, level=2))
+    assert output_error(model, refit(model, small, [smooth()]), [smooth()]) < output_error(model, small, [smooth()])
+    model.network.forward = lambda x: None
+    if not isinstance(output, torch.Tensor):
+        with pytest.raises(ValueError, match='must return tensors'):
+            refit(model, small, [smooth()])
+
+
+def test_batches_of_several_sizes():
+    model, _ = tiny()
+    sizes = [smooth(1, size=size) for size in (32, 40, 32, 40, 32, 40, 32, 40)]
+    parts = read_images(sizes, next(model.parameters()))
+    assert [tuple(part.shape) for part in parts] == [(4, 3, 32, 32), (4, 3, 40, 40)]
+    assert isinstance(truncate(model, level=2, data=sizes, refit=True), type(model))
+    with pytest.raises(ValueError, match=r'a single image of size \(3, 48, 48\)'):
+        truncate(model, level=2, data=[*sizes, smooth(1, size=48)], refit=True)
+
+
+def test_statistics_that_no_image_reaches_stay():
+    """Of a head that only training uses; and frozen ones."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.norm, self.extra, self.frozen = (nn.BatchNorm2d(8) for _ in range(3))
+            self.frozen.momentum = 0.0
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.frozen(self.norm(x)), self.extra(x) if self.training else None
+
+    model = Net()
+    estimate_statistics(model, [smooth()])
+    with torch.no_grad():
+        model.extra.running_var.fill_(3.0)
+    model = harmonize(model.eval())
+    counted = copy.deepcopy(model)
+    estimate_statistics(counted, [smooth(seed=2)])
+    assert not torch.equal(counted.norm.running_var, model.norm.running_var)
+    for norm in ('extra', 'frozen'):
+        before, after = (network.get_submodule(norm).state_dict() for network in (model, counted))
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_repeated_layer_before_work_in_place():
+    """Its inputs are those that it had, not what became of them."""
+
+    class Net(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            self.first, self.conv, self.inplace = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), inplace
+
+        def forward(self, x):
+            x = self.first(x)
+            for _ in range(3):
+                y = self.conv(x)
+                x = x.add_(y).relu_() if self.inplace else (x + y).relu()
+            return x
+
+    weights = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = harmonize(Net(inplace).eval())
+        weights.append(refit(model, weakened(truncate(model, level=2)), [smooth()]).conv.weight)
+    torch.testing.assert_close(*weights)
 
 
 def test_a_failing_network_leaves_no_trace():

@@ -134,12 +134,14 @@ def total(harms, chosen):
 
 @st.composite
 def problems(draw):
-    """Costs and losses of a few layers, and a budget. Losses grow from level to level, costs need not fall."""
+    """Costs and losses of a few layers, and a budget. Losses need not grow from level to level, nor costs fall."""
     of, losses = {}, {}
     for name in 'abcd'[: draw(st.integers(1, 4))]:
         top = draw(st.integers(1, 5))
         drops = draw(st.lists(st.floats(0.001, 1), min_size=top - 1, max_size=top - 1))
         lost = [0.0, *(np.cumsum(drops) / (1 + np.sum(drops)))]
+        if draw(st.booleans()):
+            lost = [0.0, *draw(st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.8]), min_size=top - 1, max_size=top - 1))]
         losses[name] = {top - i: float(value) for i, value in enumerate(lost)}
         of[name] = {level: float(draw(st.integers(1, 50))) for level in losses[name]}
     costs = Costs('ms', 7.0, of)
@@ -156,6 +158,7 @@ def test_the_choice_is_the_best_of_all(problem):
     harms = harms_of(losses)
     chosen = choose_levels(losses, costs, budget)
     assert costs.total(chosen) <= budget + 1e-9
+    assert costs.total(_greedy(harms, costs, budget)) <= budget + 1e-9
     every = [dict(zip(losses, levels, strict=True)) for levels in itertools.product(*losses.values())]
     best = min(total(harms, levels) for levels in every if costs.total(levels) <= budget)
     assert total(harms, chosen) == pytest.approx(best, rel=1e-5, abs=1e-9)
@@ -394,9 +397,15 @@ def test_losses_of_ones_own(network):
     for wrong, words in (
         ({}, 'no entry for conv1 at level 13'),
         ({**own, 'conv1': {**own['conv1'], 3: 1.5}}, 'losses of conv1 must be shares from 0 to 1, got 1.5'),
+        ({**own, 'conv1': {**own['conv1'], 3: '0'}}, "losses of conv1 must be shares from 0 to 1, got '0'"),
     ):
         with pytest.raises(ValueError, match=words):
             truncate(network, ratio=0.85, losses=wrong)
+    for wrong in ([1], 'conv1', {**own, 'conv1': None}):
+        with pytest.raises(TypeError, match='losses must map names of layers'):
+            truncate(network, ratio=0.85, losses=wrong)
+    worse = {name: dict.fromkeys(of, 0.3) for name, of in losses.items()}
+    assert levels(truncate(network, energy=0.9, losses=worse)) == levels(network)
     with pytest.raises(ValueError, match='pass data or losses'):
         truncate(network, ratio=0.85, losses=own, data=[torch.zeros(1, 3, 8, 8)])
 
@@ -419,6 +428,10 @@ def test_losses_of_ones_own(network):
         (dict(levels={'fc': 2}), ValueError, 'matches none'),
         (dict(ratio=1.5), ValueError, 'ratio must be above 0 and at most 1, got 1.5'),
         (dict(ratio=0), ValueError, 'ratio must be'),
+        (dict(ratio=True), TypeError, 'ratio must be a number'),
+        (dict(energy='0.9'), TypeError, 'energy must be a number'),
+        (dict(ratio=0.5, data=[torch.zeros(1, 3, 8, 8)], batches=-1), ValueError, 'batches must be an integer'),
+        (dict(ratio=0.5, cost='time', images=torch.zeros(0, 3, 8, 8)), ValueError, 'give at least one image'),
         (dict(energy=1.01), ValueError, 'energy must be'),
         (dict(energy=float('nan')), ValueError, 'energy must be'),
         (dict(max_params=0.5), TypeError, 'max_params must be an integer'),

@@ -278,7 +278,14 @@ def test_our_own_network_of_the_authors_layout(tmp_path):
         (dict(level=2, model_name='nonsense', checkpoint=None), RuntimeError, 'Unknown model'),
         (dict(ratio=0.5, data='nowhere'), HubError, 'no folder of images'),
         (dict(ratio=0.5, refit=True), HubError, '--refit needs --data'),
-        (dict(level=2, cost='time'), ValueError, "cost='time' needs ratio"),
+        (dict(level=2, cost='time'), HubError, '--cost is what --ratio is of'),
+        (dict(level=2, device='nowhere'), ValueError, "device 'nowhere' cannot be used here"),
+        (dict(level=2, data_config=dict(mean=[1, 2])), ValueError, 'mean has 2 values, the network takes 3 channels'),
+        (
+            dict(level=2, model_name='maxvit_rmlp_pico_rw_256', checkpoint=None, data_config=dict(img_size=72)),
+            HubError,
+            'the network takes no images of 72 x 72 pixels: .* See --img-size',
+        ),
         (dict(ratio=0.5, evaluate='nowhere'), HubError, 'no folder of images'),
     ],
 )
@@ -293,6 +300,11 @@ def test_refused_without_a_trace(checkpoint, tmp_path, monkeypatch, options, err
     with pytest.raises(error, match=words):
         compress(arguments.pop('model_name'), tmp_path / 'out', **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ['plain.pth']
+
+
+def test_features_are_no_whole_network(tmp_path):
+    with pytest.raises(HubError, match='leave features_only out'):
+        compress('resnet18', tmp_path / 'out', level=2, model_kwargs=dict(features_only=True))
 
 
 def test_more_classes_than_the_network_has(pictures, tmp_path):

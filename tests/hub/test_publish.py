@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import PIL.Image
 import pytest
@@ -195,7 +196,9 @@ def test_options_by_hand_and_class_names(run, tmp_path):
     assert (front['license'], front['datasets']) == ('mit', ['me/flowers'])
 
 
-def test_convert_says_what_it_wrote(released, tmp_path, capsys):
+def test_convert_says_what_it_wrote(released, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv('TQDM_DISABLE', raising=False)
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     assert cli.main(['convert', str(released), '--model', NAME, '--out', str(tmp_path / 'out')]) == 0
     printed = capsys.readouterr()
     assert 'gives the outputs of' in printed.out

@@ -6,8 +6,10 @@ import pytest
 import reference
 import torch
 from timm.layers import Conv2dSame
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 from timm_harmonic.conversion.energy import at_level, energy_of
@@ -163,6 +165,9 @@ def test_the_name_survives_casts_averages_and_the_meta_device(cls):
     ema = ModelEmaV3(layer, decay=0.5)
     ema.update(layer)
     assert torch.equal(ema.module.basis_name, name)
+    old = dict(layer.state_dict(), basis_name=torch.tensor(list(b'smoothness=1.0'), dtype=torch.uint8))
+    layer.load_state_dict(old)  # as it was written at first
+    assert torch.equal(layer.basis_name, name)
     empty = cls(3, 4, 3, smoothness=1, device='meta').to_empty(device='cpu')
     assert torch.equal(empty.basis_name, name)
     empty.load_state_dict(layer.state_dict())
@@ -172,6 +177,37 @@ def test_the_name_survives_casts_averages_and_the_meta_device(cls):
     assert torch.equal(assigned.basis_name, name)
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(assigned.eval()(images), layer.eval()(images))
+
+
+@pytest.mark.parametrize('decay', [0.5, 0.9, 0.95, 0.992, 0.9995, 0.9999, 0.99999])
+@pytest.mark.parametrize('options', [dict(smoothness=1), dict(smoothness=0.25), dict(normalization='ortho')])
+def test_averaged_weights_can_be_loaded(decay, options):
+    """An average of equal bytes may be one less: it is computed in float32 and cut."""
+    model = torch.nn.Sequential(HarmonicConv2d(2, 3, 3, **options))
+    averages = [ModelEmaV2(model, decay=decay), AveragedModel(model, avg_fn=get_ema_avg_fn(decay), use_buffers=True)]
+    for average in averages:
+        for _ in range(4):
+            average.update(model) if isinstance(average, ModelEmaV2) else average.update_parameters(model)
+        model.load_state_dict(average.module.state_dict())
+
+
+@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize(
+    'compute',
+    [
+        lambda layer: prune.l1_unstructured(layer, 'weight', 0.3),
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+    ],
+    ids=['pruned', 'weight_norm', 'spectral_norm'],
+)
+def test_computed_weights_refer_to_a_basis_too(cls, compute):
+    ours, theirs = compute(cls(3, 4, 3, smoothness=1)), compute(cls(3, 4, 3, smoothness=3))
+    for source in (theirs, compute(cls(3, 4, 3))):
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match='its coefficients refer to the basis'):
+                ours.load_state_dict(source.state_dict(), strict=strict)
+    ours.load_state_dict(ours.state_dict())
 
 
 @pytest.mark.parametrize('cls', LAYERS)

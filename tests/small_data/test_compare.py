@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from timm.data import create_dataset
 
 import timm_harmonic_cli as cli
 from timm_harmonic.small_data import compare as module
@@ -166,9 +168,72 @@ def test_time_limit_lowers_trials_and_seeds(pictures, tmp_path, capsys):
 
 
 def test_too_little_time_says_how_much_is_needed(pictures, tmp_path):
+    """And what it asks for can be done: nothing was trained, so other options may come."""
     with pytest.raises(CompareError, match=r'take about \d+\.\d minutes: raise --time-limit'):
         compare(pictures, tmp_path, ['harm0'], **dict(FAST, epochs=1000), time_limit=0.01)
     assert not (tmp_path / 'results.json').exists()
+    compare(pictures, tmp_path, ['harm0'], **dict(FAST, epochs=1), time_limit=1)
+    assert (tmp_path / 'results.json').exists()
+
+
+@pytest.mark.parametrize('text', ['{"foo": 1}\n', '[1]\n', 'text\n', '{"settings": 1}\n{"key": 1}\n'])
+def test_a_file_of_something_else_is_refused(text, pictures, tmp_path):
+    (tmp_path / 'runs.jsonl').write_text(text)
+    with pytest.raises(CompareError, match=r'runs\.jsonl is no file of runs: name another --out'):
+        compare(pictures, tmp_path, ['harm0'], **FAST)
+    assert (tmp_path / 'runs.jsonl').read_text() == text
+
+
+@pytest.mark.parametrize(
+    ('splits', 'suffix', 'words'),
+    [
+        (('train', 'test'), '.png', '--val-split test'),
+        (('Train', 'Val'), '.jpg', '--train-split Train --val-split Val'),
+        (('train', 'validation', 'test'), '.png', '--data-dir {folder} --device-modules'),
+        (('.',), '.png', '--data-dir {folder} --device-modules'),
+        (('train', 'test'), '.bmp', ''),
+    ],
+)
+def test_the_command_trains_and_validates_on_the_right_images(splits, suffix, words, tmp_path, capsys):
+    folder = make(tmp_path / 'images', 8, splits=splits, suffix=suffix)
+    command = compare(folder, tmp_path / 'out', ['harm0'], **FAST)['command']
+    assert words.format(folder=folder) in command
+    assert bool(words) == bool(command)
+    assert ('it validates on the images that it trains on' in capsys.readouterr().out) == (splits == ('.',))
+    if command:
+        given = dict(zip(command.split(), command.split()[1:], strict=False))
+        for option, default in (('train', 'train'), ('val', 'validation')):
+            images = create_dataset('', str(folder), split=given.get(f'--{option}-split', default))
+            assert len(images) == 24
+
+
+def test_results_inside_the_folder_are_no_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(make(tmp_path / 'images', 8, splits=('.',)))
+    first, again = (compare(Path(), Path('compare'), ['harm0'], **FAST) for _ in range(2))
+    assert again['data']['classes'] == first['data']['classes'] == ['cat', 'dog', 'emu']
+    assert again['networks'] == first['networks']
+
+
+def test_what_is_a_split_and_what_is_a_class(tmp_path):
+    vehicles = make(tmp_path / 'vehicles', 4, classes=('car', 'train'), splits=('.',))
+    assert read_folder(vehicles).classes == ['car', 'train']
+    with pytest.raises(DataError, match='has validation/ and test/, but no train/'):
+        read_folder(make(tmp_path / 'no_train', 4, splits=('validation', 'test')))
+    hidden = make(tmp_path / 'hidden', 4)
+    save(hidden / 'train' / 'cat' / '.ipynb_checkpoints' / '0.png', picture(np.random.default_rng(0), 0, 40))
+    assert len(read_folder(hidden).splits['train'][0]) == 12
+
+
+def test_large_values(tmp_path):
+    """Sums of them leave float32; values that do so themselves are refused."""
+    folder = make(tmp_path / 'images', 4, suffix='.npy')
+    paths = list(folder.rglob('*.npy'))
+    for path in paths:
+        np.save(path, np.load(path) * np.float32(1e35))
+    assert compare(folder, tmp_path / 'out', ['harm0'], **FAST)['data']['std'][0] > 1e36
+    np.save(paths[0], np.full((40, 40, 3), 1e300))
+    with pytest.raises(DataError, match='not finite in float32'):
+        read_folder(folder)
 
 
 @pytest.mark.parametrize('suffix', ['.npy', '.tif'])
@@ -278,12 +343,17 @@ def test_bad_files_can_be_left_out_and_are_named(tmp_path, capsys):
         ('no_such_model', "'no_such_model' is neither"),
         ('harm:levels', "must be NAME=VALUE, got 'levels'"),
         ('resnet18:3=4', "must be NAME=VALUE, got '3=4'"),
+        ('harm0:nope=1', r'harm0:nope=1 cannot be used on images of 40 x 40 pixels: TypeError'),
+        ('resnet18:act_layer=foo', 'cannot be used .* KeyError'),
+        ('vit_tiny_patch16_224', 'vit_tiny_patch16_224 cannot be used .* AssertionError'),
     ],
 )
 def test_bad_networks(text, message, pictures, tmp_path):
     with pytest.raises(ValueError, match=message):
-        compare(pictures, tmp_path, [text])
+        compare(pictures, tmp_path, ['harm0', text])
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="device 'nowhere' cannot be used here"):
+        compare(pictures, tmp_path, ['harm0'], device='nowhere')
 
 
 def test_names_of_networks():
@@ -314,6 +384,32 @@ def test_pictures_of_every_kind(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / 'f.tif'), colour[..., :3])
     np.save(tmp_path / 'g.npy', bands[..., 0])
     np.testing.assert_array_equal(read_image(tmp_path / 'g.npy'), bands[..., :1])
+
+
+def test_palettes_of_tiff_are_colours(tmp_path):
+    image = Image.fromarray(picture(np.random.default_rng(0), 0, 40).astype(np.uint8)).convert('P')
+    for name in ('a.tif', 'a.png'):
+        image.save(tmp_path / name)
+    np.testing.assert_array_equal(read_image(tmp_path / 'a.tif'), read_image(tmp_path / 'a.png'))
+
+
+def test_damaged_files_are_named_whatever_their_reader_raises(tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    (tmp_path / 'empty.npy').touch()
+    np.savez(tmp_path / 'several', array)
+    (tmp_path / 'several.npz').rename(tmp_path / 'several.npy')
+    tifffile.imwrite(tmp_path / 'zlib.tif', array, compression='zlib')
+    data = (tmp_path / 'zlib.tif').read_bytes()
+    (tmp_path / 'zlib.tif').write_bytes(data[:1000] + bytes(500) + data[1500:])
+    (tmp_path / 'header.tif').write_bytes(b'II*\0\0\0\0\0')
+    Image.fromarray(array).save(tmp_path / 'bomb.png')
+    data = bytearray((tmp_path / 'bomb.png').read_bytes())
+    data[16:24] = (60000).to_bytes(4, 'big') * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
+    (tmp_path / 'bomb.png').write_bytes(data)
+    for path in tmp_path.iterdir():
+        with pytest.raises(DataError):
+            read_image(path)
 
 
 def test_images_are_resized_and_cut_in_the_middle(tmp_path):

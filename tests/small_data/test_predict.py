@@ -66,12 +66,13 @@ def test_pictures_as_in_validation(tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['.npy', '.tif'])
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.int16, np.float32])
 def test_many_bands(suffix, dtype, tmp_path):
     """The centre of the image, scaled to 0..1 by its type, normalised band by band."""
     mean, std = tuple(0.3 + 0.01 * i for i in range(13)), tuple(0.2 + 0.01 * i for i in range(13))
     model = network(tmp_path / 'net', 13, mean=mean, std=std, crop_pct=1.0)
     scale = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    dtype = np.dtype(dtype).newbyteorder('>') if suffix == '.npy' else dtype
     array = (np.random.default_rng(0).random((48, 60, 13)) * scale).astype(dtype)
     path = tmp_path / f'bands{suffix}'
     np.save(path, array) if suffix == '.npy' else tifffile.imwrite(
@@ -141,6 +142,36 @@ def test_networks_that_cannot_answer(tmp_path):
         (tmp_path / 'net' / 'config.json').write_text(json.dumps(changed))
         with pytest.raises((RuntimeError, ValueError), match=message):
             predict(str(tmp_path / 'net'), [tmp_path / 'image.png'])
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
+    """Not as markup, nor as pictures."""
+    monkeypatch.setenv('COLUMNS', '500')
+    network(tmp_path / 'net')
+    (tmp_path / 'names').write_text('[bold]dog\nbird:car:\n[/b]\n')
+    for name in ('img[copy].png', 'a:car:b.png'):
+        Image.fromarray(pixels(60, 80, 3)).save(tmp_path / name)
+    paths = [str(tmp_path / name) for name in ('img[copy].png', 'a:car:b.png')]
+    assert cli.main(['predict', str(tmp_path / 'net'), *paths, '--class-names', str(tmp_path / 'names')]) == 0
+    shown = capsys.readouterr().out
+    for text in ('[copy].png', 'a:car:b.png', '[bold]dog', 'bird:car:', '[/b]'):
+        assert text in shown
+
+
+def test_out_is_checked_first_and_links_stay(tmp_path, capsys, monkeypatch):
+    network(tmp_path / 'net')
+    Image.fromarray(pixels(60, 80, 3)).save(tmp_path / 'image.png')
+    arguments = ['predict', str(tmp_path / 'net'), str(tmp_path / 'image.png'), '--format', 'csv', '--out']
+    (tmp_path / 'link.csv').symlink_to(tmp_path / 'target.csv')
+    assert cli.main([*arguments, str(tmp_path / 'link.csv')]) == 0
+    assert (tmp_path / 'link.csv').is_symlink()
+    assert 'image.png' in (tmp_path / 'target.csv').read_text()
+    assert cli.main([*arguments, '/dev/stdout']) == 0
+    capsys.readouterr()
+    monkeypatch.setattr('timm_harmonic.small_data.predict.predict', None)
+    for out in (tmp_path, tmp_path / 'nowhere' / 'x.csv'):
+        assert cli.main([*arguments, str(out)]) == 1
+        assert 'must be a file in a folder that is there' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('form', ['table', 'csv', 'json'])

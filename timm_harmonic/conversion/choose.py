@@ -98,10 +98,14 @@ def _greedy(harms: Losses, costs: Costs, budget: float) -> _Choice:
 
 
 def _hull(costs: dict[int, float], harms: dict[int, float]) -> list[tuple[float, int]]:
-    """Steps down the lower convex hull from the highest level: (harm per cost saved, level), slopes ascending."""
-    steps, level = [], max(costs)
-    while lower := [lv for lv in costs if lv < level and costs[lv] < costs[level]]:
-        slopes = {lv: (harms[lv] - harms[level]) / (costs[level] - costs[lv]) for lv in lower}
-        level = min(lower, key=lambda lv: (slopes[lv], lv))
-        steps.append((slopes[level], level))
+    """Steps down the lower convex hull from the highest level: (harm per cost saved, level), slopes ascending.
+
+    The last one is to the cheapest level, which need not be the lowest where costs were measured.
+    """
+    steps, level, last = [], max(costs), -math.inf
+    while cheaper := [lv for lv in costs if costs[lv] < costs[level]]:
+        slopes = {lv: (harms[lv] - harms[level]) / (costs[level] - costs[lv]) for lv in cheaper}
+        level = min(cheaper, key=lambda lv: (slopes[lv], lv))
+        last = max(last, slopes[level])  # rounding must not change the order of steps
+        steps.append((last, level))
     return steps

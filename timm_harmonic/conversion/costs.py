@@ -58,23 +58,25 @@ def parameter_costs(model: nn.Module) -> Costs:
 
 
 def mac_costs(model: nn.Module, images: Tensor) -> Costs:
-    """Multiply-adds for one image, counted by running images through the network."""
-    with FlopCounterMode(display=False) as counter:
-        uses = uses_of(model, images)
-    counted = counter.get_flop_counts()
-    keys = [f'{type(model).__name__}.{name}' for name in uses]
-    ours = sum(sum(counted[key].values()) for key in keys if key in counted)
+    """Multiply-adds for one image of the fused network, counted by running images through it.
+
+    What is not in the layers is the dense network's less that of its dense layers. A layer in a block that fuses by
+    itself is in there too: no level of it changes what the block costs.
+    """
+    uses = uses_of(model, images)
     of: dict[str, dict[int, float]] = {}
     forms: dict[str, dict[int, str]] = {}
-    dense = in_fusing_blocks(model)
+    within = in_fusing_blocks(model)
+    rest = float(count_macs(deploy(model, form='dense'), images))
     for name, layer in harmonic_layers(model).items():
+        if name in within:
+            of[name], forms[name] = dict.fromkeys(levels_of(layer), 0.0), dict.fromkeys(levels_of(layer), 'dense')
+            continue
         positions = sum(use.positions for use in uses[name])
-        of[name], forms[name] = {}, {}
-        for level in levels_of(layer):
-            better = 'separable' if name not in dense and saves(layer, level) else 'dense'
-            of[name][level] = multiply_adds(layer, level, better, positions) / len(images)
-            forms[name][level] = better
-    return Costs('multiply-adds', (counter.get_total_flops() - ours) / 2 / len(images), of, forms)
+        rest -= multiply_adds(layer, layer.level, 'dense', positions) / len(images)
+        forms[name] = {lv: 'separable' if saves(layer, lv) else 'dense' for lv in levels_of(layer)}
+        of[name] = {lv: multiply_adds(layer, lv, form, positions) / len(images) for lv, form in forms[name].items()}
+    return Costs('multiply-adds', rest, of, forms)
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
@@ -87,10 +89,11 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 def time_costs(model: nn.Module, images: Tensor) -> Costs:
     """Milliseconds for a batch of images, in evaluation, fused, on the device of the network, see `time_levels`.
 
-    What is not in the layers is the time of the whole fused network less that of its dense layers.
+    What is not in the layers is the time of the whole fused network less that of its dense layers. A layer in a block
+    that fuses by itself is in there too, as in `mac_costs`.
     """
-    layers, uses, dense = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
-    used = {name: (layer, list(levels_of(layer))) for name, layer in layers.items() if uses[name]}
+    layers, uses, within = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
+    used = {n: (layer, list(levels_of(layer))) for n, layer in layers.items() if uses[n] and n not in within}
     measured = time_levels(used, uses)
     of: dict[str, dict[int, float]] = {}
     forms: dict[str, dict[int, str]] = {}
@@ -98,8 +101,7 @@ def time_costs(model: nn.Module, images: Tensor) -> Costs:
     for name, layer in layers.items():
         of[name], forms[name], milliseconds[name] = {}, {}, {}
         for level in levels_of(layer):
-            times, better = measured[name][level] if name in measured else (dict(dense=0.0), 'dense')
-            forms[name][level] = 'dense' if name in dense else better
+            times, forms[name][level] = measured[name][level] if name in measured else (dict(dense=0.0), 'dense')
             of[name][level], milliseconds[name][level] = times[forms[name][level]], times
     whole = statistics.median(times_of({'plain': deploy(model, form='dense')}, images)['plain'])
     inside = sum(times[max(times)]['dense'] for times in milliseconds.values())

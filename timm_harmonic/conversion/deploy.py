@@ -2,14 +2,16 @@
 
 import copy
 
+import torch
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 
 from ..layers import FORMS, HarmonicLayer
-from .convolutions import harmonic_layers
+from .convolutions import check_unwrapped, harmonic_layers, in_fusing_blocks, replace_layers
 from .forms import forms_by_names, forms_by_rule, forms_by_time, set_forms
 
 
+@torch.inference_mode(False)  # what is made in it cannot be trained
 def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto') -> nn.Module:
     """Makes a plain network for inference: nothing harmonic is left, and no weight is computed in the graph.
 
@@ -29,8 +31,10 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
         A new network, in evaluation.
 
     Raises:
-        ValueError: If form is another word, images are on another device, or a layer cannot be fused.
+        ValueError: If form is another word, images are empty or on another device, or a layer cannot be fused.
+        TypeError: If the model is no network, or images are no tensor.
     """
+    check_unwrapped(model)
     if form not in ('auto', *FORMS):
         raise ValueError(f"form must be 'auto' or one of {FORMS}, got {form!r}.")
     if form != 'auto':
@@ -39,4 +43,9 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
         forms = forms_by_rule(model) if images is None else forms_by_time(model, images)
     plain = copy.deepcopy(model).eval()
     set_forms(plain, forms)
-    return plain.fuse() if isinstance(plain, HarmonicLayer) else reparameterize_model(plain, inplace=True)
+    if isinstance(plain, HarmonicLayer):
+        return plain.fuse()
+    # Not left to timm's function alone: it does not see a layer that one module has under two names.
+    within = in_fusing_blocks(plain)
+    replace_layers(plain, {name: layer.fuse() for name, layer in harmonic_layers(plain).items() if name not in within})
+    return reparameterize_model(plain, inplace=True)

@@ -122,6 +122,8 @@ def check_patterns(form: Form, names: Iterable[str]) -> None:
         raise TypeError(f'form must be one of {FORMS}, or map patterns of names to them, got {form!r}.')
     for pattern, value in form.items():
         check_form(value)
+        if not isinstance(pattern, str):
+            raise TypeError(f'form must map patterns of names, got {pattern!r}.')
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f'form: {pattern!r} matches none of the harmonic layers.')
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from timm.models import get_model_args
 from torch import nn
 
@@ -20,6 +21,7 @@ Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
 ARCHITECTURE = 'harmonized'  # the registered one: it builds any network of timm and harmonizes it
 
 
+@torch.inference_mode(False)  # what is made in it cannot be trained
 def harmonize(
     model: nn.Module,
     *,
@@ -64,16 +66,18 @@ def harmonize(
     wanted = plan(model, level=level, levels=levels, include=include, exclude=exclude)
     present = {name: layer.named_basis() for name, layer in harmonic_layers(model).items()}
     basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
-    if set(wanted) - set(present) and set(present.values()) - {name_of_basis(**basis)}:
+    name, new = name_of_basis(**basis), set(wanted) - set(present)
+    if (new or name != 'l1') and set(present.values()) - {name}:
         raise ValueError(
-            f'the basis {name_of_basis(**basis)!r} differs from that of the harmonic layers in the network: '
+            f'the basis {name!r} differs from that of the harmonic layers in the network: '
             f'use {next(iter(present.values()))!r}.'
         )
-    check_patterns(form or {}, wanted)
+    form = {} if form is None else form
+    check_patterns(form, wanted)
     if not inplace:
         # Layers that will be replaced are not copied: the copy shares them with the network until then.
         model = copy.deepcopy(model, {id(layer): layer for layer in map(model.get_submodule, wanted)})
-    return apply_plan(model, wanted, basis, form or {})
+    return apply_plan(model, wanted, basis, form)
 
 
 def apply_plan(model: nn.Module, wanted: Mapping[str, int], basis: Mapping[str, Any], form: Form) -> nn.Module:
@@ -85,7 +89,7 @@ def apply_plan(model: nn.Module, wanted: Mapping[str, int], basis: Mapping[str, 
     lower = {name: at_level(layer, wanted[name]) for name, layer in harmonic_layers(model).items() if name in wanted}
     make_harmonic(model, wanted, basis=basis, keep_filters=True)
     replace_layers(model, lower)
-    set_forms(model, forms_by_names(list(harmonic_layers(model)), form))
+    set_forms(model, forms_by_names([name for name in harmonic_layers(model) if name in wanted], form))
     return record_options(model)
 
 

@@ -111,6 +111,14 @@ class Samples:
         self.share = min(1.0, max(_ROWS * count, _FEWEST) / positions)
         self.generator = torch.Generator().manual_seed(0)
 
+    def check(self, name: str) -> None:
+        """Raises ValueError, with the layer's name, if what it computes is not finite."""
+        for moments in (self.fit, self.judge):
+            if moments.sums is not None and not moments.sums.isfinite().all():
+                raise ValueError(
+                    f'{name} has inputs or outputs that are not finite on the data: it cannot be refitted.'
+                )
+
     def add(self, x: Tensor, outputs: Tensor, judges: Tensor) -> None:
         """Adds inputs (B, C, H, W) and outputs (B, O, H', W'); `judges` (B,) says which images judge."""
         number = outputs[0, 0].numel()

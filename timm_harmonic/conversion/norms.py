@@ -1,5 +1,6 @@
 """The batch normalisations of a network: which there are, behind which layers, and their statistics."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,13 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def norms_of(model: nn.Module) -> list[Any]:
-    """The batch normalisations of a network that have statistics, but for those inside harmonic blocks.
+    """The batch normalisations of a network whose statistics follow the data, but for those inside harmonic blocks.
 
-    The statistics of a harmonic block's responses do not change with the levels.
+    The statistics of a harmonic block's responses do not change with the levels. A momentum of 0 freezes them.
     """
     inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d)}
-    return [m for m in model.modules() if isinstance(m, _NORMS) and m.track_running_stats and id(m) not in inside]
+    norms = [module for module in model.modules() if isinstance(module, _NORMS) and id(module) not in inside]
+    return [norm for norm in norms if norm.track_running_stats and norm.momentum != 0]
 
 
 def norms_behind(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
@@ -62,10 +64,11 @@ def by_batch(model: nn.Module) -> Iterator[None]:
 def estimate_statistics(model: nn.Module, parts: Sequence[Tensor]) -> None:
     """Estimates the statistics of a network's batch normalisation anew, as their mean over batches, in place.
 
-    As torch.optim.swa_utils.update_bn does, but nothing else is in training: no dropout.
+    As torch.optim.swa_utils.update_bn does, but nothing else is in training: no dropout. What no image reaches in
+    evaluation, as a head that only training has, keeps its statistics.
     """
     norms = norms_of(model)
-    before = [(norm.training, norm.momentum) for norm in norms]
+    before = [(norm.training, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
     with torch.no_grad(), evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
@@ -74,5 +77,7 @@ def estimate_statistics(model: nn.Module, parts: Sequence[Tensor]) -> None:
             for part in parts if norms else ():
                 model(part)
         finally:
-            for norm, (training, momentum) in zip(norms, before, strict=True):
+            for norm, (training, momentum, state) in zip(norms, before, strict=True):
                 norm.training, norm.momentum = training, momentum
+                if not norm.num_batches_tracked:
+                    norm.load_state_dict(state)

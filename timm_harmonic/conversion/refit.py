@@ -1,6 +1,7 @@
 """Refitting a truncated network to the complete one, on images without labels and without a gradient."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -9,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 from ..layers import HarmonicLayer, dct_frequencies, full_level
-from .convolutions import harmonic_layers
-from .energy import levels_of
+from .convolutions import check_unwrapped, harmonic_layers
+from .energy import COMPUTED, has_own_weight, levels_of
 from .losses import Losses, losses_by_filters
 from .moments import Moments, Samples, by_group, coefficients_of
 from .norms import by_batch, estimate_statistics, norms_behind
+from .progress import progress
 from .running import Use, evaluating, images_in, uses_of, watching
 
 _BYTES = 2**31  # of images that are kept
@@ -27,6 +28,7 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last leaves the coeffi
 _RIDGE = 1e-2  # where levels are compared
 
 
+@torch.inference_mode(False)  # what is made in it cannot be trained
 def refit(
     model: nn.Module, small: nn.Module, data: Iterable[Any], *, batches: int | None = None, inplace: bool = False
 ) -> nn.Module:
@@ -56,20 +58,23 @@ def refit(
 
     Raises:
         ValueError: If the networks do not fit together, there are fewer than eight images or more than 2 GiB of them,
-            or a batch is empty or not finite. Nothing is changed then.
+            a batch is empty or not finite, or what a layer computes on it is not. Nothing is changed then.
+        TypeError: If one of them is no network, or data are no batches.
     """
     _check_pair(model, small)
     parts = data if isinstance(data, Parts) else read_images(data, next(small.parameters()), batches)
+    _check_outputs(model, small, parts[0])
     fitted, counted = copy.deepcopy(small), copy.deepcopy(small)
     with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
         norms, uses = norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
         lowered = [name for name in uses if uses[name] and layers[name].level < full_level(layers[name].kernel_size[0])]
-        for name in tqdm(lowered, desc='refit', unit='layer', leave=False, disable=None):
+        for name in progress(lowered, desc='refit', unit='layer', leave=False):
             _refit_layer(model, fitted, name, uses[name], parts, norms.get(name))
         for network in (fitted, counted):
             estimate_statistics(network, parts)
-        best = min((small, counted, fitted), key=lambda network: output_error(model, network, parts))
+        errors = {network: output_error(model, network, parts) for network in (small, counted, fitted)}
+        best = min(errors, key=lambda network: math.inf if math.isnan(errors[network]) else errors[network])
     if not inplace:
         return copy.deepcopy(small) if best is small else best
     if best is not small:
@@ -82,26 +87,28 @@ class Parts(list[Tensor]):
 
 
 def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Parts:
-    """All images of data, see `images_in`, in parts of about 32 where they have one size.
+    """All images of data, see `images_in`, in parts of about 32 of one size.
 
-    Raises ValueError if there are fewer than eight, or more than 2 GiB.
+    Raises ValueError if there are fewer than eight, more than 2 GiB, or a single one of its size.
     """
     read: list[Tensor] = []
-    size = 0
+    total = 0
     for images in images_in(data, like, batches):
         read.append(images)
-        size += images.nbytes
-        if size > _BYTES:
+        total += images.nbytes
+        if total > _BYTES:
             raise ValueError(f'data have more than {_BYTES / 2**30:g} GiB of images, which are kept: pass batches.')
-    if len({images.shape[1:] for images in read}) == 1:
-        everything = torch.cat(read)
-        # In any order, but always the same one: folders are read class by class, and a batch is to be like all images.
-        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
-        everything = everything[order.to(everything.device)]
-        read = list(everything.tensor_split(-(-len(everything) // _BATCH)))
     if (count := sum(map(len, read))) < 2 * _HELD_OUT:
         raise ValueError(f'refitting needs at least {2 * _HELD_OUT} images, data have {count}.')
-    return Parts(read)
+    parts = Parts()
+    for size in dict.fromkeys(images.shape[1:] for images in read):
+        alike = torch.cat([images for images in read if images.shape[1:] == size])
+        if len(alike) == 1:
+            raise ValueError(f'data have a single image of size {tuple(size)}: refitting needs two at least of each.')
+        # In any order, but always the same one: folders are read class by class, and a batch is to be like all images.
+        order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
+        parts += alike[order.to(alike.device)].tensor_split(-(-len(alike) // _BATCH))
+    return parts
 
 
 def losses_by_refit(model: nn.Module, parts: Sequence[Tensor]) -> Losses:
@@ -121,6 +128,7 @@ def losses_by_refit(model: nn.Module, parts: Sequence[Tensor]) -> Losses:
                 with watching(model, partial(_add, samples, judges), names):
                     model(part)
             for name in names:
+                samples[name].check(name)
                 intercept = layers[name].bias is not None or name in norms
                 found[name] = _losses_of(layers[name], samples.pop(name), intercept)
     return found
@@ -173,6 +181,7 @@ def _refit_layer(
             given = [x for x, _ in _run_to(small, name, len(uses), part)]
         for x, output in zip(given, wanted, strict=True):
             samples.add(x, output, judges)
+    samples.check(name)
     start = by_group(layer.weight, layer.groups)
     nothing = start.new_zeros(layer.groups, start.shape[2])
     present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
@@ -181,7 +190,9 @@ def _refit_layer(
     best = min(errors, key=lambda ridge: errors[ridge])
     if errors[best] >= _relative(samples.judge, start, present):
         return
-    weight, bias = samples.fit.plus(samples.judge).solve(start, best, intercept)  # now by all images
+    # By all images, unless that is worse for those that judge.
+    solved = [moments.solve(start, best, intercept) for moments in (samples.fit.plus(samples.judge), samples.fit)]
+    weight, bias = min(solved, key=lambda of: _relative(samples.judge, *of))
     layer.weight.copy_(coefficients_of(weight, layer.weight))
     if layer.bias is not None:
         layer.bias.copy_(bias.flatten())
@@ -219,7 +230,8 @@ def _run_to(model: nn.Module, name: str, uses: int, images: Tensor) -> list[tupl
     found: list[tuple[Tensor, Tensor]] = []
 
     def note(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        found.append((x, output.clone()))  # what follows may work in place
+        # What follows may work in place.
+        found.append((x.clone() if uses > 1 else x, output.clone()))
         if len(found) == uses:
             raise _Enough
 
@@ -239,24 +251,49 @@ def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) ->
             images = part[judges.to(part.device)]
             if not len(images):  # of a batch that is smaller than four
                 continue
-            for wanted, found in zip(tree_leaves(model(images)), tree_leaves(small(images)), strict=True):
+            for wanted, found in zip(_outputs(model, images), _outputs(small, images), strict=True):
                 error += float((found.double() - wanted.double()).square().sum())
                 variance += float((wanted.double() - wanted.double().mean()).square().sum())
     return error / max(variance, torch.finfo(torch.float64).tiny)
 
 
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The tensors of numbers that a network returns."""
+    return [x for x in tree_leaves(model(images)) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _check_outputs(model: nn.Module, small: nn.Module, images: Tensor) -> None:
+    """Raises ValueError if the networks' outputs cannot be compared."""
+    with torch.no_grad(), evaluating(model), evaluating(small):
+        wanted, found = _outputs(model, images), _outputs(small, images)
+    shapes = [[tuple(x.shape) for x in outputs] for outputs in (wanted, found)]
+    if not wanted or shapes[0] != shapes[1]:
+        raise ValueError(f'the networks must return tensors of the same shapes, got {shapes[0]} and {shapes[1]}.')
+    if not all(x.isfinite().all() for x in wanted + found):
+        raise ValueError('the networks give values that are not finite on the data.')
+
+
 def _check_pair(model: nn.Module, small: nn.Module) -> None:
+    for network in (model, small):
+        check_unwrapped(network)
     layers = harmonic_layers(small)
     if not layers:
         raise ValueError(f'{type(small).__name__} has no harmonic layers: nothing can be refitted.')
     modules = dict(model.named_modules())
     for name, layer in layers.items():
         other: Any = modules.get(name)
-        alike = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'groups')
+        alike = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'groups')
         if other is None or any(getattr(other, key, None) != getattr(layer, key) for key in alike):
             raise ValueError(
                 f'{name} of the truncated network is not in the complete one: it must be the same network.'
             )
-    devices = {str(next(network.parameters()).device) for network in (model, small)}
-    if len(devices) > 1:
-        raise ValueError(f'the networks are on different devices, {" and ".join(sorted(devices))}.')
+        if isinstance(other, HarmonicLayer) and other.level < layer.level:
+            raise ValueError(f'{name} of the complete network keeps less than that of the truncated one: swap them.')
+        if not has_own_weight(layer):
+            raise ValueError(f'cannot refit {name}: {COMPUTED}.')
+    first, second = (next(network.parameters()) for network in (model, small))
+    if (first.device, first.dtype) != (second.device, second.dtype):
+        raise ValueError(
+            f'the networks must be on one device and of one dtype, got {first.dtype} on {first.device} and '
+            f'{second.dtype} on {second.device}.'
+        )

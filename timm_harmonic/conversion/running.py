@@ -38,6 +38,8 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
     if isinstance(data, (Tensor, str)):
         given = f'images {tuple(data.shape)}: pass [images]' if isinstance(data, Tensor) else repr(data)
         raise TypeError(f'data must be batches of images, a loader or a list, got {given}.')
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
+        raise ValueError(f'batches must be an integer of at least 1, got {batches!r}.')
     number = -1
     for number, batch in enumerate(islice(data, batches)):
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -85,15 +87,22 @@ def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None)
 def uses_of(model: nn.Module, images: Tensor) -> dict[str, list[Use]]:
     """How a network, in evaluation, uses each harmonic layer for a batch of images: once, not at all, or repeatedly.
 
-    Layers are in the order of their first use. Raises ValueError if the images are on another device than the network.
+    Layers are in the order of their first use. Raises TypeError if images are no tensor, ValueError if there are none,
+    or they are on another device than the network.
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(f'images must be an example batch (B, C, H, W), got {type(images).__name__}.')
+    if not images.numel():
+        raise ValueError(f'images have shape {tuple(images.shape)}: give at least one image.')
     parameter = next(model.parameters())
     if images.device != parameter.device:
         raise ValueError(f'images are on {images.device}, the network is on {parameter.device}: put them together.')
     found: dict[str, list[Use]] = {}
 
     def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        found.setdefault(name, []).append(Use(x.shape, x.stride(), x.dtype, x.device, output[:, 0].numel()))
+        # Strides as of a copy: an expanded input has places that share memory.
+        stride = torch.empty_like(x, device='meta').stride()
+        found.setdefault(name, []).append(Use(x.shape, stride, x.dtype, x.device, output[:, 0].numel()))
 
     with evaluating(model), watching(model, note), torch.no_grad():
         model(images)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import HarmonicLayer
@@ -20,6 +21,7 @@ from .refit import refit as fit_to
 _COSTS = ('parameters', 'macs', 'time')
 
 
+@torch.inference_mode(False)  # what is made in it cannot be trained
 def truncate(
     model: nn.Module,
     *,
@@ -85,6 +87,8 @@ def truncate(
             f'pass exactly one of level and levels, energy, max_params, ratio; got {" and ".join(given) or "none"}.'
         )
     for name, share in (('energy', energy), ('ratio', ratio)):
+        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float))):
+            raise TypeError(f'{name} must be a number above 0 and at most 1, got {share!r}.')
         if share is not None and not 0 < share <= 1:
             raise ValueError(f'{name} must be above 0 and at most 1, got {share!r}.')
     if losses is not None and data is not None and not refit:
@@ -103,7 +107,10 @@ def truncate(
         budget = 0.0 if energy is not None else _budget(costs, max_params, ratio)
         losses = _losses(model, data, batches) if losses is None else _check_losses(losses, layers)
         if energy is not None:
-            chosen = {name: min(lv for lv, lost in of.items() if lost <= 1 - energy) for name, of in losses.items()}
+            chosen = {
+                name: min((lv for lv, lost in of.items() if lost <= 1 - energy), default=max(of))
+                for name, of in losses.items()
+            }
         else:
             chosen = choose_levels(losses, costs, budget)
     lower = {name: at_level(layer, chosen[name]) for name, layer in layers.items()}
@@ -165,12 +172,14 @@ def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:
 
 
 def _check_losses(losses: Losses, layers: Mapping[str, HarmonicLayer]) -> Losses:
-    """Losses of one's own. Raises ValueError if a layer or a level is missing, or a loss is no share."""
+    """Losses of one's own. Raises TypeError if they are no such mapping, ValueError if one is missing or no share."""
+    if not isinstance(losses, Mapping) or not all(isinstance(of, Mapping) for of in losses.values()):
+        raise TypeError('losses must map names of layers to losses by level, as {"layer1.0.conv1": {5: 0.0, 4: 0.1}}.')
     for name, layer in layers.items():
-        missing = [level for level in levels_of(layer) if level not in losses.get(name, {})]
-        if missing:
-            raise ValueError(f'losses have no entry for {name} at level {missing[0]}.')
-        wrong = [loss for loss in losses[name].values() if not 0 <= loss <= 1]
-        if wrong:
-            raise ValueError(f'losses of {name} must be shares from 0 to 1, got {wrong[0]!r}.')
+        for level in levels_of(layer):
+            if level not in losses.get(name, {}):
+                raise ValueError(f'losses have no entry for {name} at level {level}.')
+            loss = losses[name][level]
+            if not isinstance(loss, (int, float)) or not 0 <= loss <= 1:
+                raise ValueError(f'losses of {name} must be shares from 0 to 1, got {loss!r}.')
     return {name: {level: float(losses[name][level]) for level in levels_of(layer)} for name, layer in layers.items()}

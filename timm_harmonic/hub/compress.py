@@ -15,7 +15,6 @@ from timm.models import parse_model_name, reparameterize_model
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from ..conversion.choose import choose_levels
 from ..conversion.convolutions import harmonic_layers
@@ -25,10 +24,12 @@ from ..conversion.figure import draw
 from ..conversion.forms import forms_by_time, set_forms
 from ..conversion.harmonize import ARCHITECTURE, Selection, harmonize, record_options
 from ..conversion.losses import Losses, losses_by_filters
+from ..conversion.progress import progress
 from ..conversion.report import HarmonicReport, harmonic_report
 from ..conversion.truncate import truncate
 from ..models.checkpoints import CheckpointError, check_fit
 from .deployed import check_packages, write_deployed
+from .device import usable_device
 from .folder import STEPS, check_new, next_step, write_folder
 from .images import MODES
 from .images import data_config as data_config_of
@@ -79,18 +80,24 @@ def compress(
     for option, given in (('--refit', refit), ('--batches', batches is not None)):
         if given and data is None:
             raise HubError(f'{option} needs --data, an image folder. Labels are not used.')
+    if cost != 'parameters' and amount.get('ratio') is None:
+        raise HubError('--cost is what --ratio is of: give --ratio too.')
+    if (model_kwargs or {}).get('features_only'):
+        raise HubError(
+            'compress writes whole networks: leave features_only out, and give it to timm.create_model later.'
+        )
     for folder in (data, evaluate):
         if folder is not None and not folder.is_dir():
             raise HubError(f'{str(folder)!r} is no folder of images.')
-    batches = batches or _BATCHES
+    place, batches = usable_device(device), batches or _BATCHES
     if deploy:
         check_packages()
-    with tqdm(total=7, desc='build', **STEPS) as steps:
+    with progress(total=7, desc='build', **STEPS) as steps:
         source, plain = _load(model_name, checkpoint, pretrained, model_kwargs or {})
         next_step(steps, 'harmonize')
         basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
         whole = harmonize(plain, include=include, exclude=exclude, **basis)
-        whole.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        whole.to(place)
         if channels_last:
             whole.to(memory_format=torch.channels_last)
         next_step(steps, 'truncate')
@@ -98,6 +105,7 @@ def compress(
         load = partial(_loader, batch_size=batch_size, config=config, workers=workers)
         images = None if data is None else _calibration(load(whole, data, 'train'), batches)
         example = _example(whole, config['input_size'], channels_last)
+        _check_size(whole, example)
         costs: dict[str, Any] = {} if cost == 'parameters' else dict(cost=cost, images=example)
         small = truncate(whole, **amount, **costs, data=images, refit=refit)
         if deploy and cost == 'parameters':  # the others have chosen the forms
@@ -189,6 +197,16 @@ def _example(model: nn.Module, size: tuple[int, ...], channels_last: bool) -> Te
     return image.to(memory_format=torch.channels_last) if channels_last else image
 
 
+def _check_size(model: nn.Module, image: Tensor) -> None:
+    """Raises HubError if a network cannot run on images of this size, as one with windows of its own."""
+    try:
+        with torch.inference_mode():
+            model(image)
+    except (AssertionError, RuntimeError) as error:
+        side = ' x '.join(map(str, image.shape[2:]))
+        raise HubError(f'the network takes no images of {side} pixels: {error}. See --img-size.') from error
+
+
 def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any], workers: int) -> Any:
     """timm's loader of an image folder, with the transforms of the network's evaluation."""
     mode = MODES.get(config['input_size'][0])
@@ -208,12 +226,12 @@ def _check_classes(loader: Any, model: nn.Module, folder: Path) -> None:
         raise HubError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
 
 
-def _calibration(loader: Any, batches: int) -> tqdm:
+def _calibration(loader: Any, batches: int) -> Any:
     """Batches of images drawn at random, but always the same ones."""
     dataset, size = loader.dataset, loader.batch_size
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     chosen = DataLoader(Subset(dataset, order[: batches * size].tolist()), size)
-    return tqdm(chosen, desc='weigh', unit='batch', leave=False)
+    return progress(chosen, desc='weigh', unit='batch', leave=False)
 
 
 @torch.inference_mode()
@@ -222,7 +240,7 @@ def _evaluate(model: nn.Module, loader: Any) -> dict[str, float]:
     model.eval()
     device = next(model.parameters()).device
     meters = {k: AverageMeter() for k in (1, 5) if k <= model.num_classes}
-    for images, labels in tqdm(loader, desc='evaluate', unit='batch', leave=False):
+    for images, labels in progress(loader, desc='evaluate', unit='batch', leave=False):
         found = accuracy(model(images.to(device)), labels.to(device), topk=tuple(meters))
         for meter, value in zip(meters.values(), found, strict=True):
             meter.update(value.item(), len(labels))

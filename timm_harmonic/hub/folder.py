@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 from torch import nn
 from tqdm import tqdm
 
+from ..conversion.progress import progress
 from ..models.checkpoints import first_line
 from ..models.download import ORGANISATION, WEIGHTS_NAME
 from ..models.weights import TAG
@@ -51,7 +52,7 @@ def convert(
     if ':' not in model_name and (not timm.is_model(model_name) or key_names(model_name) is None):
         raise HubError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
     check_new(out)
-    with tqdm(total=4, desc='read', **STEPS) as steps:
+    with progress(total=4, desc='read', **STEPS) as steps:
         source, state = read_source(checkpoint, model_name, use_ema)
         next_step(steps, 'build')
         model = build_loaded(model_name, state, source, model_kwargs or {})

@@ -30,7 +30,7 @@ def print_inventory(as_json: bool = False) -> None:
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ('model', 'params', 'stem', 'levels', 'weights'):
-        table.add_column(title, justify='right' if title == 'params' else 'left', no_wrap=True)
+        table.add_column(title, justify='right' if title == 'params' else 'left', no_wrap=title in ('model', 'params'))
     for entry in entries:
         levels = ['all' if level is None else str(level) for level in entry['levels']] or ['plain']
         table.add_row(

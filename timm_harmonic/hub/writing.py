@@ -10,7 +10,14 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a file under another name, then renames it: an interruption leaves no half of a file."""
+    """Lets `write` make a file under another name, then renames it: an interruption leaves no half of a file.
+
+    A link stays, and what it points at is written. What is no file, as /dev/stdout, is written as it is.
+    """
+    if path.exists() and (not path.is_file() or path.is_relative_to('/dev')):
+        write(path)
+        return
+    path = path.resolve()
     partial = path.with_name(f'.{path.name}.partial')
     try:
         write(partial)

@@ -27,15 +27,22 @@ def conv_args(conv: nn.Module) -> dict[str, Any]:
 
 
 def write_name(name: str, device: torch.device | str = 'cpu') -> Tensor | None:
-    """The name of a basis as a layer's `basis_name`: bytes of text (N,), None for the authors' basis."""
-    return None if name == 'l1' else torch.tensor(list(name.encode()), dtype=torch.uint8, device=device)
+    """The name of a basis as a layer's `basis_name`: bytes (N,), None for the authors' basis.
+
+    A letter's code is doubled and one is added: an average that scripts make of equal bytes may be one less.
+    """
+    if name == 'l1':
+        return None
+    return torch.tensor([2 * code + 1 for code in name.encode('ascii')], dtype=torch.uint8, device=device)
 
 
 def read_name(basis_name: Tensor | None) -> str:
     """The name in a layer's `basis_name`, whatever dtype a script has averaged or cast it to."""
     if basis_name is None:
         return 'l1'
-    return bytes(basis_name.to('cpu', torch.uint8).flatten().tolist()).decode(errors='replace')
+    codes = basis_name.to('cpu', torch.uint8).flatten()
+    doubled = len(codes) > 0 and codes[0] >= 2 * ord('a')  # files of before have the letters' own codes
+    return bytes((codes // 2 if doubled else codes).tolist()).decode(errors='replace')
 
 
 class HarmonicLayer(nn.Module):
@@ -169,6 +176,12 @@ class HarmonicLayer(nn.Module):
             if coefficients is not stored:  # they refer to our basis now
                 state_dict = {**state_dict, weight: coefficients}
             elif problem := self.other_basis(state_dict.get(key)):
+                error_msgs.append(f'{weight}: {problem}')
+                return
+        else:
+            # Pruned or normed, the weight is computed from what is there in its place.
+            computed = any(name.startswith((weight, f'{prefix}parametrizations.weight.')) for name in state_dict)
+            if computed and (problem := self.other_basis(state_dict.get(key))):
                 error_msgs.append(f'{weight}: {problem}')
                 return
         self.energy_kept = None

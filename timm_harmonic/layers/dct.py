@@ -38,7 +38,7 @@ def check_smoothness(smoothness: float | None) -> float | None:
         raise TypeError(message)
     if not 0 <= smoothness <= MAX_SMOOTHNESS:
         raise ValueError(message)
-    return float(smoothness)
+    return abs(float(smoothness))  # -0.0 would have a name of its own
 
 
 def name_of_basis(normalization: str, smoothness: float | None) -> str:

@@ -73,7 +73,7 @@ def _create(
     These are the base's, which are projected, unless a config or overlay names a file, a folder, a repository of the
     Hub or a url. What is there may be plain or harmonic.
     """
-    base = _base_architecture(base_model)
+    base, form = _base_architecture(base_model), {} if form is None else form
     given = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
     named = bool(given.source or given.state_dict or given.has_weights)
     ours: Any = sys.modules[model_entrypoint(base).__module__] if base.startswith('harm') else None
@@ -88,15 +88,15 @@ def _create(
         of_base.update(kwargs)
         model = create_base(**extra, **kwargs)
         wanted = choose(model)
-        check_patterns(form or {}, wanted)
-        return _without_args(apply_plan(model, wanted, basis, form or {}))
+        check_patterns(form, wanted)
+        return _without_args(apply_plan(model, wanted, basis, form))
 
     def make_features(**kwargs: Any) -> nn.Module:
         # A class of its own lacks parts of the network. The choice is made on the complete one.
         wanted = choose(timm.create_model(base_model, **kwargs))
-        check_patterns(form or {}, wanted)
+        check_patterns(form, wanted)
         model = create_base(features_only=True, **features, **extra, **kwargs)
-        return _without_args(apply_plan(model, wanted, basis, form or {}))
+        return _without_args(apply_plan(model, wanted, basis, form))
 
     def fitting(checkpoint: StateDict, model: nn.Module) -> StateDict:
         """The state dict of a network whose base is ours, or of that base, in which more functions may be kept."""

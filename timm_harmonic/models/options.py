@@ -7,7 +7,7 @@ from timm.models import register_model
 from torch import nn
 
 from ..conversion.convolutions import make_harmonic, reasons_to_skip
-from ..layers import check_level, full_level
+from ..layers import check_level, full_level, name_of_basis
 
 StageLevels = int | Sequence[int | None] | None  # for all stages, or one a stage; None keeps all frequencies
 
@@ -58,6 +58,7 @@ def make_network_harmonic(
     for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
         if not isinstance(value, bool):
             raise TypeError(f'{option} must be True or False, got {value!r}.')
+    name_of_basis(**basis)  # checks it where no layer does
     wanted = {
         name: level_of(name)
         for name in reasons_to_skip(model)

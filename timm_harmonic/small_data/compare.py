@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from tqdm import tqdm
 
 from ..conversion.convolutions import harmonic_layers
+from ..conversion.progress import progress
+from ..hub.device import usable_device
 from ..hub.writing import write_whole
 from .figure import draw_comparison
 from .folder import DataError, Folder, read_folder, stratified
@@ -55,7 +56,10 @@ def compare(
     if missing:
         raise CompareError(f'missing packages: pip install {" ".join(missing)}')
     networks = [network(text) for text in dict.fromkeys(models)]
-    images = read_folder(folder, img_size, skip_bad)
+    place = usable_device(device)
+    images = read_folder(folder, img_size, skip_bad, but=out)
+    for net in networks:
+        net.check(len(images.classes), images.channels, images.size)
     train, test, validation, mean, std = _prepare(images)
     recipe = Recipe(epochs=epochs, batch_size=batch_size, opt=opt, augment=augment, flip=flip)
     settings: dict[str, Any] = dict(
@@ -63,7 +67,7 @@ def compare(
     )
     settings |= dict(images=[fingerprint(images) for images in (train, test, validation) if images is not None])
     store = Store(out / 'runs.jsonl', settings)
-    with tqdm(unit='epoch', smoothing=0.05) as bar:
+    with progress(unit='epoch', smoothing=0.05) as bar:
         protocol = Protocol(
             lambda seed: (train, test),
             networks,
@@ -72,7 +76,7 @@ def compare(
             trials,
             seeds,
             store,
-            device,
+            place,
             validation=validation,
             describe=bar.set_description,
             after_epoch=lambda epoch: bar.update(),
@@ -110,8 +114,8 @@ def _prepare(images: Folder) -> tuple[Images, Images, Images | None, list[float]
         pixels, labels = splits['train']
         kept, out = stratified(labels, _TEST_SHARE, 0, images.classes)
         splits = dict(train=(pixels[kept], labels[kept]), test=(pixels[out], labels[out]))
-    mean = splits['train'][0].mean((0, 2, 3), keepdim=True)
-    std = splits['train'][0].std((0, 2, 3), keepdim=True)
+    wide = splits['train'][0].double()  # sums of large values leave float32
+    mean, std = (of(wide, dim=(0, 2, 3), keepdim=True).float() for of in (torch.mean, torch.std))
     if (std == 0).any():
         raise DataError(f'channel {int((std == 0).flatten().nonzero()[0])} is the same everywhere: leave it out.')
 
@@ -157,7 +161,7 @@ def _search(protocol: Protocol, trials: int, seeds: int) -> dict[str, Any]:
 
 def _data(images: Folder, train: Images, test: Images, mean: list[float], std: list[float]) -> dict[str, Any]:
     counts = dict(train=len(train), test=len(test), channels=images.channels, img_size=images.size)
-    about = dict(classes=images.classes, mean=mean, std=std, skipped=images.skipped)
+    about = dict(classes=images.classes, mean=mean, std=std, skipped=images.skipped, splits=images.names)
     return dict(counts, chance=100 * max(torch.bincount(test.labels).tolist()) / len(test), **about)
 
 
@@ -171,7 +175,10 @@ def _command(folder: Path, images: Folder, results: dict[str, Any], networks: di
     name, of = max(results['networks'].items(), key=lambda item: item[1]['accuracy_mean'])
     recipe, net = results['recipe'], networks[name]
     options = [f'{key}={str(value).replace(" ", "")}' for key, value in net.options.items()]
-    words = ['python', 'train.py', '--data-dir', str(folder), '--device-modules', 'timm_harmonic', '--model', net.model]
+    words = ['python', 'train.py', '--data-dir', str(folder)]
+    for option, split in (('train', images.names.get('train')), ('val', _judging(images))):
+        words += [f'--{option}-split', split] if split not in (None, 'train', 'validation') else []
+    words += ['--device-modules', 'timm_harmonic', '--model', net.model]
     words += ['--model-kwargs', *options] if options else []
     words += f'--num-classes {len(images.classes)} --in-chans {images.channels}'.split()
     words += f'--input-size {images.channels} 224 224'.split()
@@ -186,9 +193,14 @@ def _command(folder: Path, images: Folder, results: dict[str, Any], networks: di
     return shlex.join(words)
 
 
+def _judging(images: Folder) -> str | None:
+    """Name of the folder that train.py is to validate on."""
+    return images.names.get('validation', images.names.get('test'))
+
+
 def _print(results: dict[str, Any], out: Path) -> None:
     data, search = results['data'], results['search']
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if data['skipped']:
         console.print(f'{len(data["skipped"])} files were left out: {", ".join(data["skipped"][:5])}', highlight=False)
     title = (
@@ -205,8 +217,13 @@ def _print(results: dict[str, Any], out: Path) -> None:
         console.print(f'Left out for the time limit: {left["trials"]} trials and {left["seeds"]} seeds a network.')
     if results['command']:
         print(f"The best network at 224 pixels, by timm's train.py:\n{results['command']}")
+        if not results['data']['splits']:
+            print(
+                'Without train/ and validation/ it validates on the images that it trains on: split the folder first.'
+            )
     else:
         print(
-            "timm's train.py does not read these files: its loader takes pictures of one or three channels and 8 bits."
+            "timm's train.py does not read these files: its loader takes .png, .jpg and .jpeg of one or three channels "
+            'and 8 bits.'
         )
     print(f'Wrote {out / "results.json"} and {out / "compare.png"}.')

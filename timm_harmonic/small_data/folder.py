@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from timm.data import get_img_extensions
 from torch import Tensor
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
+
+from ..conversion.progress import progress
 
 _TRAIN, _VALIDATION, _TEST = ('train', 'training'), ('validation', 'val', 'valid'), ('test', 'testing')
 _TIFF = ('.tif', '.tiff')
@@ -33,6 +35,7 @@ class Folder:
     splits: dict[str, tuple[Tensor, Tensor]]
     skipped: list[str]  # files that could not be read, and why
     plain_files: bool  # whether timm's own loader can read them: pictures of one or three channels and 8 bits
+    names: dict[str, str]  # of the folders of the splits, if there are any
 
     @property
     def channels(self) -> int:
@@ -48,8 +51,8 @@ class Folder:
 def read_image(path: Path) -> np.ndarray:
     """An image as (H, W, C), in the values and the type that the file has.
 
-    Gray ones have one channel, and an alpha channel is left out. Raises DataError if the file is no image, or has
-    values that are not finite.
+    Gray ones have one channel, and an alpha channel is left out; of a TIFF all channels are kept. Raises DataError if
+    the file is no image, or has values that are not finite in float32.
     """
     try:
         if path.suffix.lower() == '.npy':
@@ -58,14 +61,20 @@ def read_image(path: Path) -> np.ndarray:
             array = _read_tiff(path)
         else:
             array = _read_picture(path)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:  # Pillow raises SyntaxError for some
+    except DataError:
+        raise
+    except Exception as error:  # what a damaged file makes of its reader
         raise DataError(str(error) or type(error).__name__) from error
+    if not isinstance(array, np.ndarray):
+        raise DataError('it holds several arrays: save each alone')
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in 'buif':
         raise DataError(f'shape {array.shape} of {array.dtype} is not (H, W) or (H, W, C) of numbers')
-    if not np.isfinite(array).all():
-        raise DataError('it has values that are not finite')
+    with np.errstate(over='ignore'):
+        finite = np.isfinite(array.astype(np.float32)).all()
+    if not finite:
+        raise DataError('it has values that are not finite in float32')
     return array
 
 
@@ -85,6 +94,8 @@ def _read_tiff(path: Path) -> np.ndarray:
         raise DataError('TIFF needs a package: pip install tifffile') from error
     try:
         with tifffile.TiffFile(path) as file:
+            if file.pages.first.photometric == tifffile.PHOTOMETRIC.PALETTE:
+                return _read_picture(path)  # the array has places in the palette
             series = file.series[0]
             array, axes = series.asarray(), series.axes
     except ValueError as error:
@@ -96,14 +107,15 @@ def _read_tiff(path: Path) -> np.ndarray:
     return array.reshape(*array.shape[:2], -1)  # samples, pages and planes are channels
 
 
-def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -> Folder:
+def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, but: Path | None = None) -> Folder:
     """Reads an image folder: train/ and validation/ or test/ with a folder for each class, or class folders alone.
 
     Every image is resized, so that its shorter side has `size` pixels, and its centre is cut. Without a size it is the
-    median shorter side, 64 at most. Raises DataError if the folder is not such a folder, a file cannot be read
-    (unless `skip_bad`), or the images do not fit together.
+    median shorter side, 64 at most. The folder `but` is left out. Raises DataError if the folder is not such a folder,
+    a file cannot be read (unless `skip_bad`), or the images do not fit together.
     """
-    files = _files(folder)
+    places = _splits(folder)
+    files = {split: _by_class(path, but) for split, path in places.items()}
     classes = sorted({name for of_class in files.values() for name in of_class})
     if len(classes) < 2:
         raise DataError(
@@ -115,7 +127,9 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -
     bad: list[str] = []
     arrays: dict[str, list[tuple[np.ndarray, int]]] = {split: [] for split in files}
     channels: dict[int, Path] = {}
-    with tqdm(total=sum(len(paths) for of in files.values() for paths in of.values()), desc='read', leave=False) as bar:
+    with progress(
+        total=sum(len(paths) for of in files.values() for paths in of.values()), desc='read', leave=False
+    ) as bar:
         for split, of_class in files.items():
             for name, paths in of_class.items():
                 for path in paths:
@@ -143,8 +157,9 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False) -
         splits[split] = pixels, torch.tensor([label for _, label in of_split])
     suffixes = {path.suffix.lower() for of in files.values() for paths in of.values() for path in paths}
     deep = any(array.max() > 255 for of_split in arrays.values() for array, _ in of_split)
-    plain = not suffixes & {'.npy', *_TIFF} and set(channels) <= {1, 3} and not deep
-    return Folder(classes, splits, bad, plain)
+    plain = suffixes <= set(get_img_extensions()) and set(channels) <= {1, 3} and not deep
+    names = {split: path.name for split, path in places.items() if path != folder}
+    return Folder(classes, splits, bad, plain, names)
 
 
 def unreadable(bad: Sequence[str]) -> DataError:
@@ -160,31 +175,40 @@ def _square(array: np.ndarray, side: int) -> Tensor:
     return functional.center_crop(image, [side, side])
 
 
-def _files(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """Paths by split and class."""
+def _splits(folder: Path) -> dict[str, Path]:
+    """Where the splits are: folders with a folder for each class. Without train/ all is 'train'."""
     if not folder.is_dir():
         raise DataError(f'{str(folder)!r} is no folder.')
-    here = {path.name.lower(): path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')}
+    here = {path.name.lower(): path for path in _folders(folder)}
     found: dict[str, Path] = {}
     for split, names in (('train', _TRAIN), ('validation', _VALIDATION), ('test', _TEST)):
         for name in names:
-            if name in here:
+            if name in here and _folders(here[name]):  # else it is a class that has this name
                 found[split] = here[name]
+    if not found:
+        return {'train': folder}
+    given = ' and '.join(f'{path.name}/' for path in found.values())
     if 'train' not in found:
-        found = {'train': folder}
-    elif len(found) == 1:
-        raise DataError(f'{str(folder)!r} has {found["train"].name}/, but neither validation/ nor test/.')
-    return {split: _by_class(path) for split, path in found.items()}
+        raise DataError(f'{str(folder)!r} has {given}, but no train/.')
+    if len(found) == 1:
+        raise DataError(f'{str(folder)!r} has {given}, but neither validation/ nor test/.')
+    return found
 
 
-def _by_class(folder: Path) -> dict[str, list[Path]]:
-    classes = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith('.'):
-            files = sorted(p for p in path.rglob('*') if p.is_file() and not p.name.startswith('.'))
-            if files:
-                classes[path.name] = files
-    return classes
+def _folders(folder: Path) -> list[Path]:
+    """Folders in a folder, but for hidden ones."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Files in a folder at any depth, but for hidden ones and those in hidden folders."""
+    found = sorted(path for path in folder.rglob('*') if path.is_file())
+    return [path for path in found if not any(part.startswith('.') for part in path.relative_to(folder).parts)]
+
+
+def _by_class(folder: Path, but: Path | None) -> dict[str, list[Path]]:
+    others = [path for path in _folders(folder) if but is None or path.resolve() != but.resolve()]
+    return {path.name: files for path in others if (files := files_in(path))}
 
 
 def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,11 @@ import dataclasses
 from typing import Any
 
 import timm
+import torch
 from timm.utils import random_seed
 from torch import nn
+
+from ..models.checkpoints import first_line
 
 # A ResNet for a few hundred images of 32 to 96 pixels, of 0.3 million parameters.
 _SMALL: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), stem_pool='max')
@@ -33,6 +36,16 @@ class Network:
         """A new network. Its initial weights follow from the seed."""
         random_seed(seed)
         return timm.create_model(self.model, num_classes=num_classes, in_chans=in_chans, **self.options)
+
+    def check(self, num_classes: int, in_chans: int, size: int) -> None:
+        """Raises ValueError if the network cannot be built, or cannot run on images of this size."""
+        try:
+            model = self.build(num_classes, in_chans, 0).eval()
+            with torch.no_grad():
+                model(torch.zeros(1, in_chans, size, size))
+        except Exception as error:  # any network of timm, with any options
+            problem = f'{type(error).__name__}: {first_line(error)}'
+            raise ValueError(f'{self.name} cannot be used on images of {size} x {size} pixels: {problem}') from error
 
 
 def network(text: str) -> Network:

@@ -16,12 +16,13 @@ from rich.table import Table
 from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
+from ..conversion.progress import progress
+from ..hub.device import usable_device
 from ..hub.images import MODES, data_config
 from ..hub.provenance import build_loaded, create_trained, read_source
 from ..models.checkpoints import first_line
-from .folder import DataError, read_image, unreadable
+from .folder import DataError, files_in, read_image, unreadable
 
 
 def predict(
@@ -52,11 +53,11 @@ def predict(
     files = list(_files(paths))
     if not files:
         raise DataError(f'no files in {", ".join(map(str, paths))}.')
-    model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    model.to(usable_device(device))
     prepare = Preparation(model)
     rows: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], Tensor]] = []
-    for path in tqdm(files, unit='image', leave=False):
+    for path in progress(files, unit='image', leave=False):
         row: dict[str, Any] = dict(file=str(path))
         rows.append(row)
         try:
@@ -124,7 +125,8 @@ class Preparation:
             return self.transform(picture.convert(MODES[self.channels]))
         if array.shape[2] != self.channels:
             raise DataError(f'it has {array.shape[2]} channels, the network takes {self.channels}')
-        scale = np.iinfo(array.dtype).max if array.dtype in (np.uint8, np.uint16) else 1
+        short = array.dtype.kind in 'iu' and array.dtype.itemsize <= 2
+        scale = np.iinfo(array.dtype).max if short else 1
         image = torch.from_numpy(array.astype(np.float32) / scale).permute(2, 0, 1)
         height, width = self.config['input_size'][1:]
         shorter = int(min(height, width) / self.config['crop_pct'])
@@ -149,8 +151,7 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
     """Files, and those in folders at any depth; hidden ones are left out there. Raises DataError if one is missing."""
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob('*') if p.is_file())
-            yield from (p for p in inside if not any(part.startswith('.') for part in p.relative_to(path).parts))
+            yield from files_in(path)
         elif path.exists():
             yield path
         else:
@@ -178,4 +179,4 @@ def write_predictions(rows: list[dict[str, Any]], form: str, file: TextIO | None
     for row in rows:
         classes = ', '.join(f'{of["name"]} {of["probability"]:.1%}' for of in row.get('classes', ()))
         table.add_row(row['file'], classes or f'left out: {row["error"]}')
-    Console(file=out, highlight=False).print(table)
+    Console(file=out, highlight=False, markup=False, emoji=False).print(table)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
-from tqdm import tqdm
 
+from ..conversion.progress import progress
 from ..hub.writing import write_whole
 from .figure import draw_quickstart, energy_by_frequency
 from .networks import MEANINGS, NAMED, network
@@ -109,7 +109,7 @@ def quickstart(
     recipe = dataclasses.replace(RECIPE, epochs=epochs)
     runs: dict[str, list[dict[str, Any]]] = {net.name: [] for net in networks}
     stems: dict[str, list[Tensor]] = {net.name: [] for net in networks}
-    with one_thread(), tqdm(total=seeds * len(networks) * epochs, unit='epoch') as bar:
+    with one_thread(), progress(total=seeds * len(networks) * epochs, unit='epoch') as bar:
         for seed in range(seeds):
             images = patches(photographs, train_per_class, seed, test_per_class)
             for net in networks:

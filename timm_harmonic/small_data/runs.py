@@ -86,15 +86,20 @@ class Store:
         lines = text.split('\n')
         if lines[-1]:  # the line that was being written
             path.write_text(text[: len(text) - len(lines[-1])])
-        first, *rest = (json.loads(line) for line in lines[:-1]) if len(lines) > 1 else (dict(settings=settings),)
-        if first['settings'] != settings:
-            changed = [key for key in settings if first['settings'].get(key) != settings[key]]
+        try:
+            before, *rest = [json.loads(line) for line in lines[:-1]] or [dict(settings={})]
+            self.results = {line['key']: line['result'] for line in rest}
+            changed = [key for key in settings if before['settings'].get(key) != settings[key]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CompareError(f'{path} is no file of runs: name another --out, or delete it.') from error
+        if changed and self.results.keys() - {'probe'}:
             raise CompareError(
                 f'{path} has runs with other settings ({", ".join(changed)}): name another --out, or delete it.'
             )
-        if len(lines) == 1:
-            self._append(first)
-        self.results = {line['key']: line['result'] for line in rest}
+        if changed:  # and nothing was trained
+            path.unlink()
+            self.results = {}
+            self._append(dict(settings=settings))
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The result of a key, made and kept if it is not there."""

@@ -1,0 +1,13 @@
+"""Where networks run."""
+
+import torch
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of this name, by default CUDA's if there is one. Raises ValueError if nothing can run on it here."""
+    try:
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        torch.zeros(1, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f'device {name!r} cannot be used here: {str(error).partition(chr(10))[0]}') from error
+    return device
