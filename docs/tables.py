@@ -91,18 +91,20 @@ def paper_small() -> str:
 
 
 def speed() -> str:
-    """Times as ratios to plain networks, of benchmarks/results/cpu.json."""
-    report = json.loads((RESULTS / 'cpu.json').read_text())
+    """Times as ratios to plain networks, of benchmarks/results/cpu.json and of its kin for other versions of torch."""
     setting = dict(precision='fp32', channels_last=False, compiled=False)
-    found = {(r['model'], r['mode'], r['batch']): r['runs'] for r in report['rows'] if setting.items() <= r.items()}
     evaluation = [('eval', batch, key) for batch in (1, 8) for key in ('fused', 'harmonic', 'original')]
     columns = [*evaluation, ('train', 8, 'harmonic'), ('train', 8, 'original')]
-    rows = [
-        [f'`{name}`', *(f'{found[name, mode, batch][key]["ratio"]:.2f}' for mode, batch, key in columns)]
-        for name in dict.fromkeys(name for name, _, _ in found)
-    ]
+    rows = []
+    for path in sorted([*RESULTS.glob('torch-*/cpu.json'), RESULTS / 'cpu.json']):
+        report = json.loads(path.read_text())
+        version = report['environment']['torch'].partition('+')[0]
+        found = {(r['model'], r['mode'], r['batch']): r['runs'] for r in report['rows'] if setting.items() <= r.items()}
+        for name in dict.fromkeys(name for name, _, _ in found):
+            cells = [f'{found[name, mode, batch][key]["ratio"]:.2f}' for mode, batch, key in columns]
+            rows.append([f'`{name}`', version, *cells])
     titles = ['eval, batch 1: fused', 'harmonic', 'original', 'batch 8: fused', 'harmonic', 'original']
-    return markdown(['network', *titles, 'training step, batch 8', 'original'], rows)
+    return markdown(['network', 'torch', *titles, 'training step, batch 8', 'original'], rows)
 
 
 def _truncation(when: str) -> str:

@@ -32,6 +32,7 @@ TABLES = dict(
     small_data=small_data.table,
     smoothness=smoothness.table,
 )
+SPEED = sorted(path for path in RESULTS.rglob('*.json') if path.stem in ('cpu', 'cuda'))
 SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 
 
@@ -127,34 +128,35 @@ def values(report, key=''):
         yield key, report
 
 
-@pytest.mark.parametrize('name', sorted(path.stem for path in RESULTS.glob('*.md')))
-def test_saved_tables_are_made_from_the_saved_reports(name):
+@pytest.mark.parametrize('path', sorted(RESULTS.rglob('*.md')), ids=lambda path: str(path.relative_to(RESULTS)))
+def test_saved_tables_are_made_from_the_saved_reports(path):
     """A new network, setting or method in the code does not need a new measurement."""
-    report = json.loads((RESULTS / f'{name}.json').read_text())
-    assert (RESULTS / f'{name}.md').read_text() == TABLES[name](report)
+    report = json.loads(path.with_suffix('.json').read_text())
+    assert path.read_text() == TABLES[path.stem](report)
     found = list(values(report))
     assert all(math.isfinite(value) for _, value in found if isinstance(value, float))
     assert all(timm.is_model(value) for key, value in found if key == 'model')
     assert {'torch', 'timm', 'processor', 'date'} <= report['environment'].keys()
 
 
-@pytest.mark.parametrize('name', [name for name in ('cpu', 'cuda') if (RESULTS / f'{name}.json').exists()])
-def test_saved_ratios_are_to_the_plain_twin(name, tmp_path):
+@pytest.mark.parametrize('path', SPEED, ids=lambda path: str(path.relative_to(RESULTS)))
+def test_saved_ratios_are_to_the_plain_twin(path, tmp_path):
     """Each comparison is there once, with the noise of a second plain network. The plot can be drawn again."""
-    report = json.loads((RESULTS / f'{name}.json').read_text())
+    report = json.loads(path.read_text())
     about = ('model', 'device', 'precision', 'channels_last', 'compiled', 'mode', 'batch', 'size')
     for rows, least in (
         (report['rows'], {'plain', 'plain again', 'harmonic', 'original'}),
         (report['growth'], {'plain'}),
     ):
-        assert len({tuple(row[key] for key in about) for row in rows}) == len(rows) > 0
+        assert len({tuple(row[key] for key in about) for row in rows}) == len(rows)
         for row in rows:
-            assert row['device'] == name
+            assert row['device'] == path.stem
             assert least <= row['runs'].keys()
             assert [row['runs']['plain'][key] for key in ('low', 'ratio', 'high')] == [1, 1, 1]
             for run in row['runs'].values():
                 assert 0 < run['low'] <= run['ratio'] <= run['high']
                 assert run['seconds'] > 0
+    assert report['rows']
     plot(report, tmp_path / 'again.png')
     assert (tmp_path / 'again.png').stat().st_size > 10_000
 
