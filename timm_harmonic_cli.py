@@ -33,6 +33,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _natural(text: str) -> int:
+    return 0 if text == '0' else _positive(text)
+
+
 def _minutes(text: str) -> float:
     try:
         minutes = float(text)
@@ -193,7 +197,7 @@ def _predict(args: argparse.Namespace) -> None:
     given = ('checkpoint', 'pretrained', 'topk', 'batch_size', 'device', 'skip_bad')
     options = {key: getattr(args, key) for key in given}
     names = _lines(args.class_names)
-    if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+    if args.out is not None and (args.out.is_dir() or not args.out.resolve().parent.is_dir()):
         raise ValueError(f'--out {args.out} must be a file in a folder that is there.')
     rows = predict(args.model, args.images, model_kwargs=dict(args.model_kwargs), class_names=names, **options)
     if args.out is None:
@@ -243,7 +247,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     add('--deploy', action='store_true', help=deploy)
     add('--channels-last', action='store_true', help='run, time and deploy in this memory format')
     add('--device', metavar='DEVICE', help='where to run (default: cuda if there is one)')
-    add('--workers', type=int, default=0, metavar='N', help='processes that read images (default: 0)')
+    add('--workers', type=_natural, default=0, metavar='N', help='processes that read images (default: 0)')
     add(
         '--include', nargs='+', metavar='PATTERN', help="only these convolutions, as 'layer3.*' (default: all that can)"
     )

@@ -9,7 +9,7 @@ import torch
 from timm.models import get_model_args, reparameterize_model
 from torch import nn
 
-from timm_harmonic import HarmonicConv2d, deploy, harmonize, truncate
+from timm_harmonic import HarmonicConv2d, deploy, harmonic_report, harmonize, truncate
 from timm_harmonic.conversion import forms, timing
 from timm_harmonic.conversion.convolutions import harmonic_layers
 from timm_harmonic.conversion.costs import count_macs, mac_costs
@@ -241,6 +241,10 @@ def test_errors(network):
         deploy(nn.DataParallel(network))
     with pytest.raises(TypeError, match='a network is wanted'):
         deploy('resnet18')
+    hooked = copy.deepcopy(network)
+    hooked.layer1[0].conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match=r'cannot deploy layer1\.0\.conv1: has hooks'):
+        deploy(hooked)
 
 
 def test_one_layer_under_two_names():
@@ -262,6 +266,9 @@ def test_costs_are_those_of_the_fused_network(name):
     costs = mac_costs(model, x)
     assert costs.present == count_macs(deploy(model, form='dense'), x)
     assert (costs.least < costs.present) == (name == 'resnet10t')
+    if name == 'repvgg_a0':
+        report = harmonic_report(truncate(model, ratio=1.0, cost='time', images=x), x)
+        assert {conv.ms for conv in report.convolutions} == {None}  # nothing there was timed
 
 
 def test_images_that_share_memory(network):
@@ -271,7 +278,17 @@ def test_images_that_share_memory(network):
 
 
 def test_what_is_made_in_inference_mode_can_be_trained(network):
+    with torch.no_grad():
+        seen = []
+        batches = (seen.append(torch.is_grad_enabled()) or torch.randn(16, 3, 32, 32) for _ in range(2))
+        truncate(harmonize(timm.create_model('resnet10t', channels=(8, 8, 8, 8))), level=2, data=batches, refit=True)
+        assert seen == [False, False]
     with torch.inference_mode():
+        made = harmonize(timm.create_model('resnet10t', channels=(8, 8, 8, 8)))
+        for options in (dict(level=2), dict(level=2, data=[torch.randn(16, 3, 32, 32)], refit=True)):
+            with pytest.raises(ValueError, match='made in inference mode'):
+                truncate(timm.create_model('harm_resnet18', channels=(8, 8, 8, 8)), inplace=True, **options)
+            truncate(made, inplace=True, **options)
         low = truncate(harmonize(timm.create_model('resnet10t', channels=(8, 8, 8, 8)).eval()), level=2)
         plain = deploy(low)
     for model in (low, plain):

@@ -360,6 +360,65 @@ def test_a_convolution_is_no_network():
         harmonize(nn.Conv2d(3, 3, 3))
 
 
+def spoiled(what):
+    """Two convolutions, the first of which has what another layer in its place would lack."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    if what == 'replaced':
+        model[0]._conv_forward = lambda x, weight, bias: x
+    elif what == 'shares its bias':
+        model[0].bias = model[1].bias
+    elif what == 'of its own':
+        model[0].scale = nn.Parameter(torch.ones(1))
+    elif what == 'buffers':
+        model[0].register_buffer('mask', torch.ones(1))
+    elif what == 'int8':
+        model[0].weight = nn.Parameter(torch.ones(4, 4, 3, 3, dtype=torch.int8), requires_grad=False)
+    elif what == 'what its arguments say':
+        model[0].out_channels = 8
+    return model
+
+
+@pytest.mark.parametrize(
+    'what', ['replaced', 'shares its bias', 'of its own', 'buffers', 'int8', 'what its arguments say']
+)
+def test_what_would_be_lost_stays_plain(what):
+    model = spoiled(what)
+    assert what in harmonic_report(model).convolutions[0].reason
+    if what != 'shares its bias':  # there the other one stays plain too
+        assert list(harmonic_layers(harmonize(model))) == ['1']
+
+
+def test_a_copy_shares_nothing():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.again = [self.conv]
+
+        def forward(self, x):
+            return self.again[0](x)
+
+    model = Listed()
+    copy_ = harmonize(model)
+    assert copy_.again[0] is not model.conv
+    low = truncate(copy_, level=2)
+    assert low.conv is not copy_.conv
+
+
+def test_a_report_of_lazy_layers():
+    report = harmonic_report(nn.Sequential(nn.LazyConv2d(3, 3), nn.Conv2d(3, 3, 3)))
+    assert 'no weights yet' in report.convolutions[0].reason
+    assert report.parameters == 84
+
+
+def test_coefficients_beyond_half_precision():
+    with pytest.raises(ValueError, match=r'too large for torch\.float16: take less smoothness'):
+        harmonize(nn.Sequential(nn.Conv2d(16, 16, 7)).half(), smoothness=8.0)
+    layer = HarmonicConv2d(16, 16, 7, smoothness=8.0).half()
+    with pytest.raises(RuntimeError, match='too large'):
+        layer.load_state_dict(nn.Conv2d(16, 16, 7).state_dict())
+
+
 def test_forms_are_for_what_is_asked_for():
     model = harmonize(harmonize(timm.create_model('resnet10t')), include='layer1.*', form='separable')
     forms = {name: layer.form for name, layer in harmonic_layers(model).items()}

@@ -407,6 +407,21 @@ def test_values_beyond_the_precision_are_refused():
         with pytest.raises(ValueError, match='not finite'):
             truncate(model, data=huge, refit=True, **amount)
 
+    class Steep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = tiny()[0]
+
+        def forward(self, x):
+            return self.network(x).exp()
+
+    model = Steep().eval()
+    for place in range(0, 64, 9):  # in whatever part of the images
+        data = smooth(64)
+        data[place] *= 1e6
+        with pytest.raises(ValueError, match='not finite'):
+            truncate(model, level=2, data=[data], refit=True)
+
 
 @pytest.mark.parametrize('output', [None, 'text', torch.arange(3)])
 def test_outputs_that_are_no_numbers_are_left_out(output):

@@ -391,8 +391,8 @@ def test_losses_of_ones_own(network):
     losses = losses_by_filters(network)
     own = {name: dict(of) for name, of in losses.items()}
     own['layer4.0.conv1'] = dict.fromkeys(own['layer4.0.conv1'], 0.0)
-    low = levels(truncate(network, ratio=0.85, losses=own))
-    assert low['layer4.0.conv1'] == 1
+    low = truncate(network, ratio=0.85, losses=own)
+    assert levels(low)['layer4.0.conv1'] == 1
     assert levels(truncate(network, ratio=0.85, losses=losses)) == levels(truncate(network, ratio=0.85))
     for wrong, words in (
         ({}, 'no entry for conv1 at level 13'),
@@ -404,6 +404,9 @@ def test_losses_of_ones_own(network):
     for wrong in ([1], 'conv1', {**own, 'conv1': None}):
         with pytest.raises(TypeError, match='losses must map names of layers'):
             truncate(network, ratio=0.85, losses=wrong)
+    for kind in (np.float32, torch.tensor):
+        numbers = {name: {level: kind(loss) for level, loss in of.items()} for name, of in own.items()}
+        assert levels(truncate(network, ratio=np.float32(0.85), losses=numbers)) == levels(low)
     worse = {name: dict.fromkeys(of, 0.3) for name, of in losses.items()}
     assert levels(truncate(network, energy=0.9, losses=worse)) == levels(network)
     with pytest.raises(ValueError, match='pass data or losses'):

@@ -302,6 +302,15 @@ def test_refused_without_a_trace(checkpoint, tmp_path, monkeypatch, options, err
     assert [path.name for path in tmp_path.iterdir()] == ['plain.pth']
 
 
+@pytest.mark.parametrize('cost', ['parameters', 'macs'])
+def test_the_card_tells_what_the_forms_cost(cost, tmp_path):
+    compress('resnet18', tmp_path / 'out', ratio=0.5, cost=cost, data_config=dict(img_size=64))
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert ('Multiply-adds are the same.' in card) == (cost == 'parameters')
+    assert ('every harmonic layer is a plain convolution now' in card) == (cost == 'parameters')
+    assert ('layers are in separable form' in card) == (cost == 'macs')
+
+
 def test_features_are_no_whole_network(tmp_path):
     with pytest.raises(HubError, match='leave features_only out'):
         compress('resnet18', tmp_path / 'out', level=2, model_kwargs=dict(features_only=True))

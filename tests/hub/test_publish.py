@@ -1,6 +1,7 @@
 """From a checkpoint to the Hub and back, by the real client and a stand-in for the Hub."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -425,6 +426,14 @@ BAD_FOLDERS = {
         change('README.md', f'hf-hub:{ID}', 'hf-hub:me/mine'),
         r'README\.md loads hf-hub:me/mine, but .* --repo',
     ),
+    'another place in double quotes': (
+        lambda f: (f / 'README.md').write_text((f / 'README.md').read_text() + '\ncreate_model("hf-hub:me/mine").\n'),
+        r'README\.md loads hf-hub:me/mine, but',
+    ),
+    'a part of a network': (
+        change('config.json', '"model_args": {', '"model_args": {"features_only": true, '),
+        r'cannot run on an image as its config\.json says|no network can be made',
+    ),
     'front matter': (
         lambda f: [change(name, 'bsd-3-clause', 'nonsense')(f) for name in ('README.md', 'config.json')],
         'the Hub does not accept the front matter .*known licences',
@@ -439,6 +448,19 @@ def test_folders_that_are_not_published(hub, folder, what):
     with pytest.raises((HubError, CheckpointError, RuntimeError), match=words):
         publish(folder, ID)
     assert hub.repositories == {}
+
+
+def test_places_that_a_card_may_name(hub, folder):
+    """In double quotes, and at the end of a sentence."""
+    text = (folder / 'README.md').read_text()
+    (folder / 'README.md').write_text(f'{text}\ncreate_model("hf-hub:{ID}"). It is hf-hub:{ID}.\n')
+    publish(folder, ID)
+
+
+def test_messages_name_the_users_folder(hub, folder):
+    (folder / '.DS_Store').touch()
+    with pytest.raises(HubError, match=re.escape(f'{str(folder)!r} holds .DS_Store')):
+        publish(folder, ID)
 
 
 def test_list(capsys, monkeypatch):
@@ -492,6 +514,25 @@ def test_runs_with_slips(run, tmp_path):
     (copy / 'summary.csv').write_text('epoch,eval_top1\n7,61.8,3,4\n')
     convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'out')
     assert 'eval_top1: 61.800' in (tmp_path / 'out' / 'README.md').read_text()
+    for text, words in (
+        ('epoch,eval_top1\n7,91.2%\n', r'summary\.csv has a figure that is no number in epoch 7'),
+        (f'epoch,eval_top1\n7,{"9" * 200_000}\n', r'summary\.csv is damaged'),
+    ):
+        (copy / 'summary.csv').write_text(text)
+        with pytest.raises(HubError, match=words):
+            convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
+    shutil.copyfile(path / 'summary.csv', copy / 'summary.csv')
+    options = (copy / 'args.yaml').read_text()
+    for line, words in (
+        ('model_kwargs: [depth=10]\n', r'args\.yaml has model_kwargs .*NAME: VALUE'),
+        ('x: 2024-13-45\n', r'args\.yaml is damaged'),
+    ):
+        (copy / 'args.yaml').write_text(options + line)
+        with pytest.raises(HubError, match=words):
+            convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
+    (copy / 'args.yaml').write_text(options)
+    with pytest.raises(HubError, match='leave features_only out'):
+        convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again', model_kwargs=dict(features_only=True))
     (copy / 'args.yaml').write_text((copy / 'args.yaml').read_text() + 'gp: zzz\n')
     with pytest.raises(HubError, match=r"harm_resnet18 cannot be built with .*global_pool='zzz'"):
         convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
@@ -513,3 +554,17 @@ def test_no_licence_that_nobody_chose(run, tmp_path):
     assert "create_model('local-dir:flowers'" in card.text
     assert 'hf-hub' not in card.text
     assert json.loads((tmp_path / 'flowers' / 'config.json').read_text())['pretrained_cfg'].get('license') is None
+
+
+def test_a_card_without_classes_and_of_an_odd_place(tmp_path):
+    """Its Python parses, and takes what the network gives."""
+    model = timm.create_model(NAME, num_classes=0, channels=(8, 8, 8, 8))
+    torch.save(model.state_dict(), tmp_path / 'features.pth')
+    out = tmp_path / "it's"
+    convert(tmp_path / 'features.pth', NAME, out, model_kwargs=dict(channels=(8, 8, 8, 8)))
+    text = ModelCard.load(out / 'README.md').text
+    blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        compile(block, 'card', 'exec')
+    assert 'softmax' not in text

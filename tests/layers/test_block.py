@@ -293,3 +293,12 @@ def test_memory_that_is_kept(monkeypatch):
     responses = 8 * 147 * 16 * 16 * 4
     assert kept(lambda: layer(x)) < kept(lambda: plain(x)) + 6 * layer.weight.nbytes
     assert kept(lambda: explicit(other, x)) > responses
+
+
+def test_what_does_not_fit_changes_no_statistics():
+    block = HarmonicBlock2d(3, 4, 3)
+    before = {key: value.clone() for key, value in block.state_dict().items()}
+    for images in (torch.randn(2, 3, 8, 8).double(), torch.randn(2, 4, 8, 8), torch.zeros(2, 3, 8, 8).byte()):
+        with pytest.raises(RuntimeError):
+            block(images)
+        assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())

@@ -513,6 +513,22 @@ STRANGE = {
         lambda state: {**state, 'layer1.0.conv2.dct': torch.zeros(()).expand(10**6, 9, 3, 3)},
         'dct .* of the checkpoint repeats fewer numbers',
     ),
+    'complex coefficients': (
+        lambda state: {**state, 'layer1.0.conv2.weight': state['layer1.0.conv2.weight'] * 1j},
+        r'no real numbers: layer1\.0\.conv2\.weight in torch\.complex64',
+    ),
+    'integers': (
+        lambda state: {**state, 'layer1.0.bn1.weight': state['layer1.0.bn1.weight'].int()},
+        r'no real numbers: layer1\.0\.bn1\.weight in torch\.int32',
+    ),
+    'a basis of integers': (
+        lambda state: {**state, 'layer1.0.conv2.dct': torch.zeros(1, 9, 3, 3, dtype=torch.int64)},
+        r'layer1\.0\.conv2\.dct .* is another basis',
+    ),
+    'an empty basis': (
+        lambda state: {**state, 'layer1.0.conv2.dct': torch.zeros(0)},
+        r'layer1\.0\.conv2\.dct .* is another basis',
+    ),
 }
 
 

@@ -380,3 +380,21 @@ def test_files_of_a_base_that_uses_a_convolution_twice(tmp_path):
     model = timm.create_model('harmonized', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
     x = images(side=224)
     torch.testing.assert_close(model(x), base(x), rtol=0, atol=1e-4 * float(base(x).detach().abs().max()))
+
+
+@pytest.mark.parametrize('smoothness', [None, 1])
+def test_gray_images_for_a_lower_level_of_a_complete_file(tmp_path, smoothness):
+    """What is left out leaves no shift behind."""
+    options = dict(depth=10, width=1, smoothness=smoothness)
+    model = reference.randomize_batch_norm(timm.create_model('harm_wrn16_8', **options))
+    torch.save(model.state_dict(), tmp_path / 'complete.pth')
+    overlay = dict(file=str(tmp_path / 'complete.pth'), num_classes=10)
+    options |= dict(base_model='harm_wrn16_8', level=2, num_classes=10, pretrained_cfg_overlay=overlay)
+    colour, gray = (
+        timm.create_model('harmonized', pretrained=True, in_chans=channels, **options).eval() for channels in (3, 1)
+    )
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(gray(x), colour(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+    own = timm.create_model('harm_wrn16_8', in_chans=1, depth=10, width=1, smoothness=smoothness)
+    torch.save(own.state_dict(), tmp_path / 'complete.pth')
+    assert timm.create_model('harmonized', pretrained=True, in_chans=1, **options)(x).shape == (2, 10)

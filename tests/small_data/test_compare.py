@@ -15,11 +15,12 @@ import tifffile
 import torch
 from PIL import Image
 from timm.data import create_dataset
+from torchvision.transforms.v2 import functional
 
 import timm_harmonic_cli as cli
 from timm_harmonic.small_data import compare as module
 from timm_harmonic.small_data.compare import compare
-from timm_harmonic.small_data.folder import DataError, read_folder, read_image, stratified
+from timm_harmonic.small_data.folder import DataError, _shrunk, read_folder, read_image, stratified
 from timm_harmonic.small_data.networks import NAMED, network
 from timm_harmonic.small_data.runs import CompareError, Store, run
 from timm_harmonic.small_data.search import RANGES, Protocol, setting
@@ -176,7 +177,7 @@ def test_too_little_time_says_how_much_is_needed(pictures, tmp_path):
     assert (tmp_path / 'results.json').exists()
 
 
-@pytest.mark.parametrize('text', ['{"foo": 1}\n', '[1]\n', 'text\n', '{"settings": 1}\n{"key": 1}\n'])
+@pytest.mark.parametrize('text', ['{"foo": 1}\n', '[1]\n', 'text\n', 'text', '{"settings": 1}\n{"key": 1}\n'])
 def test_a_file_of_something_else_is_refused(text, pictures, tmp_path):
     (tmp_path / 'runs.jsonl').write_text(text)
     with pytest.raises(CompareError, match=r'runs\.jsonl is no file of runs: name another --out'):
@@ -217,6 +218,18 @@ def test_results_inside_the_folder_are_no_class(tmp_path, monkeypatch):
 def test_what_is_a_split_and_what_is_a_class(tmp_path):
     vehicles = make(tmp_path / 'vehicles', 4, classes=('car', 'train'), splits=('.',))
     assert read_folder(vehicles).classes == ['car', 'train']
+    for split in ('train', 'test'):
+        save(tmp_path / 'flat' / split / '0.png', picture(np.random.default_rng(0), 0, 40))
+    with pytest.raises(DataError, match='has 0 classes with images'):
+        read_folder(tmp_path / 'flat')
+    for name in 'ab':
+        (tmp_path / 'flat' / name).mkdir()
+    with pytest.raises(DataError, match='has train/, test/ beside classes'):
+        read_folder(tmp_path / 'flat')
+    unlabelled = make(tmp_path / 'unlabelled', 4, splits=('train',))
+    save(unlabelled / 'test' / '0.png', picture(np.random.default_rng(0), 0, 40))
+    with pytest.raises(DataError, match=r'test of .* has no images of cat, dog, emu'):
+        read_folder(unlabelled)
     with pytest.raises(DataError, match='has validation/ and test/, but no train/'):
         read_folder(make(tmp_path / 'no_train', 4, splits=('validation', 'test')))
     hidden = make(tmp_path / 'hidden', 4)
@@ -333,6 +346,7 @@ def test_bad_files_can_be_left_out_and_are_named(tmp_path, capsys):
     spoil(folder, 'unreadable')
     results = compare(folder, tmp_path / 'out', ['harm0'], skip_bad=True, **FAST)
     assert results['data']['train'] == 11
+    assert results['command']
     assert results['data']['skipped'][0].startswith('train/cat/0.png')
     assert '1 files were left out: train/cat/0.png' in capsys.readouterr().out
 
@@ -343,6 +357,7 @@ def test_bad_files_can_be_left_out_and_are_named(tmp_path, capsys):
         ('no_such_model', "'no_such_model' is neither"),
         ('harm:levels', "must be NAME=VALUE, got 'levels'"),
         ('resnet18:3=4', "must be NAME=VALUE, got '3=4'"),
+        ('harm0:features_only=True', 'it gives no logits of the classes'),
         ('harm0:nope=1', r'harm0:nope=1 cannot be used on images of 40 x 40 pixels: TypeError'),
         ('resnet18:act_layer=foo', 'cannot be used .* KeyError'),
         ('vit_tiny_patch16_224', 'vit_tiny_patch16_224 cannot be used .* AssertionError'),
@@ -352,8 +367,9 @@ def test_bad_networks(text, message, pictures, tmp_path):
     with pytest.raises(ValueError, match=message):
         compare(pictures, tmp_path, ['harm0', text])
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="device 'nowhere' cannot be used here"):
-        compare(pictures, tmp_path, ['harm0'], device='nowhere')
+    for device in ('nowhere', 'meta', 'hpu'):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+            compare(pictures, tmp_path, ['harm0'], device=device)
 
 
 def test_names_of_networks():
@@ -384,6 +400,21 @@ def test_pictures_of_every_kind(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / 'f.tif'), colour[..., :3])
     np.save(tmp_path / 'g.npy', bands[..., 0])
     np.testing.assert_array_equal(read_image(tmp_path / 'g.npy'), bands[..., :1])
+
+
+def test_large_images_are_not_kept(tmp_path):
+    """What is kept has the result's size, and is what resizing at the end would give."""
+    random = np.random.default_rng(0)
+    for name in 'ab':
+        for i in range(2):
+            save(tmp_path / name / f'{i}.png', picture(random, 0, 300 + 20 * i))
+    expected = torch.from_numpy(read_image(tmp_path / 'a' / '0.png').astype(np.float32)).permute(2, 0, 1)
+    for size in (None, 32):
+        pixels = read_folder(tmp_path, size).splits['train'][0]
+        side = size or 64
+        torch.testing.assert_close(pixels[0], functional.resize(expected, [side], antialias=True))
+    kept = _shrunk(expected, 64)
+    assert kept.untyped_storage().nbytes() == kept.nbytes < expected.nbytes / 10
 
 
 def test_palettes_of_tiff_are_colours(tmp_path):

@@ -129,6 +129,8 @@ def test_networks_that_cannot_answer(tmp_path):
         predict(str(tmp_path / 'nan'), [tmp_path / 'image.png'])
     with pytest.raises(ValueError, match='has no classes to predict: it gives features'):
         predict(str(tmp_path / 'net'), [tmp_path / 'image.png'], model_kwargs=dict(features_only=True))
+    with pytest.raises(RuntimeError, match='has weights of 3 classes, not of 5'):
+        predict(str(tmp_path / 'net'), [tmp_path / 'image.png'], model_kwargs=dict(num_classes=5))
     config = json.loads((tmp_path / 'net' / 'config.json').read_text())
     bad = {
         'no network can be made of local-dir:.*KeyError': dict(architecture=None),

@@ -67,12 +67,17 @@ def reasons_to_skip(model: nn.Module) -> dict[str, str]:
             owners.setdefault(id(parameter), []).append(owner if owner in found else f'{owner}.{key}'.lstrip('.'))
     reasons = {}
     for name, conv in found.items():
-        others = [other for other in owners.get(id(conv.weight), ()) if other != name]
+        others = [
+            f'{key} with {other}'
+            for key, parameter in (('weight', conv.weight), ('bias', conv.bias))
+            for other in owners.get(id(parameter), ())
+            if other != name
+        ]
         reasons[name] = _reason_to_skip(conv)
         if not reasons[name] and id(conv) in patches:
             reasons[name] = 'patch embedding: timm resizes its filters to the size of the patches'
         elif not reasons[name] and others:
-            reasons[name] = f'shares its weight with {others[0]}'
+            reasons[name] = f'shares its {others[0]}'
     return reasons
 
 
@@ -95,10 +100,27 @@ def _reason_to_skip(conv: nn.Module) -> str:
         return COMPUTED
     if type(conv) not in _HARMONIC:
         return f'{kind} may compute something else than nn.Conv2d'
-    if any(getattr(conv, hooks) for hooks in _HOOKS):
+    return changes_of(conv) or _own_state(conv)
+
+
+def changes_of(layer: nn.Module) -> str:
+    """What somebody has put on a layer that another layer in its place would lack; empty if nothing."""
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
         return 'has hooks, which would be lost'
-    if 'forward' in vars(conv):
+    if {'forward', '_conv_forward'} & vars(layer).keys():
         return 'its forward was replaced, which would be lost'
+    return ''
+
+
+def _own_state(conv: nn.Module) -> str:
+    """Why a convolution's parameters are not those that nn.Conv2d makes; empty if they are."""
+    names = [name for name, _ in (*conv.named_parameters(), *conv.named_buffers()) if name not in ('weight', 'bias')]
+    if names or next(conv.children(), None) is not None:
+        return 'has parameters, buffers or modules of its own, which would be lost'
+    if conv.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f'its weights are {conv.weight.dtype}'
+    if conv.weight.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
+        return f'its weights {tuple(conv.weight.shape)} are not what its arguments say'
     return ''
 
 

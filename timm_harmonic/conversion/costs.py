@@ -99,10 +99,12 @@ def time_costs(model: nn.Module, images: Tensor) -> Costs:
     forms: dict[str, dict[int, str]] = {}
     milliseconds: dict[str, dict[int, dict[str, float]]] = {}
     for name, layer in layers.items():
-        of[name], forms[name], milliseconds[name] = {}, {}, {}
-        for level in levels_of(layer):
-            times, forms[name][level] = measured[name][level] if name in measured else (dict(dense=0.0), 'dense')
-            of[name][level], milliseconds[name][level] = times[forms[name][level]], times
+        if name not in measured:
+            of[name], forms[name] = dict.fromkeys(levels_of(layer), 0.0), dict.fromkeys(levels_of(layer), 'dense')
+            continue
+        milliseconds[name] = {level: times for level, (times, _) in measured[name].items()}
+        forms[name] = {level: better for level, (_, better) in measured[name].items()}
+        of[name] = {level: times[better] for level, (times, better) in measured[name].items()}
     whole = statistics.median(times_of({'plain': deploy(model, form='dense')}, images)['plain'])
     inside = sum(times[max(times)]['dense'] for times in milliseconds.values())
     return Costs('ms', max(0.0, whole - inside), of, forms, milliseconds)

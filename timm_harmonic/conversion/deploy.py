@@ -2,16 +2,16 @@
 
 import copy
 
-import torch
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 
 from ..layers import FORMS, HarmonicLayer
-from .convolutions import check_unwrapped, harmonic_layers, in_fusing_blocks, replace_layers
+from .convolutions import changes_of, check_unwrapped, harmonic_layers, in_fusing_blocks, replace_layers
 from .forms import forms_by_names, forms_by_rule, forms_by_time, set_forms
+from .running import trainable
 
 
-@torch.inference_mode(False)  # what is made in it cannot be trained
+@trainable
 def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto') -> nn.Module:
     """Makes a plain network for inference: nothing harmonic is left, and no weight is computed in the graph.
 
@@ -31,7 +31,8 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
         A new network, in evaluation.
 
     Raises:
-        ValueError: If form is another word, images are empty or on another device, or a layer cannot be fused.
+        ValueError: If form is another word, images are empty or on another device, or a layer cannot be fused or has
+            hooks.
         TypeError: If the model is no network, or images are no tensor.
     """
     check_unwrapped(model)
@@ -43,6 +44,9 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
         forms = forms_by_rule(model) if images is None else forms_by_time(model, images)
     plain = copy.deepcopy(model).eval()
     set_forms(plain, forms)
+    for name, layer in harmonic_layers(plain).items():
+        if reason := changes_of(layer):
+            raise ValueError(f'cannot deploy {name or type(layer).__name__}: {reason}. Remove that first.')
     if isinstance(plain, HarmonicLayer):
         return plain.fuse()
     # Not left to timm's function alone: it does not see a layer that one module has under two names.

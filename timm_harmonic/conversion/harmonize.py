@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from timm.models import get_model_args
 from torch import nn
 
@@ -14,6 +13,7 @@ from ..layers import HarmonicLayer, check_level, full_level, name_of_basis, opti
 from .convolutions import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 from .energy import at_level
 from .forms import Form, check_patterns, forms_by_names, set_forms
+from .running import trainable
 
 PatternLevels = Mapping[str, int | None]  # levels by patterns over names; the first pattern that matches counts
 Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -21,7 +21,7 @@ Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
 ARCHITECTURE = 'harmonized'  # the registered one: it builds any network of timm and harmonizes it
 
 
-@torch.inference_mode(False)  # what is made in it cannot be trained
+@trainable
 def harmonize(
     model: nn.Module,
     *,
@@ -75,8 +75,7 @@ def harmonize(
     form = {} if form is None else form
     check_patterns(form, wanted)
     if not inplace:
-        # Layers that will be replaced are not copied: the copy shares them with the network until then.
-        model = copy.deepcopy(model, {id(layer): layer for layer in map(model.get_submodule, wanted)})
+        model = copy.deepcopy(model)
     return apply_plan(model, wanted, basis, form)
 
 

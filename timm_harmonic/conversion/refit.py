@@ -18,7 +18,7 @@ from .losses import Losses, losses_by_filters
 from .moments import Moments, Samples, by_group, coefficients_of
 from .norms import by_batch, estimate_statistics, norms_behind
 from .progress import progress
-from .running import Use, evaluating, images_in, uses_of, watching
+from .running import Use, check_changeable, evaluating, images_in, trainable, uses_of, watching
 
 _BYTES = 2**31  # of images that are kept
 _SUMS = 2**30  # bytes of sums that are there at a time, where levels are compared
@@ -28,7 +28,7 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last leaves the coeffi
 _RIDGE = 1e-2  # where levels are compared
 
 
-@torch.inference_mode(False)  # what is made in it cannot be trained
+@trainable
 def refit(
     model: nn.Module, small: nn.Module, data: Iterable[Any], *, batches: int | None = None, inplace: bool = False
 ) -> nn.Module:
@@ -62,6 +62,8 @@ def refit(
         TypeError: If one of them is no network, or data are no batches.
     """
     _check_pair(model, small)
+    if inplace:
+        check_changeable(small)
     parts = data if isinstance(data, Parts) else read_images(data, next(small.parameters()), batches)
     _check_outputs(model, small, parts[0])
     fitted, counted = copy.deepcopy(small), copy.deepcopy(small)
@@ -74,6 +76,8 @@ def refit(
         for network in (fitted, counted):
             estimate_statistics(network, parts)
         errors = {network: output_error(model, network, parts) for network in (small, counted, fitted)}
+        if not math.isfinite(errors[small]):
+            raise ValueError('the networks give values that are not finite on the data.')
         best = min(errors, key=lambda network: math.inf if math.isnan(errors[network]) else errors[network])
     if not inplace:
         return copy.deepcopy(small) if best is small else best

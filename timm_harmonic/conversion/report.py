@@ -110,6 +110,11 @@ def _cells(conv: Convolution) -> dict[str, str]:
     return dict(zip(_COLUMNS, cells, strict=True))
 
 
+def _numel(parameter: Tensor) -> int:
+    """Numbers in a parameter; none yet in one of a lazy layer."""
+    return 0 if isinstance(parameter, nn.UninitializedParameter) else parameter.numel()
+
+
 def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicReport:
     """Lists all convolutions of a network, harmonic and plain: print it, or take `to_dict()` or `to_markdown()`.
 
@@ -125,7 +130,7 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
     for name, module in model.named_modules():
         if name not in layers and name not in reasons:
             continue
-        size = module.weight.numel()
+        size = _numel(module.weight)
         about: dict[str, Any] = dict.fromkeys(('level', 'kept', 'frequencies', 'energy_kept', 'basis', 'form'))
         about |= dict.fromkeys(('macs', 'macs_before', 'ms', 'ms_before'))
         about |= dict(parameters_before=size, parameters=size, reason=reasons.get(name, ''))
@@ -141,7 +146,7 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
             if module.milliseconds:
                 about |= dict(ms_before=module.milliseconds['dense'], ms=module.milliseconds.get(module.form))
         found.append(Convolution(name, tuple(module.kernel_size), module.groups, **about))
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(map(_numel, model.parameters()))
     dropped = sum(conv.parameters_before - conv.parameters for conv in found)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = get_model_args(model).get('base_model') or cfg.get('architecture') or type(model).__name__

@@ -2,15 +2,37 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from itertools import islice
-from typing import Any, NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .convolutions import harmonic_layers
 
+P = ParamSpec('P')
+R = TypeVar('R')
 Watch = Callable[[str, Any, Tensor, Tensor], None]  # is told a module's name, the module, its input and its output
+
+
+def trainable(function: Callable[P, R]) -> Callable[P, R]:
+    """Has a function make tensors that can be trained, when it is called in inference mode as well."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        gradients = torch.is_grad_enabled()  # leaving inference mode would switch them on
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def check_changeable(model: nn.Module) -> None:
+    """Raises ValueError if a network cannot be changed in place: its tensors were made in inference mode."""
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError('the network was made in inference mode, and cannot be changed in place: leave inplace out.')
 
 
 class Use(NamedTuple):
@@ -38,7 +60,7 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
     if isinstance(data, (Tensor, str)):
         given = f'images {tuple(data.shape)}: pass [images]' if isinstance(data, Tensor) else repr(data)
         raise TypeError(f'data must be batches of images, a loader or a list, got {given}.')
-    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, Integral) or batches < 1):
         raise ValueError(f'batches must be an integer of at least 1, got {batches!r}.')
     number = -1
     for number, batch in enumerate(islice(data, batches)):
@@ -48,7 +70,7 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
             raise ValueError(f'batch {number} of data must be images (B, C, H, W), got {found}.')
         if not images.isfinite().all():
             raise ValueError(f'batch {number} of data has values that are not finite.')
-        yield images.to(like)
+        yield images.detach().to(like)
     if number < 0:
         raise ValueError('data have no batches: give at least one batch of images.')
 

@@ -3,9 +3,9 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import HarmonicLayer
@@ -17,11 +17,12 @@ from .harmonize import PatternLevels, plan, record_options
 from .losses import Losses, losses_by_filters, losses_by_images
 from .refit import Parts, losses_by_refit, read_images
 from .refit import refit as fit_to
+from .running import check_changeable, trainable
 
 _COSTS = ('parameters', 'macs', 'time')
 
 
-@torch.inference_mode(False)  # what is made in it cannot be trained
+@trainable
 def truncate(
     model: nn.Module,
     *,
@@ -77,6 +78,8 @@ def truncate(
         TypeError: If a level or a number has another type.
     """
     check_unwrapped(model)
+    if inplace:
+        check_changeable(model)
     layers = harmonic_layers(model)
     if not layers:
         raise ValueError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
@@ -87,7 +90,7 @@ def truncate(
             f'pass exactly one of level and levels, energy, max_params, ratio; got {" and ".join(given) or "none"}.'
         )
     for name, share in (('energy', energy), ('ratio', ratio)):
-        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float))):
+        if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
             raise TypeError(f'{name} must be a number above 0 and at most 1, got {share!r}.')
         if share is not None and not 0 < share <= 1:
             raise ValueError(f'{name} must be above 0 and at most 1, got {share!r}.')
@@ -118,8 +121,7 @@ def truncate(
         for name, layer in lower.items():
             layer.form = costs.forms[name][chosen[name]]
             layer.milliseconds = costs.milliseconds.get(name, {}).get(chosen[name])
-    # Layers that will be replaced are not copied: the copy shares them with the network until then.
-    small = copy.deepcopy(model, {id(layer): layer for layer in layers.values()}) if refit or not inplace else model
+    small = copy.deepcopy(model) if refit or not inplace else model
     replace_layers(small, lower)
     if refit:
         assert data is not None
@@ -180,6 +182,6 @@ def _check_losses(losses: Losses, layers: Mapping[str, HarmonicLayer]) -> Losses
             if level not in losses.get(name, {}):
                 raise ValueError(f'losses have no entry for {name} at level {level}.')
             loss = losses[name][level]
-            if not isinstance(loss, (int, float)) or not 0 <= loss <= 1:
+            if not isinstance(loss, (Real, Tensor)) or not 0 <= loss <= 1:
                 raise ValueError(f'losses of {name} must be shares from 0 to 1, got {loss!r}.')
     return {name: {level: float(losses[name][level]) for level in levels_of(layer)} for name, layer in layers.items()}

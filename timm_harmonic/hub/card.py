@@ -58,6 +58,7 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         architecture=model.pretrained_cfg['architecture'],
         base_model=repr(args['base_model']) if 'base_model' in args else '',
         layers=_layers(model),
+        separable=sum(layer.form == 'separable' for layer in layers),
         kept=sum(layer.weight.numel() for layer in layers),
         full=sum(layer.weight.numel() // len(layer.basis) * layer.basis[0].numel() for layer in layers),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -71,7 +72,16 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
     return ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name('card.md')),
-        **dict(about, **count(model), **size, place=place, source=source, license=license, dataset=dataset),
+        **dict(
+            about,
+            **count(model),
+            **size,
+            place=place,
+            place_literal=repr(place),
+            source=source,
+            license=license,
+            dataset=dataset,
+        ),
         **dict(version=version('timm-harmonic'), repository=REPOSITORY, install=INSTALL),
     )
 

@@ -8,6 +8,6 @@ def usable_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=device).cpu()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, ImportError, RuntimeError) as error:
         raise ValueError(f'device {name!r} cannot be used here: {str(error).partition(chr(10))[0]}') from error
     return device

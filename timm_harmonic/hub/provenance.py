@@ -114,10 +114,12 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
         return dict(vars(content['args'])) if isinstance(content.get('args'), argparse.Namespace) else {}
     try:
         run = yaml.safe_load(options.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise HubError(f'{options} is damaged: {first_line(error)}') from error
     if not isinstance(run, dict):
         raise HubError(f'{options} holds no options, but a {type(run).__name__}.')
+    if not isinstance(run.get('model_kwargs') or {}, dict):
+        raise HubError(f'{options} has model_kwargs {run["model_kwargs"]!r}: they must be NAME: VALUE.')
     return run
 
 
@@ -125,10 +127,17 @@ def _summary(path: Path, epoch: int | None) -> dict[str, str]:
     """The run's figures of an epoch, by the last row that it has in summary.csv."""
     if epoch is None or not path.is_file():
         return {}
-    with open(path, newline='') as file:
-        rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
+    try:
+        with open(path, newline='', encoding='utf-8') as file:
+            rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise HubError(f'{path} is damaged: {first_line(error)}') from error
     # A row that is too long has its rest under None.
-    return {key: value for key, value in (rows or [{}])[-1].items() if key and key.startswith('eval_')}
+    figures = {key: value for key, value in (rows or [{}])[-1].items() if key and key.startswith('eval_') and value}
+    try:
+        return {key: str(float(value)) for key, value in figures.items()}
+    except (TypeError, ValueError) as error:
+        raise HubError(f'{path} has a figure that is no number in epoch {epoch}: {first_line(error)}') from error
 
 
 def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
@@ -138,7 +147,7 @@ def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
     be made of it, CheckpointError if its weights do not fit, OSError if something cannot be read.
     """
     try:
-        return timm.create_model(model_name, pretrained=True, **kwargs).eval()
+        model = timm.create_model(model_name, pretrained=True, **kwargs).eval()
     except (CheckpointError, OSError):
         raise
     except Exception as error:
@@ -147,6 +156,10 @@ def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
         raise HubError(
             f'no network can be made of {model_name}, by its config.json: {type(error).__name__}: {first_line(error)}'
         ) from error
+    theirs, ours = model.pretrained_cfg.get('num_classes'), kwargs.get('num_classes')
+    if ours and theirs != ours:  # timm leaves the classifier random then
+        raise HubError(f'{model_name} has weights of {theirs} classes, not of {ours}.')
+    return model
 
 
 def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
@@ -160,6 +173,8 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     if given := sorted(_SOURCES & model_kwargs.keys()):
         raise HubError(f'{given[0]} is no option of a network: the weights are those of {source.file}.')
     kwargs = {**_basis_of(state), **options_of_run(source), **model_kwargs}
+    if kwargs.get('features_only'):
+        raise HubError('leave features_only out, and give it to timm.create_model later: a folder has a whole network.')
     if source.run.get('gp'):
         kwargs.setdefault('global_pool', source.run['gp'])
     try:
@@ -199,6 +214,9 @@ def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:
     (first, *_), (last, *_) = (names_of(blank.pretrained_cfg[key]) for key in ('first_conv', 'classifier'))
     stem, classifier = blank.get_submodule(first), state.get(f'{last}.weight')
     statistics, weight = state.get(f'{first}.bn.running_mean'), state.get(f'{first}.weight')
+    for key, value, least in ((f'{first}.weight', weight, 2), (f'{last}.weight', classifier, 1)):
+        if value is not None and value.ndim < least:
+            raise CheckpointError(f'{key} of the checkpoint has shape {tuple(value.shape)}.')
     if statistics is not None and hasattr(stem, 'basis'):
         channels = statistics.numel() // stem.basis.shape[0]
     elif weight is not None:

@@ -42,7 +42,7 @@ def publish(
     """
     with tempfile.TemporaryDirectory() as temporary:
         # A copy is checked and uploaded, so that what is published is what was checked.
-        files = _check_folder(_copy(folder, Path(temporary)), repo_id)
+        files = _check_folder(_copy(folder, Path(temporary)), repo_id, repr(str(folder)))
         with _explaining_errors(repo_id):
             _check_card(files)
             api = HfApi(library_name='timm-harmonic', library_version=version('timm-harmonic'))
@@ -143,32 +143,37 @@ def _copy(folder: Path, place: Path) -> Path:
     return copy
 
 
-def _check_folder(folder: Path, repo_id: str) -> list[Path]:
-    """The files to upload. Raises unless they are a network that loads, and a card of it."""
+def _check_folder(folder: Path, repo_id: str, name: str) -> list[Path]:
+    """The files to upload, of a copy of a folder. Raises unless they are a network that loads, and its card."""
     files = sorted(folder.iterdir())
     names = {path.name for path in files}
     if missing := [name for name in REQUIRED if name not in names]:
-        raise HubError(f'{str(folder)!r} lacks {", ".join(missing)}: write it by `timm-harmonic convert`.')
+        raise HubError(f'{name} lacks {", ".join(missing)}: write it by `timm-harmonic convert`.')
     if others := sorted(names - set(FILES)):
-        raise HubError(f'{str(folder)!r} holds {", ".join(others)}; only {", ".join(FILES)} are published.')
+        raise HubError(f'{name} holds {", ".join(others)}; only {", ".join(FILES)} are published.')
     try:
         config = json.loads((folder / 'config.json').read_text())
         card = ModelCard.load(folder / 'README.md')
         licences = config['pretrained_cfg'].get('license'), card.data.license
     except (ValueError, KeyError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise HubError(f'config.json or README.md in {str(folder)!r} is damaged: {error}') from error
+        raise HubError(f'config.json or README.md in {name} is damaged: {error}') from error
     if licences[0] != licences[1]:
         raise HubError(f'config.json says licence {licences[0]!r}, README.md {licences[1]!r}: they must agree.')
-    named = set(re.findall(r"(?:hf-hub|local-dir):[^'\s]+", card.text)) - {f'hf-hub:{repo_id}'}
+    named = set(re.findall(r'(?:hf-hub|local-dir):[\w./-]*\w', card.text)) - {f'hf-hub:{repo_id}'}
     if named:
         raise HubError(
             f'README.md loads {", ".join(sorted(named))}, but you publish it as {repo_id}: '
             f'convert with --repo {repo_id}, or edit it.'
         )
     model = create_trained(f'local-dir:{folder}')
-    with torch.inference_mode():
-        if not model(torch.rand(1, *model.pretrained_cfg['input_size'])).isfinite().all():
-            raise HubError(f'{str(folder)!r} gives outputs that are not finite.')
+    try:
+        with torch.inference_mode():
+            finite = model(torch.rand(1, *model.pretrained_cfg['input_size'])).isfinite().all()
+    except Exception as error:  # a config may say anything
+        problem = f'{type(error).__name__}: {first_line(error)}'
+        raise HubError(f'{name} cannot run on an image as its config.json says: {problem}') from error
+    if not finite:
+        raise HubError(f'{name} gives outputs that are not finite.')
     return files
 
 

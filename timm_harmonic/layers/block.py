@@ -209,7 +209,10 @@ class HarmonicBlock2d(HarmonicLayer):
         # statistics: an empty batch, and an image without a batch dimension, which it refuses.
         if isinstance(x, torch.fx.Proxy) or type(self.bn) is not nn.BatchNorm2d or not self.bn.training:
             return False
-        return x.ndim == 4 and len(x) > 0 and not x.requires_grad
+        # What does not fit is refused before statistics change.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        fits = x.ndim == 4 and x.shape[1] == self.in_channels and (autocast or x.dtype == self.weight.dtype)
+        return fits and len(x) > 0 and not x.requires_grad
 
     @torch.jit.unused
     def _fused_by_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:

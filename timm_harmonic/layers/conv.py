@@ -130,7 +130,7 @@ class HarmonicConv2d(HarmonicLayer):
         options = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness, form=form)
         layer = nn.utils.skip_init(cls, **conv_args(conv), **options)
         with torch.no_grad():
-            layer.weight.copy_(project(conv.weight, layer.basis))
+            layer.weight.copy_(_within(project(conv.weight, layer.basis), conv.weight.dtype))
             layer.weight.requires_grad_(conv.weight.requires_grad)
             if conv.bias is not None:
                 layer.bias.copy_(conv.bias)
@@ -144,8 +144,17 @@ class HarmonicConv2d(HarmonicLayer):
         if stored.dtype not in _PRECISIONS:
             raise ValueError(f'filters in {stored.dtype} are no numbers to project: convert them first')
         wide = stored.detach().to(torch.promote_types(stored.dtype, self.weight.dtype))
-        coefficients = project(wide, self.basis_for(wide))
+        coefficients = _within(project(wide, self.basis_for(wide)), self.weight.dtype)
         return coefficients.to(stored.dtype) if assign else coefficients  # else they are rounded when they are copied
+
+
+def _within(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+    """Coefficients that a dtype can hold. Raises ValueError if it cannot: smoothness makes some of them large."""
+    if dtype == torch.float16 and not coefficients.is_meta and coefficients.numel():
+        largest = float(coefficients.abs().max())
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(f'coefficients up to {largest:.3g} are too large for {dtype}: take less smoothness')
+    return coefficients
 
 
 class HarmonicConv2dSame(HarmonicConv2d):

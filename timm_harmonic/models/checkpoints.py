@@ -164,7 +164,8 @@ def _coefficients_4d(value: Tensor, count: int) -> Tensor:
 def _check_basis(key: str, dct: Tensor, layer: HarmonicLayer) -> None:
     """The authors keep (1, P, k, k), or (C * P, 1, k, k) where responses are normalised."""
     count, side = layer.basis.shape[:2]
-    stored = dct.reshape(-1, count, side, side) if dct.numel() % layer.basis.numel() == 0 else None
+    fits = dct.is_floating_point() and dct.numel() and dct.numel() % layer.basis.numel() == 0
+    stored = dct.reshape(-1, count, side, side) if fits else None
     if stored is None or not torch.allclose(stored, layer.basis.to(dct).expand_as(stored), rtol=0, atol=1e-6):
         raise CheckpointError(
             f"{key} {tuple(dct.shape)} is another basis than the model's {tuple(layer.basis.shape)} "
@@ -242,6 +243,11 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
         ],
         'missing': [k for k in target if k not in state and k not in heads and not k.endswith(not_needed)],
         'unexpected': [k for k in state if k not in target and k not in heads and k not in names],
+        'no real numbers': [
+            f'{k} in {state[k].dtype}'
+            for k in state
+            if k in target and target[k].is_floating_point() and not state[k].is_floating_point()
+        ],
         'wrong shape': [
             f'{k} {tuple(state[k].shape)} for {tuple(target[k].shape)}'
             for k in state

@@ -103,10 +103,13 @@ def _create(
         try:
             return ours.checkpoint_filter_fn(checkpoint, model)
         except CheckpointError as error:
-            whole: Any = timm.create_model(base_model, **extra, **of_base)
-            whole.pretrained_cfg = model.pretrained_cfg
-            with contextlib.suppress(CheckpointError):
-                return _lowered(ours.checkpoint_filter_fn(checkpoint, whole), whole, model)
+            # Lowered with its own channels and then adapted: the other way, what is left out would leave a shift.
+            for channels in dict.fromkeys((model.pretrained_cfg['input_size'][0], of_base.get('in_chans', 3))):
+                whole: Any = timm.create_model(base_model, **extra, **{**of_base, 'in_chans': channels})
+                whole.pretrained_cfg = model.pretrained_cfg
+                with contextlib.suppress(CheckpointError):
+                    lowered = _lowered(ours.checkpoint_filter_fn(checkpoint, whole), whole, model)
+                    return ours.checkpoint_filter_fn(lowered, model)
             raise error
 
     loading = dict(pretrained=pretrained and named, cache_dir=cache_dir)

@@ -125,11 +125,12 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
         if lacking := [name for name in classes if not of_class.get(name)]:
             raise DataError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
     bad: list[str] = []
-    arrays: dict[str, list[tuple[np.ndarray, int]]] = {split: [] for split in files}
+    images: dict[str, list[tuple[Tensor, int]]] = {split: [] for split in files}
     channels: dict[int, Path] = {}
-    with progress(
-        total=sum(len(paths) for of in files.values() for paths in of.values()), desc='read', leave=False
-    ) as bar:
+    suffixes: set[str] = set()
+    deep, sides = False, []
+    total = sum(len(paths) for of in files.values() for paths in of.values())
+    with progress(total=total, desc='read', leave=False) as bar:
         for split, of_class in files.items():
             for name, paths in of_class.items():
                 for path in paths:
@@ -140,23 +141,24 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
                         bad.append(f'{path.relative_to(folder)}: {error}')
                         continue
                     channels.setdefault(array.shape[2], path.relative_to(folder))
-                    arrays[split].append((array, classes.index(name)))
+                    suffixes.add(path.suffix.lower())
+                    sides.append(min(array.shape[:2]))
+                    deep = deep or bool(array.max() > 255)
+                    image = _shrunk(torch.from_numpy(array).permute(2, 0, 1), size or _LARGEST)
+                    images[split].append((image, classes.index(name)))
     if bad and not skip_bad:
         raise unreadable(bad)
     if len(channels) > 1:
         found = ', '.join(f'{path} has {count}' for count, path in sorted(channels.items()))
         raise DataError(f'images must have the same number of channels: {found}.')
-    sides = [min(array.shape[:2]) for of_split in arrays.values() for array, _ in of_split]
     side = size or min(_LARGEST, int(np.median(sides or [1])))
     splits = {}
-    for split, of_split in arrays.items():
+    for split, of_split in images.items():
         present = Counter(label for _, label in of_split)
         if lost := [classes[label] for label in range(len(classes)) if label not in present]:
             raise DataError(f'{split} has no readable images of {", ".join(lost)}.')
-        pixels = torch.stack([_square(array, side) for array, _ in of_split])
+        pixels = torch.stack([_square(image, side) for image, _ in of_split])
         splits[split] = pixels, torch.tensor([label for _, label in of_split])
-    suffixes = {path.suffix.lower() for of in files.values() for paths in of.values() for path in paths}
-    deep = any(array.max() > 255 for of_split in arrays.values() for array, _ in of_split)
     plain = suffixes <= set(get_img_extensions()) and set(channels) <= {1, 3} and not deep
     names = {split: path.name for split, path in places.items() if path != folder}
     return Folder(classes, splits, bad, plain, names)
@@ -168,8 +170,12 @@ def unreadable(bad: Sequence[str]) -> DataError:
     return DataError(f'{len(bad)} files cannot be read; pass --skip-bad to leave them out:\n  {shown}')
 
 
-def _square(array: np.ndarray, side: int) -> Tensor:
-    image = torch.from_numpy(array).permute(2, 0, 1)
+def _shrunk(image: Tensor, side: int) -> Tensor:
+    """An image (C, H, W) whose shorter side is at most `side`: large ones are not kept in memory."""
+    return functional.resize(image, [side], antialias=True) if min(image.shape[1:]) > side else image.clone()
+
+
+def _square(image: Tensor, side: int) -> Tensor:
     if min(image.shape[1:]) != side:
         image = functional.resize(image, [side], antialias=True)
     return functional.center_crop(image, [side, side])
@@ -180,11 +186,16 @@ def _splits(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f'{str(folder)!r} is no folder.')
     here = {path.name.lower(): path for path in _folders(folder)}
-    found: dict[str, Path] = {}
-    for split, names in (('train', _TRAIN), ('validation', _VALIDATION), ('test', _TEST)):
-        for name in names:
-            if name in here and _folders(here[name]):  # else it is a class that has this name
-                found[split] = here[name]
+    named = {
+        split: here[name]
+        for split, names in (('train', _TRAIN), ('validation', _VALIDATION), ('test', _TEST))
+        for name in names
+        if name in here
+    }
+    # Beside other folders, one that has no folders for classes is a class of this name, as trains are of vehicles.
+    found = named if len(named) == len(here) else {split: path for split, path in named.items() if _folders(path)}
+    if len(named) - len(found) > 1:
+        raise DataError(f'{str(folder)!r} has {", ".join(f"{path.name}/" for path in named.values())} beside classes.')
     if not found:
         return {'train': folder}
     given = ' and '.join(f'{path.name}/' for path in found.values())

@@ -42,7 +42,9 @@ class Network:
         try:
             model = self.build(num_classes, in_chans, 0).eval()
             with torch.no_grad():
-                model(torch.zeros(1, in_chans, size, size))
+                output = model(torch.zeros(1, in_chans, size, size))
+            if getattr(output, 'shape', None) != (1, num_classes):
+                raise TypeError('it gives no logits of the classes')
         except Exception as error:  # any network of timm, with any options
             problem = f'{type(error).__name__}: {first_line(error)}'
             raise ValueError(f'{self.name} cannot be used on images of {size} x {size} pixels: {problem}') from error

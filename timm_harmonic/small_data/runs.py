@@ -15,6 +15,7 @@ from .networks import Network
 from .training import Images, Recipe, evaluate, fit
 
 _POINTS = 15  # of a learning curve
+_START = '{"settings":'  # of a file of runs
 
 
 class CompareError(RuntimeError):
@@ -82,16 +83,18 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append(dict(settings=settings))
             return
-        text = path.read_text()
+        text = path.read_text(errors='replace')
         lines = text.split('\n')
-        if lines[-1]:  # the line that was being written
-            path.write_text(text[: len(text) - len(lines[-1])])
         try:
+            if not text.startswith(_START[: len(text)]):
+                raise ValueError
             before, *rest = [json.loads(line) for line in lines[:-1]] or [dict(settings={})]
             self.results = {line['key']: line['result'] for line in rest}
             changed = [key for key in settings if before['settings'].get(key) != settings[key]]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CompareError(f'{path} is no file of runs: name another --out, or delete it.') from error
+        if lines[-1]:  # the line that was being written
+            path.write_text(text[: len(text) - len(lines[-1])])
         if changed and self.results.keys() - {'probe'}:
             raise CompareError(
                 f'{path} has runs with other settings ({", ".join(changed)}): name another --out, or delete it.'
