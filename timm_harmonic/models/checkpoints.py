@@ -181,7 +181,7 @@ def _adapt_stem(state: StateDict, stem: str, layer: HarmonicLayer, norms: Sequen
     """
     weight, mean, var = (state.get(f'{stem}.{key}') for key in ('weight', 'bn.running_mean', 'bn.running_var'))
     count, channels = layer.basis.shape[0], layer.in_channels
-    if weight is None or mean is None or var is None or weight.ndim != 4 or mean.numel() % count:
+    if weight is None or mean is None or var is None or weight.shape[2:] != (count, 1) or mean.numel() % count:
         return  # check_fit reports these with everything else that does not fit
     source = mean.numel() // count
     if source == channels:
