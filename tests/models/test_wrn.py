@@ -109,6 +109,8 @@ def test_zero_init_last():
         (dict(depth=18), ValueError, 'depth must be 6 n'),
         (dict(depth=4), ValueError, 'depth must be 6 n'),
         (dict(stem_stride=4), ValueError, 'stem_stride must be 1 or 2, got 4'),
+        (dict(stem_stride=2, output_stride=1), ValueError, 'output_stride must be a power of 2 .* got 1'),
+        (dict(output_stride=3), ValueError, 'output_stride must be a power of 2 .* got 3'),
         (dict(levels=(1, 2)), ValueError, 'levels must have 3 entries'),
         (dict(smoothness='1'), TypeError, 'smoothness must be'),
         (dict(nonsense=1), TypeError, 'nonsense'),

@@ -41,7 +41,7 @@ class HarmonicWRN(ResNetV2):
         harmonic_stem: See `HarmonicResNet`, as for harmonic_blocks, normalization and smoothness.
         output_stride: Largest stride of the features: later groups are dilated instead.
         zero_init_last: Whether residual branches start at zero.
-        **kwargs: Whatever timm's ResNetV2 takes.
+        **kwargs: Other options of timm's ResNetV2. Its stem, its widths and its normalisation are given here.
 
     Raises:
         ValueError: If an option is out of range, naming it.
@@ -71,6 +71,11 @@ class HarmonicWRN(ResNetV2):
             raise ValueError(f'depth must be 6 n + 4 (10, 16, 22, 28, ...), got {depth!r}.')
         if stem_stride not in (1, 2):
             raise ValueError(f'stem_stride must be 1 or 2, got {stem_stride!r}.')
+        if output_stride not in (1, 2, 4, 8, 16, 32) or output_stride < stem_stride:
+            raise ValueError(
+                f'output_stride must be a power of 2 from the stride of the stem, {stem_stride}, to 32, got '
+                f'{output_stride!r}.'
+            )
         super().__init__(
             layers=[(depth - 4) // 6] * 3,
             channels=tuple(base * width for base in (16, 32, 64)),
