@@ -151,8 +151,9 @@ def _compare(args: argparse.Namespace) -> None:
     Every network gets the same images, the same number of epochs and the same search: learning rate and
     weight decay are tried on splits of the training images, log-uniform at random (adamw: 0.0005 to 0.02
     and 0.001 to 1; momentum: 0.003 to 0.3 and 0.00001 to 0.01), the same for all. Then each is trained
-    --seeds times on all training images with its best setting. Test images choose nothing: those of test/
-    or validation/, else a quarter of each class. Reads whatever Pillow opens, TIFF with any bands or pages,
+    --seeds times on all training images with its best setting. Test images choose nothing: those of test/,
+    else of validation/, else a quarter of each class. Where there are both, validation/ judges the
+    settings. Reads whatever Pillow opens, TIFF with any bands or pages,
     and .npy (H, W, C). Prints a table, and writes results.json and compare.png. After an interruption the
     same command goes on where it was. For example:
 
@@ -276,7 +277,7 @@ def _compress(args: argparse.Namespace) -> None:
     report (compression.md, compression.json) and a picture (compression.png) too. timm's --reparam gives
     the plain network from it, each layer in the form that the folder says. For example:
 
-      timm-harmonic compress resnet18 --pretrained --ratio 0.5 --cost time --data images/ --refit --out small
+      timm-harmonic compress resnet18 --pretrained --ratio 0.6 --cost time --channels-last --data DIR --refit --out x
     """
     from timm_harmonic.hub.compress import compress, deployed_table
 
@@ -355,7 +356,7 @@ def _publish(args: argparse.Namespace) -> None:
     options = {key: getattr(args, key) for key in ('private', 'revision', 'create_pr', 'dry_run', 'force')}
     url = publish(args.folder, args.repo, **options)
     print(f'{url} (dry run: nothing was uploaded)' if args.dry_run else url)
-    print(f"to pin it in the model's config: sha256='{sha256_of(args.folder / WEIGHTS_NAME)}'")
+    print(f'to pin it, a note in the config of the model: sha256:{sha256_of(args.folder / WEIGHTS_NAME)}')
 
 
 _COMMANDS = {

@@ -37,10 +37,10 @@ def refit(
     Layer after layer, in the order in which they run: least squares of the complete network's output of the layer on
     the responses that the truncated layer keeps, to the input that it has in the truncated network. So a layer makes up
     for what those before it left out. A ridge pulls to the present coefficients. How strong it is, and whether a layer
-    is changed at all, every fourth image decides, which is not fitted to. Then the statistics of batch normalisation
-    are estimated anew, where the network has any. On the images that decide, what comes out is never further from the
-    complete network's output than the truncated network is: it is the best of that, of it with new statistics, and of
-    the refitted one.
+    is changed at all, every fourth image decides. The last fit is to all images, unless that is worse for those. Then
+    the statistics of batch normalisation are estimated anew, where the network has any. On the images that decide, what
+    comes out is never further from the complete network's output than the truncated network is: it is the best of that,
+    of it with new statistics, and of the refitted one.
 
     The images are kept in memory, 2 GiB at most. Layers take their sums of products one after the other, float64: for F
     features and o outputs of a group 16 (F + o)^2 bytes, 196 MiB for 512 channels at level 3 of 3 x 3, and about as

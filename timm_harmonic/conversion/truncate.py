@@ -49,7 +49,8 @@ def truncate(
     counts as a share of the layer's own, because normalisation after a layer takes its scale away.
 
     `ratio` is a share of the parameters, of the multiply-adds, or of the time in evaluation. The latter two are those
-    of each layer in its better form, which it gets: `deploy` then makes the network that is so fast.
+    of each layer in its better form, which it gets: timm's `reparameterize_model` then makes the network that is so
+    fast. `deploy` chooses forms anew.
 
     Args:
         model: Network with harmonic layers, see `harmonize`.
