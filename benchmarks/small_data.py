@@ -31,6 +31,7 @@ from .tasks import TASKS
 
 _WRN, _RESNET = 'depth=10,width=2', "stem_pool='max'"
 _PLAIN = 'harmonic_stem=False,harmonic_blocks=False'
+OPTIMIZERS = dict(momentum='SGD', adamw='AdamW')  # by timm's names
 
 
 def _variants(base: str, options: str) -> dict[str, str]:
@@ -205,11 +206,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 reach = [[gain['mean'] - gain['low']], [gain['high'] - gain['mean']]]
                 axes.errorbar(gain['mean'], place, xerr=reach, color=colour, marker='o', markersize=4, capsize=3)
         axes.axvline(0, color='0.5', linestyle=':', linewidth=1)
-        axes.set(title=variant, xlabel='points above plain: right is better')
+        axes.set(title=variant)
         axes.grid(color='0.92', axis='x')
         axes.spines[['top', 'right', 'left']].set_visible(False)
+    figure.supxlabel('points above plain: right is better', fontsize='medium')
     labels = [
-        f'{report["tasks"][task]}, {count}: {report["groups"][group]["title"]}, {opt}'
+        f'{report["tasks"][task]}, {count}: {report["groups"][group]["title"]}, {OPTIMIZERS[opt]}'
         for group, task, count, opt in settings
     ]
     axes.set(yticks=range(len(settings)), yticklabels=labels, ylim=(len(settings) - 0.5, -0.5))

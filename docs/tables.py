@@ -19,6 +19,7 @@ import timm  # noqa: E402
 from timm.models import get_pretrained_cfg  # noqa: E402
 
 from benchmarks import compression, sizes  # noqa: E402
+from benchmarks.small_data import OPTIMIZERS  # noqa: E402
 from timm_harmonic.hub.card import INSTALL  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
 from timm_harmonic.small_data.networks import MEANINGS  # noqa: E402
@@ -218,7 +219,7 @@ def _small_data(count: int | None) -> list[tuple[str, dict[str, dict[str, Any]]]
             parts += [
                 f'{row["count"]} a class',
                 report['groups'][row['group']]['title'],
-                dict(momentum='SGD', adamw='AdamW')[row['opt']],
+                OPTIMIZERS[row['opt']],
             ]
         found.setdefault(', '.join(parts), {})[row['variant']] = row
     return list(found.items())
