@@ -271,7 +271,7 @@ def test_publish_and_load(hub, folder, released, capsys):
     """By the Hub's id and by name, through timm's own functions: the same numbers to the last bit."""
     assert cli.main(['publish', str(folder), '--repo', ID]) == 0
     digest = download.sha256_of(folder / 'model.safetensors')
-    assert capsys.readouterr().out == f"{hub.url}/{ID}\nto pin it in the model's config: sha256='{digest}'\n"
+    assert capsys.readouterr().out == f'{hub.url}/{ID}\nto pin it, a note in the config of the model: sha256:{digest}\n'
     assert hub.repositories[ID].branches['main'].keys() == {
         '.gitattributes',
         'README.md',

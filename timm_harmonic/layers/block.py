@@ -210,8 +210,8 @@ class HarmonicBlock2d(HarmonicLayer):
         if isinstance(x, torch.fx.Proxy) or type(self.bn) is not nn.BatchNorm2d or not self.bn.training:
             return False
         # What does not fit is refused before statistics change.
-        autocast = torch.is_autocast_enabled(x.device.type)
-        fits = x.ndim == 4 and x.shape[1] == self.in_channels and (autocast or x.dtype == self.weight.dtype)
+        fits = x.ndim == 4 and x.shape[1] == self.in_channels
+        fits = fits and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
         return fits and len(x) > 0 and not x.requires_grad
 
     @torch.jit.unused
