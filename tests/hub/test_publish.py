@@ -523,6 +523,9 @@ def test_runs_with_slips(run, tmp_path):
             convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
     shutil.copyfile(path / 'summary.csv', copy / 'summary.csv')
     options = (copy / 'args.yaml').read_text()
+    (copy / 'args.yaml').write_text(options + 'input_size: [4, 64, 64]\n')  # as from the command line; img_size is 96
+    convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'sized')
+    assert create(f'local-dir:{tmp_path / "sized"}').pretrained_cfg['input_size'] == (4, 64, 64)
     for line, words in (
         ('model_kwargs: [depth=10]\n', r'args\.yaml has model_kwargs .*NAME: VALUE'),
         ('x: 2024-13-45\n', r'args\.yaml is damaged'),

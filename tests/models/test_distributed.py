@@ -95,7 +95,7 @@ def side_by_side(scenario: str, folder: Path) -> list[dict]:
     """A scenario in two processes, with warnings as errors. They find each other by a file, which needs no port."""
     # Newer torch has another name for the option. Older torch and timm do not know it.
     warnings = ('-W', 'error', '-W', 'ignore:`broadcast_buffers` is deprecated')
-    command = (sys.executable, *warnings, worker.__file__, scenario, folder)
+    command = (sys.executable, '-X', 'faulthandler', *warnings, worker.__file__, scenario, folder)
     env = dict(WORLD_SIZE=str(worker.PROCESSES), MEETING_POINT=f'file://{folder}/meeting_point')
     run(folder, [command] * worker.PROCESSES, [dict(env, RANK=str(rank)) for rank in range(worker.PROCESSES)])
     return found(folder)

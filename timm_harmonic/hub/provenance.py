@@ -120,6 +120,8 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
         raise HubError(f'{options} holds no options, but a {type(run).__name__}.')
     if not isinstance(run.get('model_kwargs') or {}, dict):
         raise HubError(f'{options} has model_kwargs {run["model_kwargs"]!r}: they must be NAME: VALUE.')
+    if run.get('input_size') is not None:  # it counts in train.py; timm refuses to save a network with both
+        run.pop('img_size', None)
     return run
 
 
