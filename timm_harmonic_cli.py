@@ -153,9 +153,9 @@ def _compare(args: argparse.Namespace) -> None:
     and 0.001 to 1; momentum: 0.003 to 0.3 and 0.00001 to 0.01), the same for all. Then each is trained
     --seeds times on all training images with its best setting. Test images choose nothing: those of test/,
     else of validation/, else a quarter of each class. Where there are both, validation/ judges the
-    settings. Reads whatever Pillow opens, TIFF with any bands or pages,
-    and .npy (H, W, C). Prints a table, and writes results.json and compare.png. After an interruption the
-    same command goes on where it was. For example:
+    settings. Reads whatever Pillow opens, TIFF with any bands or pages, and .npy (H, W, C). Prints a table,
+    and writes results.json and compare.png. After an interruption the same command goes on where it was.
+    For example:
 
       timm-harmonic compare images/ --augment zoom --time-limit 30
       timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=1 --img-size 96

@@ -307,8 +307,8 @@ def test_the_card_tells_what_the_forms_cost(cost, tmp_path):
     compress('resnet18', tmp_path / 'out', ratio=0.5, cost=cost, data_config=dict(img_size=64))
     card = (tmp_path / 'out' / 'README.md').read_text()
     assert ('Multiply-adds are the same.' in card) == (cost == 'parameters')
-    assert ('every harmonic layer is a plain convolution now' in card) == (cost == 'parameters')
-    assert ('layers are in separable form' in card) == (cost == 'macs')
+    assert ('every harmonic layer becomes a plain convolution' in card) == (cost == 'parameters')
+    assert ('of the layers take fewer multiply-adds' in card) == (cost == 'macs')
 
 
 def test_features_are_no_whole_network(tmp_path):

@@ -1,5 +1,6 @@
 """`timm-harmonic compare`: what it reads and refuses, the same search for all, interruptions and time limits."""
 
+import itertools
 import json
 import os
 import signal
@@ -202,7 +203,7 @@ def test_the_command_trains_and_validates_on_the_right_images(splits, suffix, wo
     assert bool(words) == bool(command)
     assert ('it validates on the images that it trains on' in capsys.readouterr().out) == (splits == ('.',))
     if command:
-        given = dict(zip(command.split(), command.split()[1:], strict=False))
+        given = dict(itertools.pairwise(command.split()))
         for option, default in (('train', 'train'), ('val', 'validation')):
             images = create_dataset('', str(folder), split=given.get(f'--{option}-split', default))
             assert len(images) == 24

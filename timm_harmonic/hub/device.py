@@ -2,6 +2,8 @@
 
 import torch
 
+from ..models.checkpoints import first_line
+
 
 def usable_device(name: str | None) -> torch.device:
     """The device of this name, by default CUDA's if there is one. Raises ValueError if nothing can run on it here."""
@@ -9,5 +11,5 @@ def usable_device(name: str | None) -> torch.device:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=device).cpu()
     except (AssertionError, ImportError, RuntimeError) as error:
-        raise ValueError(f'device {name!r} cannot be used here: {str(error).partition(chr(10))[0]}') from error
+        raise ValueError(f'device {name!r} cannot be used here: {first_line(error)}') from error
     return device
