@@ -96,4 +96,4 @@ def _draw_curve(axes: Any, curve: Sequence[tuple[int, float]], chosen: tuple[int
     axes.grid(color='0.92')
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(loc='upper left', frameon=False)
+    axes.legend(loc='lower right', frameon=False)
