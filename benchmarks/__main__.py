@@ -40,10 +40,10 @@ SETTINGS = {
     ],
     'cuda': [
         Setting('cuda', precision='bf16', channels_last=True),
-        Setting('cuda', precision='bf16', channels_last=True, compiled=True),
-        Setting('cuda', precision='bf16'),
         Setting('cuda'),
         Setting('cuda', channels_last=True),
+        Setting('cuda', precision='bf16'),
+        Setting('cuda', precision='bf16', channels_last=True, compiled=True),
     ],
 }
 BATCHES = {'cpu': dict(eval=[1, 8], train=[8]), 'cuda': dict(eval=[1, 128], train=[128])}

@@ -1,6 +1,7 @@
 """How fast truncated networks are when they are deployed, as ratios to the plain network.
 
     python -m benchmarks.deploy --out benchmarks/results
+    python -m benchmarks.deploy --device cuda --out benchmarks/results
 
 Every network is truncated to one level in all layers but its stem, and to shares of its measured time, then deployed.
 All variants of a network alternate in one process with the plain network and a second plain one, the noise. In torch
@@ -50,9 +51,12 @@ SETTINGS = {
     'channels_last': Setting('cpu', channels_last=True),
     'channels_last, bf16': Setting('cpu', precision='bf16', channels_last=True),
     'compiled': Setting('cpu', compiled=True),
+    'CUDA': Setting('cuda'),
+    'CUDA, channels_last': Setting('cuda', channels_last=True),
+    'CUDA, channels_last, bf16': Setting('cuda', precision='bf16', channels_last=True),
 }
 ONNX = ('ONNX Runtime', 'ONNX Runtime, int8')
-_BATCHES = (1, 8)
+_BATCHES = dict(cpu=[1, 8], cuda=[1, 128])
 _SLOW = ('channels_last, bf16', 'compiled')  # minutes a row: only for the first batch size
 
 
@@ -63,7 +67,7 @@ def variants(name: str, images: Tensor) -> tuple[dict[str, nn.Module], dict[str,
     of ours is lowered from the levels that it has.
     """
     torch.manual_seed(0)
-    model = timm.create_model(name).eval().to(memory_format=_format(images))
+    model = timm.create_model(name).eval().to(images.device, memory_format=_format(images))
     stem = get_pretrained_cfg_value(name, 'first_conv')
     whole = model if name.startswith('harm') else harmonize(model, exclude=stem)
     costs, losses = time_costs(whole, images), losses_by_filters(whole)
@@ -97,7 +101,7 @@ def in_torch(name: str, setting: Setting, batch: int, size: int, budget: float) 
         networks = {key: reparameterize_model(model) for key, model in harmonic.items() if key != 'plain'}
     plain = {key: deploy(harmonic['plain'], form='dense') for key in ('plain', 'plain again')}
     runs = {key: _run(setting.place(network), setting, images) for key, network in {**plain, **networks}.items()}
-    row = dict(runs=compare(runs, 'cpu', budget), impossible=impossible)
+    row = dict(runs=compare(runs, setting.device, budget), impossible=impossible)
     torch.compiler.reset()
     return row
 
@@ -174,9 +178,8 @@ def table(report: dict[str, Any]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def with_saved(report: dict[str, Any], out: Path | None) -> dict[str, Any]:
+def with_saved(report: dict[str, Any], path: Path | None) -> dict[str, Any]:
     """The report, with the rows of a saved one that it lacks."""
-    path = out and out / 'deploy.json'
     if not path or not path.exists():
         return report
     saved = json.loads(path.read_text())
@@ -192,31 +195,36 @@ def with_saved(report: dict[str, Any], out: Path | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    every = [*SETTINGS, *ONNX]
     parser = argparse.ArgumentParser(prog='python -m benchmarks.deploy', description=__doc__.partition('\n')[0])
     parser.add_argument('--models', nargs='+', default=list(MODELS), metavar='NAME')
-    parser.add_argument('--settings', nargs='+', default=every, choices=every, metavar='NAME')
-    parser.add_argument('--batches', nargs='+', type=int, default=list(_BATCHES), metavar='N')
+    parser.add_argument('--device', choices=sorted(_BATCHES), default='cpu')
+    parser.add_argument('--settings', nargs='+', choices=[*SETTINGS, *ONNX], metavar='NAME')
+    parser.add_argument('--batches', nargs='+', type=int, metavar='N')
     parser.add_argument('--size', type=int, default=224, help='side of the images')
     parser.add_argument('--budget', type=float, default=5, help='seconds for the rounds of one row')
     parser.add_argument('--threads', type=int, default=2, help='of the CPU')
-    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for deploy.json and deploy.md')
+    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for deploy.json and deploy.md, or deploy-cuda')
     parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
     args = parser.parse_args()
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return
+    on_device = [name for name, setting in SETTINGS.items() if setting.device == args.device]
+    on_device += ONNX if args.device == 'cpu' else []
+    settings = [setting for setting in on_device if setting in (args.settings or on_device)]
     jobs: list[tuple[Callable[..., Any], str, Any]] = []
     for name in args.models:
-        jobs += [(measure, name, setting) for setting in SETTINGS if setting in args.settings]
-        if in_onnx := [setting for setting in ONNX if setting in args.settings]:
+        jobs += [(measure, name, setting) for setting in settings if setting not in ONNX]
+        if in_onnx := [setting for setting in settings if setting in ONNX]:
             jobs.append((in_onnx_runtime, name, in_onnx))
     torch.set_num_threads(args.threads)  # here for the environment's sake
-    report: dict[str, Any] = dict(environment=environment(), rows=[])
+    report: dict[str, Any] = dict(environment=environment(args.device), rows=[])
+    batches = args.batches or _BATCHES[args.device]
     with fresh_processes(args.threads) as fresh:
         for function, name, which in tqdm(jobs):
-            report['rows'] += fresh.apply(function, (name, which, args.batches, args.size, args.budget))
-    write(with_saved(report, args.out), table, args.out, 'deploy')
+            report['rows'] += fresh.apply(function, (name, which, batches, args.size, args.budget))
+    name = 'deploy' if args.device == 'cpu' else f'deploy-{args.device}'
+    write(with_saved(report, args.out and args.out / f'{name}.json'), table, args.out, name)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """What the form of a layer costs in training: a step of truncated networks in both forms, as ratios to the plain one.
 
     python -m benchmarks.forms --out benchmarks/results
+    python -m benchmarks.forms --device cuda --out benchmarks/results
 
 All runs of a network alternate in one process. A second plain network is the noise. The stem is left alone.
 """
@@ -22,9 +23,14 @@ from .files import write
 from .measure import Setting, fresh_processes, train_steps
 
 MODELS = ('resnet18', 'resnet50')
-SETTINGS = {'contiguous': Setting('cpu'), 'channels_last': Setting('cpu', channels_last=True)}
+SETTINGS = {
+    'contiguous': Setting('cpu'),
+    'channels_last': Setting('cpu', channels_last=True),
+    'CUDA, channels_last': Setting('cuda', channels_last=True),
+    'CUDA, channels_last, bf16': Setting('cuda', precision='bf16', channels_last=True),
+}
 LEVELS, FORMS = (3, 2, 1), ('dense', 'separable')
-_BATCH, _SIZE = 8, 224
+_BATCHES, _SIZE = dict(cpu=8, cuda=128), 224
 
 
 def measure(name: str, setting: str, size: int, budget: float) -> dict[str, Any]:
@@ -36,8 +42,9 @@ def measure(name: str, setting: str, size: int, budget: float) -> dict[str, Any]
         for form in FORMS:
             small = harmonize(timm.create_model(name), level=level, form=form, exclude=stem)
             networks[f'level {level}, {form}'] = place(small)
-    runs = train_steps(networks, SETTINGS[setting], _BATCH, size, budget)
-    return dict(model=name, setting=setting, batch=_BATCH, size=size, runs=runs)
+    batch = _BATCHES[SETTINGS[setting].device]
+    runs = train_steps(networks, SETTINGS[setting], batch, size, budget)
+    return dict(model=name, setting=setting, batch=batch, size=size, runs=runs)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -49,8 +56,8 @@ def table(report: dict[str, Any]) -> str:
         '',
         f'Measured on {env["processor"]}, {env["threads"]} threads, torch {env["torch"]}, timm {env["timm"]}, '
         f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. Then the peak of '
-        f'memory, as a ratio. Float32, batch {_BATCH}, images of {report["rows"][0]["size"]} pixels. "Plain again" is '
-        'the noise.',
+        f'memory, as a ratio. Float32 or bf16, batch {report["rows"][0]["batch"]}, images of '
+        f'{report["rows"][0]["size"]} pixels. "Plain again" is the noise.',
         '',
         f'| network | in | plain, ms | {" | ".join(columns)} |',
         '|---' * (3 + len(columns)) + '|',
@@ -69,21 +76,23 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.forms', description=__doc__.partition('\n')[0])
     parser.add_argument('--models', nargs='+', default=list(MODELS), metavar='NAME')
+    parser.add_argument('--device', choices=sorted(_BATCHES), default='cpu')
     parser.add_argument('--size', type=int, default=_SIZE, help='side of the images')
     parser.add_argument('--budget', type=float, default=60, help='seconds for the rounds of one row')
     parser.add_argument('--threads', type=int, default=2, help='of the CPU')
-    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for forms.json and forms.md')
+    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for forms.json and forms.md, or forms-cuda')
     parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
     args = parser.parse_args()
     if args.show:
         print(table(json.loads(args.show.read_text())))
         return
     torch.set_num_threads(args.threads)  # here for the environment's sake
-    report: dict[str, Any] = dict(environment=environment(), rows=[])
+    report: dict[str, Any] = dict(environment=environment(args.device), rows=[])
+    settings = [name for name, setting in SETTINGS.items() if setting.device == args.device]
     with fresh_processes(args.threads) as fresh:
-        for name, setting in tqdm([(name, setting) for name in args.models for setting in SETTINGS]):
+        for name, setting in tqdm([(name, setting) for name in args.models for setting in settings]):
             report['rows'].append(fresh.apply(measure, (name, setting, args.size, args.budget)))
-    write(report, table, args.out, 'forms')
+    write(report, table, args.out, 'forms' if args.device == 'cpu' else f'forms-{args.device}')
 
 
 if __name__ == '__main__':

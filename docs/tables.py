@@ -19,6 +19,7 @@ import timm  # noqa: E402
 from timm.models import get_pretrained_cfg  # noqa: E402
 
 from benchmarks import compression, sizes  # noqa: E402
+from benchmarks.measure import Setting  # noqa: E402
 from benchmarks.small_data import OPTIMIZERS  # noqa: E402
 from timm_harmonic.hub.card import INSTALL  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
@@ -106,6 +107,20 @@ def speed() -> str:
             rows.append([f'`{name}`', version, *cells])
     titles = ['eval, batch 1: fused', 'harmonic', 'original', 'batch 8: fused', 'harmonic', 'original']
     return markdown(['network', 'torch', *titles, 'training step, batch 8', 'original'], rows)
+
+
+def speed_cuda() -> str:
+    """The same on a GPU, of benchmarks/results/cuda.json."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in json.loads((RESULTS / 'cuda.json').read_text())['rows']:
+        setting = str(Setting(row['device'], row['precision'], row['channels_last'], row['compiled']))
+        cells = rows.setdefault((row['model'], setting.removesuffix(', eager')), {})
+        for key in ('fused', 'harmonic', 'original'):
+            if run := row['runs'].get(key):
+                cells[f'{row["mode"]} {row["batch"]} {key}'] = f'{run["ratio"]:.2f}'
+    header = ['eval, batch 1: fused', 'harmonic', 'original', 'batch 128: fused', 'harmonic', 'original']
+    header += ['training step, batch 128', 'original']
+    return markdown(['network', 'in', *header], [[f'`{n}`', how, *of.values()] for (n, how), of in rows.items()])
 
 
 def _truncation(when: str) -> str:
@@ -260,6 +275,7 @@ _ALL = (
     paper,
     paper_small,
     speed,
+    speed_cuda,
     truncation,
     truncation_tuned,
     truncation_int8,

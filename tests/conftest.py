@@ -28,6 +28,9 @@ def pytest_addoption(parser):
         '--every-model', action='store_true', help="run timm's own tests on every harm* model, not on a selection"
     )
     parser.addoption(
+        '--device', metavar='NAME', help='where test_devices.py runs: by default on the first GPU, or else on the CPU'
+    )
+    parser.addoption(
         '--fuzz', type=float, metavar='MINUTES', help='search for faults so long, by examples that nobody has seen'
     )
 

@@ -27,6 +27,7 @@ TABLES = dict(
     conversion=conversion.table,
     deploy=deploy.table,
     forms=forms.table,
+    **{'deploy-cuda': deploy.table, 'forms-cuda': forms.table},
     imports=imports.table,
     sizes=sizes.table,
     small_data=small_data.table,
@@ -291,9 +292,9 @@ def test_rows_that_are_not_measured_again_stay(tmp_path):
     saved = dict(environment=command.environment(), rows=rows)
     (tmp_path / 'deploy.json').write_text(json.dumps(saved))
     again = dict(saved, rows=[dict(row, runs={'plain': {}})])
-    assert deploy.with_saved(again, tmp_path)['rows'] == [*again['rows'], rows[1]]
+    assert deploy.with_saved(again, tmp_path / 'deploy.json')['rows'] == [*again['rows'], rows[1]]
     again['environment'] = dict(again['environment'], torch='2.0')
-    assert deploy.with_saved(again, tmp_path) == again == deploy.with_saved(again, None)
+    assert deploy.with_saved(again, tmp_path / 'deploy.json') == again == deploy.with_saved(again, None)
 
 
 def test_training_in_both_forms_is_measured(monkeypatch):

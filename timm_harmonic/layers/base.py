@@ -141,10 +141,12 @@ class HarmonicLayer(nn.Module):
         """Basis (P, k, k) on a tensor's device and in its precision, but never below float32.
 
         It is float64 if a filter has few channels, on devices that have float64: in so short a sum the rounding of the
-        filters would show, and there are few coefficients.
+        filters would show, and there are few coefficients. On CUDA it always is: where TF32 is allowed, as timm's
+        scripts do, products of float32 have three digits.
         """
-        few = self.in_channels // self.groups <= _FEW_CHANNELS and like.device.type != 'mps'
-        dtype = torch.promote_types(like.dtype, torch.float64 if few else torch.float32)
+        kind = like.device.type
+        exact = kind == 'cuda' or (kind != 'mps' and self.in_channels // self.groups <= _FEW_CHANNELS)
+        dtype = torch.promote_types(like.dtype, torch.float64 if exact else torch.float32)
         side = self.kernel_size[0]
         options = (side, self.level, self.dc, self.normalization, self.smoothness)
         return dct_basis(*options, device=like.device, dtype=dtype)

@@ -238,10 +238,14 @@ class HarmonicBlock2d(HarmonicLayer):
         means, variances, count = [], [], 0
         for part in images.split(max(1, piece // (positions * len(functions)))):
             responses = self._convolve(part, functions, None, 1)
-            mean = responses.mean((2, 3), keepdim=True)
             count = responses.shape[2] * responses.shape[3]
+            if x.device.type == 'cpu':  # half the time of var_mean
+                mean = responses.mean((2, 3), keepdim=True)
+                var = torch.linalg.vector_norm(responses.sub_(mean), dim=(2, 3)).square() / count
+            else:
+                var, mean = torch.var_mean(responses, (2, 3), correction=0)
             means.append(mean.flatten(1))
-            variances.append(torch.linalg.vector_norm(responses.sub_(mean), dim=(2, 3)).square() / count)
+            variances.append(var)
         # (B, C * P), each over equally many responses
         of_images = torch.cat(means).reshape(batch, -1)
         mean = of_images.mean(0)

@@ -1,4 +1,4 @@
-"""Filters from coefficients: one matrix product, fast on a CPU, exact under autocast."""
+"""Filters from coefficients: one matrix product, fast on a CPU, exact under autocast and where TF32 is allowed."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,7 +13,8 @@ def compose(coefficients: Tensor, basis: Tensor, like: Tensor | None = None) -> 
     The dtype of basis is the precision of the product, whatever autocast says. Filters (O, I, k, k) have the memory
     format of `like`, a weight, or of the coefficients.
     """
-    if torch.jit.is_scripting():  # TorchScript cannot switch autocast off
+    # Autocast leaves float64 alone. TorchScript cannot switch it off.
+    if basis.dtype == torch.float64 or torch.jit.is_scripting():
         return _product(coefficients, basis, like)
     with outside_autocast(coefficients.device.type):
         return _product(coefficients, basis, like)
@@ -27,10 +28,11 @@ def _product(coefficients: Tensor, basis: Tensor, like: Tensor | None) -> Tensor
     coefficients = coefficients.to(basis.dtype)
     if not coefficients.is_contiguous():
         # channels_last is (O, P, I) in memory: (k * k, P) @ (O, P, I) gives the (O, k, k, I) that a convolution wants.
-        filters = functions.t() @ coefficients.squeeze(-1).transpose(1, 2)
+        filters = functions.t().expand(out_channels, -1, -1).bmm(coefficients.squeeze(-1).transpose(1, 2))
         return filters.reshape(out_channels, side, side, in_channels).permute(0, 3, 1, 2)
     # A trace must not depend on the number of channels, which it sees as tensors.
-    if not torch.jit.is_tracing() and count <= 25 and out_channels * in_channels % 2 == 0:
+    pairs = coefficients.device.type == 'cpu' and not torch.jit.is_tracing()
+    if pairs and count <= 25 and out_channels * in_channels % 2 == 0:
         # With few functions the product is narrow. Two rows at a time take half the time on a CPU.
         size = functions.shape[1]
         functions = torch.cat([F.pad(functions, (0, size)), F.pad(functions, (size, 0))])
