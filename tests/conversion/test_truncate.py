@@ -311,6 +311,7 @@ def test_memory_format_frozen_and_mode():
     layer.weight.requires_grad_(False)
     low = truncate(nn.Sequential(layer), level=3)[0]
     assert low.weight.is_contiguous(memory_format=torch.channels_last)
+    assert low.to(memory_format=torch.contiguous_format).weight.is_contiguous()
     assert not low.weight.requires_grad
     assert not low.training
 

@@ -69,7 +69,8 @@ def at_level(layer: HarmonicLayer, level: int | None) -> HarmonicLayer:
     if isinstance(new, HarmonicBlock2d):
         _keep_responses(new, kept)
     weight = (layer.weight.detach()[:, :, kept] * factors.to(layer.basis)[:, None]).to(layer.weight)
-    weight = weight.contiguous(memory_format=format_of(layer.weight))
+    # A clone, because by its strides torch may take the format for another, and then refuses to change it.
+    weight = weight.clone(memory_format=format_of(layer.weight))
     new.weight = nn.Parameter(weight, layer.weight.requires_grad)
     new.level, new.milliseconds = level, None
     new.init_non_persistent_buffers()
