@@ -260,6 +260,8 @@ class HarmonicBlock2d(HarmonicLayer):
             return
         bn.num_batches_tracked.add_(1)
         # Without momentum: the average over all batches, as a tensor, so that the device is not waited for.
-        factor = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
+        factor = bn.momentum
+        if factor is None:
+            factor = (1 / bn.num_batches_tracked).to(bn.running_mean.dtype)
         for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
-            running.copy_((1 - factor) * running + factor * new)
+            running.lerp_(new.to(running.dtype), factor)
