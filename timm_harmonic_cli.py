@@ -247,7 +247,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     deploy = 'write the plain network as deployed.onnx as well, checked, each layer in the form that is faster here'
     add('--deploy', action='store_true', help=deploy)
     add('--channels-last', action='store_true', help='run, time and deploy in this memory format')
-    add('--device', metavar='DEVICE', help='where to run (default: cuda if there is one)')
+    add('--device', metavar='DEVICE', help='where to run; times and forms are for it (default: cuda if there is one)')
     add('--workers', type=_natural, default=0, metavar='N', help='processes that read images (default: 0)')
     add(
         '--include', nargs='+', metavar='PATTERN', help="only these convolutions, as 'layer3.*' (default: all that can)"
