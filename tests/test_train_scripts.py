@@ -306,7 +306,7 @@ def test_truncate_fine_tune_validate_fuse_export(workplace, small_run):
     """All steps that the pages describe, with a network that was trained here."""
     onnx = pytest.importorskip('onnx', reason="timm's onnx_export.py writes ONNX")
     last = workplace.folder / 'small' / 'last.pth.tar'
-    options = ('--normalization', 'ortho', '--ratio', 0.75, '--evaluate', workplace.images)
+    options = ('--ratio', 0.75, '--evaluate', workplace.images)
     command_line(workplace, 'compress', 'harm_resnet50', '--checkpoint', last, *options, '--out', 'truncated')
     record = json.loads((workplace.folder / 'truncated' / 'compression.json').read_text())
     assert record['report']['parameters'] <= 0.75 * record['report']['parameters_before']
