@@ -7,6 +7,7 @@ import argparse
 import inspect
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -66,6 +67,14 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _lines(path: Path | None) -> list[str] | None:
     return path.read_text(encoding='utf-8').splitlines() if path else None
+
+
+def _fitting(table: str, file: Path) -> str:
+    """A table with a last line of text. On a narrower terminal that line alone, and which file has the table."""
+    lines = table.splitlines()
+    if not sys.stdout.isatty() or max(map(len, lines[:-1]), default=0) <= shutil.get_terminal_size().columns:
+        return table
+    return f'{lines[-1]}\nLayer by layer: {file}'
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -287,7 +296,8 @@ def _compress(args: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(args).items() if key not in own}
     images = {key: value for key in ('img_size', 'mean', 'std') if (value := options.pop(key)) is not None}
     options['model_kwargs'] = dict(args.model_kwargs)
-    print(compress(args.model, args.out, repo_id=args.repo, data_config=images, **options))
+    report = compress(args.model, args.out, repo_id=args.repo, data_config=images, **options)
+    print(_fitting(str(report), args.out / 'compression.md'))
     if args.deploy:
         record = json.loads((args.out / 'compression.json').read_text(encoding='utf-8'))
         print(f'\n{deployed_table(record)}\n')

@@ -120,6 +120,17 @@ def test_help_fits_the_terminal(columns, capsys, monkeypatch):
         assert max(map(len, options.splitlines())) <= columns
 
 
+def test_a_table_fits_the_terminal(monkeypatch, tmp_path):
+    """On a narrower one stands its summary, and where it is. A pipe gets the table."""
+    table = f'{"layer":<80}\n{"conv1":<80}\nresnet18: 1 of 2'
+    monkeypatch.setenv('COLUMNS', '60')
+    assert cli._fitting(table, tmp_path / 'a.md') == table
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
+    assert cli._fitting(table, tmp_path / 'a.md') == f'resnet18: 1 of 2\nLayer by layer: {tmp_path / "a.md"}'
+    monkeypatch.setenv('COLUMNS', '80')
+    assert cli._fitting(table, tmp_path / 'a.md') == table
+
+
 @pytest.mark.parametrize('command', list(cli._COMMANDS))
 def test_help_has_examples(command):
     """They are commands that can be given."""

@@ -248,7 +248,7 @@ def _evaluate(model: nn.Module, loader: Any) -> dict[str, float]:
 
 
 _DEPLOYED = dict(
-    bytes=('size of the ONNX file, bytes', ',d'),
+    bytes=('ONNX file, bytes', ',d'),
     parameters=('parameters', ',d'),
     macs=('multiply-adds', ',d'),
     torch_ms=('torch, ms', '.3g'),
