@@ -100,7 +100,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.invert_yaxis()
         axis.set_title(f'{"evaluation" if mode == "eval" else "training step"}, batch {batch}', fontsize=10)
         axis.set_xlabel('time / plain twin: lower is faster')
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc='upper right', ncols=3, fontsize=8)
     for axis, (mode, along) in zip(axes[-1] if curves else [], curves, strict=False):
         other = 'size' if along == 'batch' else 'batch'
         common = max(
