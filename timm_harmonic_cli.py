@@ -288,7 +288,7 @@ def _compress(args: argparse.Namespace) -> None:
 
       timm-harmonic compress resnet18 --pretrained --ratio 0.6 --cost time --channels-last --data DIR --refit --out x
     """
-    from timm_harmonic.hub.compress import compress, deployed_table
+    from timm_harmonic.hub.compress import accuracy_table, compress, deployed_table
 
     if args.level is not None and args.data and not args.refit:
         raise ValueError('--data is for --refit, --energy, --ratio and --max-params: with --level nothing is chosen.')
@@ -298,9 +298,10 @@ def _compress(args: argparse.Namespace) -> None:
     options['model_kwargs'] = dict(args.model_kwargs)
     report = compress(args.model, args.out, repo_id=args.repo, data_config=images, **options)
     print(_fitting(str(report), args.out / 'compression.md'))
-    if args.deploy:
-        record = json.loads((args.out / 'compression.json').read_text(encoding='utf-8'))
-        print(f'\n{deployed_table(record)}\n')
+    record = json.loads((args.out / 'compression.json').read_text(encoding='utf-8'))
+    for given, table in ((args.evaluate, accuracy_table), (args.deploy, deployed_table)):
+        if given:
+            print(f'\n{table(record)}')
     print(f'\nWrote {args.out}: timm.create_model("local-dir:{args.out}", pretrained=True)')
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .environment import environment
 from .files import write
-from .measure import Setting, fresh_processes, growth, measure
+from .measure import Setting, fresh_processes, growth, measure, usable
 from .report import plot, table
 
 MODELS = (
@@ -67,7 +67,7 @@ GROWTH = {
 def parse() -> argparse.Namespace:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__.partition('\n')[0])
-    parser.add_argument('--device', choices=sorted(SETTINGS), default=device)
+    parser.add_argument('--device', type=usable, choices=sorted(SETTINGS), default=device)
     parser.add_argument('--models', nargs='+', default=list(MODELS), metavar='NAME')
     parser.add_argument('--variants', type=int, default=1, metavar='N', help='networks measured in all settings')
     parser.add_argument('--settings', type=int, metavar='N', help='how many of the settings are measured')
@@ -79,10 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=2, help='of the CPU')
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for DEVICE.json, DEVICE.md and DEVICE.png')
     parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
-    args = parser.parse_args()
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('--device cuda, but torch finds none')
-    return args
+    return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from timm_harmonic.hub.deployed import export_onnx, onnx_runner
 
 from .environment import environment
 from .files import write
-from .measure import Setting, compare, fresh_processes
+from .measure import Setting, compare, fresh_processes, usable
 from .smaller import in_int8
 
 MODELS = (
@@ -197,7 +197,7 @@ def with_saved(report: dict[str, Any], path: Path | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.deploy', description=__doc__.partition('\n')[0])
     parser.add_argument('--models', nargs='+', default=list(MODELS), metavar='NAME')
-    parser.add_argument('--device', choices=sorted(_BATCHES), default='cpu')
+    parser.add_argument('--device', type=usable, choices=sorted(_BATCHES), default='cpu')
     parser.add_argument('--settings', nargs='+', choices=[*SETTINGS, *ONNX], metavar='NAME')
     parser.add_argument('--batches', nargs='+', type=int, metavar='N')
     parser.add_argument('--size', type=int, default=224, help='side of the images')
@@ -212,6 +212,8 @@ def main() -> None:
     on_device = [name for name, setting in SETTINGS.items() if setting.device == args.device]
     on_device += ONNX if args.device == 'cpu' else []
     settings = [setting for setting in on_device if setting in (args.settings or on_device)]
+    if elsewhere := {*(args.settings or [])} - {*settings}:
+        parser.error(f'{", ".join(sorted(elsewhere))}: not on --device {args.device}')
     jobs: list[tuple[Callable[..., Any], str, Any]] = []
     for name in args.models:
         jobs += [(measure, name, setting) for setting in settings if setting not in ONNX]

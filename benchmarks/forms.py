@@ -20,7 +20,7 @@ from timm_harmonic import harmonize
 
 from .environment import environment
 from .files import write
-from .measure import Setting, fresh_processes, train_steps
+from .measure import Setting, fresh_processes, train_steps, usable
 
 MODELS = ('resnet18', 'resnet50')
 SETTINGS = {
@@ -56,7 +56,7 @@ def table(report: dict[str, Any]) -> str:
         '',
         f'Measured on {env["processor"]}, {env["threads"]} threads, torch {env["torch"]}, timm {env["timm"]}, '
         f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. Then the peak of '
-        f'memory, as a ratio. Float32 or bf16, batch {report["rows"][0]["batch"]}, images of '
+        f'memory, as a ratio. Float32 if nothing else is said, batch {report["rows"][0]["batch"]}, images of '
         f'{report["rows"][0]["size"]} pixels. "Plain again" is the noise.',
         '',
         f'| network | in | plain, ms | {" | ".join(columns)} |',
@@ -76,7 +76,7 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.forms', description=__doc__.partition('\n')[0])
     parser.add_argument('--models', nargs='+', default=list(MODELS), metavar='NAME')
-    parser.add_argument('--device', choices=sorted(_BATCHES), default='cpu')
+    parser.add_argument('--device', type=usable, choices=sorted(_BATCHES), default='cpu')
     parser.add_argument('--size', type=int, default=_SIZE, help='side of the images')
     parser.add_argument('--budget', type=float, default=60, help='seconds for the rounds of one row')
     parser.add_argument('--threads', type=int, default=2, help='of the CPU')

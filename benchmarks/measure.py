@@ -1,5 +1,6 @@
 """What is measured: interleaved runs of several networks in one process, as ratios to the plain twin, and memory."""
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -20,7 +21,7 @@ from torch import nn
 
 from .original import check, original
 
-__all__ = ['Setting', 'compare', 'evaluation', 'fresh_processes', 'growth', 'measure', 'train_steps']
+__all__ = ['Setting', 'compare', 'evaluation', 'fresh_processes', 'growth', 'measure', 'train_steps', 'usable']
 
 PLAIN = dict(harmonic_stem=False, harmonic_blocks=False)
 
@@ -63,6 +64,13 @@ class Setting:
 def fresh_processes(threads: int) -> Pool:
     """Runs one thing at a time, each in a new process with so many threads: nothing is left of what ran before."""
     return get_context('spawn').Pool(1, maxtasksperchild=1, initializer=torch.set_num_threads, initargs=(threads,))
+
+
+def usable(device: str) -> str:
+    """A device, as an argument of a command. An error of its parser if torch finds none."""
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError('cuda, but torch finds none')
+    return device
 
 
 def synchronize(device: str) -> None:

@@ -94,33 +94,38 @@ def paper_small() -> str:
 
 def speed() -> str:
     """Times as ratios to plain networks, of benchmarks/results/cpu.json and of its kin for other versions of torch."""
-    setting = dict(precision='fp32', channels_last=False, compiled=False)
-    evaluation = [('eval', batch, key) for batch in (1, 8) for key in ('fused', 'harmonic', 'original')]
-    columns = [*evaluation, ('train', 8, 'harmonic'), ('train', 8, 'original')]
     rows = []
     for path in sorted([*RESULTS.glob('torch-*/cpu.json'), RESULTS / 'cpu.json']):
         report = json.loads(path.read_text())
         version = report['environment']['torch'].partition('+')[0]
-        found = {(r['model'], r['mode'], r['batch']): r['runs'] for r in report['rows'] if setting.items() <= r.items()}
-        for name in dict.fromkeys(name for name, _, _ in found):
-            cells = [f'{found[name, mode, batch][key]["ratio"]:.2f}' for mode, batch, key in columns]
-            rows.append([f'`{name}`', version, *cells])
-    titles = ['eval, batch 1: fused', 'harmonic', 'original', 'batch 8: fused', 'harmonic', 'original']
-    return markdown(['network', 'torch', *titles, 'training step, batch 8', 'original'], rows)
+        of_settings = _ratios(report, 8)
+        rows += [[name, version, *cells] for (name, how), cells in of_settings.items() if how == 'fp32, contiguous']
+    return markdown(['network', 'torch', *_titles(8)], rows)
 
 
 def speed_cuda() -> str:
-    """The same on a GPU, of benchmarks/results/cuda.json."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for row in json.loads((RESULTS / 'cuda.json').read_text())['rows']:
-        setting = str(Setting(row['device'], row['precision'], row['channels_last'], row['compiled']))
-        cells = rows.setdefault((row['model'], setting.removesuffix(', eager')), {})
-        for key in ('fused', 'harmonic', 'original'):
-            if run := row['runs'].get(key):
-                cells[f'{row["mode"]} {row["batch"]} {key}'] = f'{run["ratio"]:.2f}'
-    header = ['eval, batch 1: fused', 'harmonic', 'original', 'batch 128: fused', 'harmonic', 'original']
-    header += ['training step, batch 128', 'original']
-    return markdown(['network', 'in', *header], [[f'`{n}`', how, *of.values()] for (n, how), of in rows.items()])
+    """The same on a GPU, in all settings, of benchmarks/results/cuda.json."""
+    of_settings = _ratios(json.loads((RESULTS / 'cuda.json').read_text()), 128)
+    return markdown(['network', 'in', *_titles(128)], [[*which, *cells] for which, cells in of_settings.items()])
+
+
+def _titles(batch: int) -> list[str]:
+    each = ['harmonic', 'original']
+    return ['eval, batch 1: fused', *each, f'batch {batch}: fused', *each, f'training step, batch {batch}', 'original']
+
+
+def _ratios(report: dict[str, Any], batch: int) -> dict[tuple[str, str], list[str]]:
+    """By network and setting, without those that are compiled: ratios in the order of the titles."""
+    evaluation = [('eval', size, key) for size in (1, batch) for key in ('fused', 'harmonic', 'original')]
+    columns = [*evaluation, ('train', batch, 'harmonic'), ('train', batch, 'original')]
+    found: dict[tuple[str, str], dict[tuple[str, int], Any]] = {}
+    for row in report['rows']:
+        if not row['compiled']:
+            how = str(Setting(row['device'], row['precision'], row['channels_last'])).removesuffix(', eager')
+            found.setdefault((f'`{row["model"]}`', how), {})[row['mode'], row['batch']] = row['runs']
+    return {
+        which: [f'{runs[mode, size][key]["ratio"]:.2f}' for mode, size, key in columns] for which, runs in found.items()
+    }
 
 
 def _truncation(when: str) -> str:

@@ -110,11 +110,12 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert report['environment']['torch'] == torch.__version__
 
 
-def test_a_missing_gpu_is_an_error(monkeypatch, capsys):
+@pytest.mark.parametrize('module', [command, deploy, forms])
+def test_a_missing_gpu_is_an_error(module, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(sys, 'argv', ['benchmarks', '--device', 'cuda'])
     with pytest.raises(SystemExit):
-        command.main()
+        module.main()
     assert 'torch finds none' in capsys.readouterr().err
     assert command.environment()['cuda'] == 'none on this machine, not measured'
 
@@ -283,6 +284,13 @@ def test_deployed_networks_are_measured(setting, monkeypatch):
     assert row['runs']['plain']['ratio'] == 1
     line = deploy.table(dict(environment=command.environment(), rows=[row])).splitlines()[-1]
     assert line.startswith(f'| `test_resnet` | {setting} | 1 |')
+
+
+def test_a_setting_of_another_device_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmarks.deploy', '--settings', 'contiguous', 'CUDA'])
+    with pytest.raises(SystemExit):
+        deploy.main()
+    assert 'CUDA: not on --device cpu' in capsys.readouterr().err
 
 
 def test_rows_that_are_not_measured_again_stay(tmp_path):

@@ -380,6 +380,7 @@ def test_command(checkpoint, pictures, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'layer4.0.conv2' in printed
     assert '8 of 13 convolutions are harmonic' in printed
+    assert '| accuracy, %, measured | before | after |\n|---|---|---|\n| top1 |' in printed
     assert f'timm.create_model("local-dir:{tmp_path / "out"}", pretrained=True)' in printed
     assert 'weigh' not in printed  # progress is on stderr
     assert cli.main([*arguments, '--out', str(tmp_path / 'out')]) == 1

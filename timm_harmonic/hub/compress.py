@@ -261,6 +261,13 @@ def _deployed_line(title: str, form: str, key: str, deployed: dict[str, Any]) ->
     return f'| {title} | {before:{form}} | {after:{form}} | {after / before:.2f} |'
 
 
+def accuracy_table(record: dict[str, Any]) -> str:
+    """The accuracies in compression.json, as Markdown."""
+    before, after = (record['accuracy'][when] for when in ('before', 'after'))
+    lines = [f'| {k} | {v:.2f} | {after[k]:.2f} |' for k, v in before.items()]
+    return '\n'.join(['| accuracy, %, measured | before | after |', '|---|---|---|', *lines])
+
+
 def deployed_table(record: dict[str, Any]) -> str:
     """What compression.json says of the deployed network, as Markdown."""
     lines = ['| deployed, measured here | plain | compressed | ratio |', '|---|---|---|---|']
@@ -279,10 +286,8 @@ def _page(record: dict[str, Any], report: HarmonicReport) -> str:
     ]
     if 'deployed' in record:
         lines += [deployed_table(record), '']
-    if accuracies := record['accuracy']:
-        lines += ['| accuracy, %, measured | before | after |', '|---|---|---|']
-        lines += [f'| {k} | {v:.2f} | {accuracies["after"][k]:.2f} |' for k, v in accuracies['before'].items()]
-        lines += ['', 'Before any fine-tuning.', '']
+    if record['accuracy']:
+        lines += [accuracy_table(record), '', 'Before any fine-tuning.', '']
     return '\n'.join([*lines, report.to_markdown()])
 
 

@@ -13,7 +13,7 @@ def compose(coefficients: Tensor, basis: Tensor, like: Tensor | None = None) -> 
     The dtype of basis is the precision of the product, whatever autocast says. Filters (O, I, k, k) have the memory
     format of `like`, a weight, or of the coefficients.
     """
-    # Autocast leaves float64 alone. TorchScript cannot switch it off.
+    # Autocast leaves float64 alone, and TorchScript cannot switch autocast off.
     if basis.dtype == torch.float64 or torch.jit.is_scripting():
         return _product(coefficients, basis, like)
     with outside_autocast(coefficients.device.type):
