@@ -61,7 +61,8 @@ def export_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
     """Writes a plain network as ONNX, for batches of any size. Its input is `images`."""
     batches = ({0: torch.export.Dim.DYNAMIC},)
     options: dict[str, Any] = dict(input_names=['images'], dynamic_shapes=batches, dynamo=True, verbose=False)
-    program: Any = torch.onnx.export(copy.deepcopy(network).cpu().eval(), (images.cpu(),), **options)
+    example = torch.cat([images.cpu()] * 2)  # of one image, torch 2.7 takes the batch for fixed
+    program: Any = torch.onnx.export(copy.deepcopy(network).cpu().eval(), (example,), **options)
     program.save(path, external_data=False)
 
 
