@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -238,26 +238,21 @@ def _faster(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def forms_by_names(names: Sequence[str], form: Form) -> dict[str, str]:
-    """Returns the forms of layers by their names: one for all, or those of the patterns that match."""
+    """Returns the forms of layers by their names: one for all, or those of the patterns that match.
+
+    Raises InputError if a form is unknown, or a pattern matches none of the names.
+    """
     if isinstance(form, str):
         return dict.fromkeys(names, check_form(form))
-    found = {name: next((value for p, value in form.items() if fnmatchcase(name, p)), '') for name in names}
-    return {name: check_form(value) for name, value in found.items() if value}
-
-
-def check_patterns(form: Form, names: Iterable[str]) -> None:
-    """Checks forms. Raises InputError if a form is unknown, or a pattern matches none of the names."""
-    if isinstance(form, str):
-        check_form(form)
-        return
-    if not isinstance(form, Mapping):
+    if not isinstance(form, Mapping) or not all(isinstance(pattern, str) for pattern in form):
         raise TypeError(f'form must be one of {FORMS}, or map patterns of names to them, got {form!r}.')
+    found: dict[str, str] = {}
     for pattern, value in form.items():
-        check_form(value)
-        if not isinstance(pattern, str):
-            raise TypeError(f'form must map patterns of names, got {pattern!r}.')
-        if not any(fnmatchcase(name, pattern) for name in names):
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
             raise InputError(f'form: {pattern!r} matches none of the harmonic layers.')
+        found = {**dict.fromkeys(matching, check_form(value)), **found}  # the first pattern counts
+    return found
 
 
 def set_forms(model: nn.Module, forms: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..common import InputError
 from ..layers import HarmonicLayer, check_level, full_level, name_of_basis, options_of_basis
-from .costs import Form, check_patterns, forms_by_names, set_forms
+from .costs import Form, forms_by_names, set_forms
 from .running import trainable
 from .swap import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 
@@ -73,13 +73,12 @@ def harmonize(
             f"the basis {name!r} differs from that of the network's harmonic layers: "
             f'use {next(iter(present.values()))!r}.'
         )
-    form = {} if form is None else form
-    check_patterns(form, wanted)
+    forms = forms_by_names(list(wanted), {} if form is None else form)
     if not inplace:
         model = copy.deepcopy(model)
     make_harmonic(model, wanted, basis=basis, keep_filters=True)
     replace_layers(model, {name: layer.at_level(wanted[name]) for name, layer in layers.items() if name in wanted})
-    set_forms(model, forms_by_names(list(wanted), form))
+    set_forms(model, forms)
     return record_options(model)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from ..layers import full_level
 from .costs import costs_of, multiply_adds
 from .running import uses_of
 from .swap import harmonic_layers, reasons_to_skip
@@ -169,8 +168,7 @@ def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
     """Draws a PNG of a truncation: each layer's energy by frequency with its level, and a curve.
 
     The curve shows the mean share of energy kept against the network's parameters, for budgets over all layers
-    together, with a point for the truncated network. If layers were timed, a third panel shows their milliseconds
-    before and after.
+    together, with a point for the truncated network.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -187,18 +185,16 @@ def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
     step = (costs.present - costs.least) / (_POINTS - 1)
     curve = sorted({point(choose_levels(losses, costs, costs.least + step * i)) for i in range(_POINTS)})
     chosen = report.parameters, point(levels)[1]
-    times = {conv.name: (conv.ms_before, conv.ms) for conv in report.convolutions if conv.ms_before and conv.ms}
+
     title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
     with matplotlib.rc_context(_FONTS):
         height = max(4.2, 1.9 + 0.16 * len(losses))  # room for every layer's name
-        figure = Figure(figsize=(15 if times else 12, height), layout='constrained')
+        figure = Figure(figsize=(12, height), layout='constrained')
         FigureCanvasAgg(figure)  # no window, whatever backend the user has set
         figure.suptitle(title, x=0.01, ha='left', fontsize=11)
         figure.supxlabel(_CAPTION, x=0.01, ha='left', fontsize=8, color='0.35')
-        left, *middle, right = figure.subplots(1, 3 if times else 2, width_ratios=(1.25, *((0.7,) if times else ()), 1))
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
         _draw_energy(left, losses, levels)
-        for axes in middle:
-            _draw_times(axes, list(losses), times)
         _draw_curve(right, curve, chosen)
         figure.savefig(path, format='png', dpi=130)
 
@@ -222,22 +218,6 @@ def _draw_energy(axes: Any, losses: Losses, levels: Mapping[str, int]) -> None:
     axes.set(xlabel='frequency i + j', title="energy of each layer's filters, and the level kept (line)")
     axes.tick_params(length=2)
     axes.figure.colorbar(image, ax=axes, label='share of energy (%)', shrink=0.8, pad=0.02)
-
-
-def _draw_times(axes: Any, names: Sequence[str], times: Mapping[str, tuple[float, float]]) -> None:
-    """Draws bars in the rows of the first panel."""
-    rows = [(row, *times[name]) for row, name in enumerate(names) if name in times]
-    for shift, column, colour, label in ((-0.2, 1, '0.7', 'plain'), (0.2, 2, '#009E73', 'in its form')):
-        places = [row[0] + shift for row in rows]
-        axes.barh(places, [row[column] for row in rows], 0.4, color=colour, label=label)
-    axes.set(
-        ylim=(len(names) - 0.5, -0.5),
-        yticks=[],
-        xlabel='milliseconds',
-        title='measured time of each layer',
-    )
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_curve(axes: Any, curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> None:

@@ -128,7 +128,7 @@ def _check_amount(options: dict[str, Any]) -> None:
         share = options[name]
         if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
             raise TypeError(f'{name} must be a number above 0 and at most 1, got {share!r}.')
-        if share is not None and not 0 < share <= 1:
+        if share is not None and not 0 < float(share) <= 1:
             raise InputError(f'{name} must be above 0 and at most 1, got {share!r}.')
 
 

@@ -17,9 +17,9 @@ from .base import HarmonicLayer
 from .compose import compose, outside_autocast
 from .dct import dct_spectrum
 
-# With smoothness, the floor under each variance. For images of mean 0 and deviation 1 the responses have a mean variance
-# of 1. Without a floor, normalisation amplifies a frequency by as much as it is rare in training, and sharper images,
-# which hold more of it, look like other images.
+# With smoothness, the floor under each variance. On images of mean 0 and deviation 1 the variances of the responses
+# average 1. Without a floor, normalisation amplifies a frequency by as much as it is rare in training, and sharper
+# images, which hold more of it, look like other images.
 _FLOOR = 0.05
 # Responses computed at a time where only their statistics are needed.
 _PIECE_CPU, _PIECE = 2**19, 2**26

@@ -56,7 +56,7 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def _one_channel_last(weight: Tensor) -> bool:
-    """Tells whether a weight of one channel is in channels_last: it is contiguous too, but convolutions read strides."""
+    """Tells whether a weight of one channel is in channels_last: contiguous as well, but convolutions read strides."""
     if torch.jit.is_tracing():  # sizes are tensors there
         return False
     return weight.shape[1] == 1 and weight.shape[2] > 1 and weight.stride(1) == 1
