@@ -21,7 +21,6 @@ from timm.models import get_pretrained_cfg  # noqa: E402
 from benchmarks import compression, sizes  # noqa: E402
 from benchmarks.measure import Setting  # noqa: E402
 from benchmarks.small_data import OPTIMIZERS  # noqa: E402
-from timm_harmonic.hub.card import INSTALL  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
 from timm_harmonic.small_data.networks import MEANINGS  # noqa: E402
 from timm_harmonic.small_data.summary import interval  # noqa: E402
@@ -48,6 +47,26 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [header, ['---'] * len(header), *rows]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+FAMILIES = {
+    'ResNet': r'harm\d?_resnet',
+    'ResNeXt': r'harm\d?_resnext',
+    'SE-ResNeXt': r'harm\d?_seresnext',
+    'VGG': r'harm\d?_vgg',
+    'wide ResNet, for 32 x 32 pixels': r'harm\d?_wrn',
+    'any CNN in timm': 'harmonized',
+}
+
+
+def names() -> str:
+    """Every name that timm.create_model takes, by family, and those of released weights with their tag."""
+    rows = []
+    for family, pattern in FAMILIES.items():
+        of_family = [name for name in timm.list_models('harm*') if re.match(pattern, name)]
+        weights = [f'`{name}.{get_pretrained_cfg(name).tag}`' for name in of_family if get_pretrained_cfg(name).url]
+        rows.append([family, ', '.join(f'`{name}`' for name in of_family), ', '.join(weights)])
+    return markdown(['family', 'names', 'with released weights'], rows)
 
 
 def models() -> str:
@@ -270,12 +289,8 @@ def cell_of(row: dict[str, Any]) -> str:
     return compression.cell(row['accuracy_mean'], row['accuracy_deviation'])
 
 
-def install() -> str:
-    """How the package is installed today."""
-    return f'{INSTALL}.'
-
-
 _ALL = (
+    names,
     models,
     paper,
     paper_small,
@@ -289,7 +304,7 @@ _ALL = (
     deployed_in_short,
     file_sizes,
 )
-TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data, small_data_all, install)}
+TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data, small_data_all)}
 
 
 def fill(text: str) -> str:
