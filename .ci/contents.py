@@ -39,7 +39,7 @@ def in_source(source: Path) -> set[str]:
     return {path.as_posix() for path in files if not path.parts[0].endswith('.egg-info')}
 
 
-_PACKAGED = ('timm_harmonic/', 'timm_harmonic_autoload.py', 'timm_harmonic_cli.py')
+_PACKAGED = ('timm_harmonic/', 'timm_harmonic_autoload.py', 'timm_harmonic_cli/')
 
 
 def main() -> None:

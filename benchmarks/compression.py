@@ -29,9 +29,9 @@ from tqdm import tqdm
 from timm_harmonic import deploy, harmonize, truncate
 from timm_harmonic.conversion.costs import count_macs
 from timm_harmonic.conversion.timing import times_of
-from timm_harmonic.small_data.photographs import load_photographs
-from timm_harmonic.small_data.quickstart import RECIPE, patches
+from timm_harmonic.small_data.tasks import load_photographs
 from timm_harmonic.small_data.training import Images, batches, evaluate, fit, one_thread
+from timm_harmonic_cli.quickstart import RECIPE, patches
 
 from .environment import environment
 from .files import write

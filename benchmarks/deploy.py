@@ -29,7 +29,7 @@ from timm_harmonic.conversion.choose import choose_levels
 from timm_harmonic.conversion.costs import time_costs
 from timm_harmonic.conversion.forms import set_forms
 from timm_harmonic.conversion.losses import losses_by_filters
-from timm_harmonic.hub.deployed import export_onnx, onnx_runner
+from timm_harmonic.export.onnx import export_onnx, onnx_runner
 
 from .environment import environment
 from .files import write

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize
-from timm_harmonic.hub.deployed import export_onnx
+from timm_harmonic.export.onnx import export_onnx
 
 from .environment import environment
 from .files import write

@@ -19,11 +19,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from timm_harmonic.small_data.networks import network
-from timm_harmonic.small_data.runs import Store
-from timm_harmonic.small_data.search import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, setting
-from timm_harmonic.small_data.summary import accuracy, deviation, difference, interval
-from timm_harmonic.small_data.training import Recipe, one_thread
+from timm_harmonic.small_data.protocol import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, Store, setting
+from timm_harmonic.small_data.results import accuracy, deviation, difference, interval
+from timm_harmonic.small_data.training import Recipe, network, one_thread
 
 from .environment import environment
 from .files import write

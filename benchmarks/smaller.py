@@ -9,8 +9,8 @@ import timm
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from timm_harmonic.hub.deployed import export_onnx, onnx_runner
-from timm_harmonic.small_data.networks import NAMED
+from timm_harmonic.export.onnx import export_onnx, onnx_runner
+from timm_harmonic.small_data.training import NAMED
 
 CHANNELS = (32, 64, 128, 256)  # twice the quickstart's: in narrower layers there is no time to gain
 _SHARES = [i / 40 for i in range(2, 41)]  # of the channels

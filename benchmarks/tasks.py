@@ -12,7 +12,7 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
-from timm_harmonic.small_data.photographs import PHOTOGRAPHS, cut, draw_patches, load_photographs, path_of
+from timm_harmonic.small_data.tasks import PHOTOGRAPHS, cut, draw_patches, load_photographs, path_of
 from timm_harmonic.small_data.training import Images
 
 _TEST = 24  # patches of each photograph, as many as the half of the smallest holds

@@ -22,8 +22,8 @@ from benchmarks import compression, sizes  # noqa: E402
 from benchmarks.measure import Setting  # noqa: E402
 from benchmarks.small_data import OPTIMIZERS  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
-from timm_harmonic.small_data.networks import MEANINGS  # noqa: E402
-from timm_harmonic.small_data.summary import interval  # noqa: E402
+from timm_harmonic.small_data.results import interval  # noqa: E402
+from timm_harmonic.small_data.training import MEANINGS  # noqa: E402
 
 RESULTS = ROOT / 'benchmarks' / 'results'
 BLOCK = re.compile(r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)', re.DOTALL)

@@ -11,7 +11,7 @@ import timm
 import torch
 from reference import DATA
 
-from timm_harmonic.hub.folder import convert
+from timm_harmonic.export.folder import convert
 
 # How many processes import with eight threads at once; many more by hand.
 PROCESSES = int(os.environ.get('TIMM_HARMONIC_TEST_PROCESSES', '8'))

@@ -11,7 +11,7 @@ import pytest
 
 import timm_harmonic
 import timm_harmonic_cli as cli
-from timm_harmonic.conversion.progress import progress
+from timm_harmonic.common.progress import progress
 from timm_harmonic.small_data import quickstart
 
 

@@ -15,7 +15,7 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, deploy, harmonize, refit, truncate
-from timm_harmonic.conversion.convolutions import harmonic_layers
+from timm_harmonic.conversion.swap import harmonic_layers
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
-from timm_harmonic.conversion.convolutions import harmonic_layers, reasons_to_skip
 from timm_harmonic.conversion.energy import energy_kept
+from timm_harmonic.conversion.swap import harmonic_layers, reasons_to_skip
 from timm_harmonic.layers.compose import compose
 from timm_harmonic.layers.conv import HarmonicConv2dSame
 

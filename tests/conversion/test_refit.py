@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonize, refit, truncate
-from timm_harmonic.conversion.convolutions import harmonic_layers
 from timm_harmonic.conversion.energy import at_level
 from timm_harmonic.conversion.moments import Moments, Samples, by_group, coefficients_of
 from timm_harmonic.conversion.norms import by_batch, estimate_statistics, norms_behind, norms_of
 from timm_harmonic.conversion.refit import losses_by_refit, output_error, read_images
+from timm_harmonic.conversion.swap import harmonic_layers
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
 from timm_harmonic.conversion.choose import _exact, _greedy, choose_levels
-from timm_harmonic.conversion.convolutions import harmonic_layers
 from timm_harmonic.conversion.costs import Costs, mac_costs, parameter_costs, parameters_at, time_costs
 from timm_harmonic.conversion.energy import energy_kept
 from timm_harmonic.conversion.losses import losses_by_filters, losses_by_images
+from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.layers.dct import dct_frequencies
 
 pytestmark = pytest.mark.usefixtures('one_thread')

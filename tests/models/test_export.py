@@ -14,9 +14,9 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.small_data.networks import NAMED
-from timm_harmonic.small_data.photographs import cut, draw_patches, load_photographs
-from timm_harmonic.small_data.quickstart import RECIPE
+from timm_harmonic.small_data.tasks import cut, draw_patches, load_photographs
+from timm_harmonic.small_data.training import NAMED
+from timm_harmonic_cli.quickstart import RECIPE
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 TINY_VGG = dict(mlp_ratio=0.02)

@@ -11,7 +11,7 @@ from timm.models import get_model_args, load_checkpoint, reparameterize_model, r
 from torch import nn
 
 from timm_harmonic import harmonize, truncate
-from timm_harmonic.conversion.convolutions import harmonic_layers
+from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.layers.dct import full_level
 from timm_harmonic.models.checkpoints import CheckpointError
 from timm_harmonic.models.harmonized import _WRAPPERS

@@ -11,8 +11,8 @@ from timm.models import reparameterize_model
 
 import timm_harmonic_cli as cli
 from timm_harmonic import harmonic_report, harmonize, truncate
-from timm_harmonic.conversion.convolutions import harmonic_layers
-from timm_harmonic.hub.folder import convert
+from timm_harmonic.conversion.swap import harmonic_layers
+from timm_harmonic.export.folder import convert
 from timm_harmonic.models.checkpoints import CheckpointError
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), num_classes=5)

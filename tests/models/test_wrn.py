@@ -11,7 +11,7 @@ from torch import nn
 
 import timm_harmonic  # noqa: F401  registers the models
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, HarmonicWRN
-from timm_harmonic.hub.folder import convert
+from timm_harmonic.export.folder import convert
 from timm_harmonic.models.checkpoints import CheckpointError
 
 

@@ -19,14 +19,13 @@ from timm.data import create_dataset
 from torchvision.transforms.v2 import functional
 
 import timm_harmonic_cli as cli
+from timm_harmonic.common import InputError
 from timm_harmonic.small_data import compare as module
-from timm_harmonic.small_data.compare import compare
-from timm_harmonic.small_data.folder import DataError, _shrunk, read_folder, read_image, stratified
-from timm_harmonic.small_data.networks import NAMED, network
-from timm_harmonic.small_data.runs import CompareError, Store, run
-from timm_harmonic.small_data.search import RANGES, Protocol, setting
-from timm_harmonic.small_data.summary import difference
-from timm_harmonic.small_data.training import AUGMENTATIONS, Images, Recipe, augmentation, batches
+from timm_harmonic.small_data.protocol import RANGES, Protocol, Store, run, setting
+from timm_harmonic.small_data.results import difference
+from timm_harmonic.small_data.tasks import _shrunk, read_folder, read_image, stratified
+from timm_harmonic.small_data.training import AUGMENTATIONS, NAMED, Images, Recipe, augmentation, batches, network
+from timm_harmonic_cli.compare import compare
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 FAST = dict(trials=2, seeds=2, epochs=2, img_size=32)
@@ -150,7 +149,7 @@ def test_killed_and_resumed_gives_the_same(pictures, tmp_path):
 def test_other_options_are_refused(pictures, tmp_path):
     compare(pictures, tmp_path, ['harm0'], **FAST)
     before = (tmp_path / 'results.json').read_bytes()
-    with pytest.raises(CompareError, match=r'other settings \(recipe\): name another --out'):
+    with pytest.raises(InputError, match=r'other settings \(recipe\): name another --out'):
         compare(pictures, tmp_path, ['harm0'], **dict(FAST, epochs=3))
     assert (tmp_path / 'results.json').read_bytes() == before
 
@@ -171,7 +170,7 @@ def test_time_limit_lowers_trials_and_seeds(pictures, tmp_path, capsys):
 
 def test_too_little_time_says_how_much_is_needed(pictures, tmp_path):
     """And what it asks for can be done: nothing was trained, so other options may come."""
-    with pytest.raises(CompareError, match=r'take about \d+\.\d minutes: raise --time-limit'):
+    with pytest.raises(InputError, match=r'take about \d+\.\d minutes: raise --time-limit'):
         compare(pictures, tmp_path, ['harm0'], **dict(FAST, epochs=1000), time_limit=0.01)
     assert not (tmp_path / 'results.json').exists()
     compare(pictures, tmp_path, ['harm0'], **dict(FAST, epochs=1), time_limit=1)
@@ -181,7 +180,7 @@ def test_too_little_time_says_how_much_is_needed(pictures, tmp_path):
 @pytest.mark.parametrize('text', ['{"foo": 1}\n', '[1]\n', 'text\n', 'text', '{"settings": 1}\n{"key": 1}\n'])
 def test_a_file_of_something_else_is_refused(text, pictures, tmp_path):
     (tmp_path / 'runs.jsonl').write_text(text)
-    with pytest.raises(CompareError, match=r'runs\.jsonl is no file of runs: name another --out'):
+    with pytest.raises(InputError, match=r'runs\.jsonl is no file of runs: name another --out'):
         compare(pictures, tmp_path, ['harm0'], **FAST)
     assert (tmp_path / 'runs.jsonl').read_text() == text
 
@@ -221,17 +220,17 @@ def test_what_is_a_split_and_what_is_a_class(tmp_path):
     assert read_folder(vehicles).classes == ['car', 'train']
     for split in ('train', 'test'):
         save(tmp_path / 'flat' / split / '0.png', picture(np.random.default_rng(0), 0, 40))
-    with pytest.raises(DataError, match='has 0 classes with images'):
+    with pytest.raises(InputError, match='has 0 classes with images'):
         read_folder(tmp_path / 'flat')
     for name in 'ab':
         (tmp_path / 'flat' / name).mkdir()
-    with pytest.raises(DataError, match='has train/, test/ beside classes'):
+    with pytest.raises(InputError, match='has train/, test/ beside classes'):
         read_folder(tmp_path / 'flat')
     unlabelled = make(tmp_path / 'unlabelled', 4, splits=('train',))
     save(unlabelled / 'test' / '0.png', picture(np.random.default_rng(0), 0, 40))
-    with pytest.raises(DataError, match=r'test of .* has no images of cat, dog, emu'):
+    with pytest.raises(InputError, match=r'test of .* has no images of cat, dog, emu'):
         read_folder(unlabelled)
-    with pytest.raises(DataError, match='has validation/ and test/, but no train/'):
+    with pytest.raises(InputError, match='has validation/ and test/, but no train/'):
         read_folder(make(tmp_path / 'no_train', 4, splits=('validation', 'test')))
     hidden = make(tmp_path / 'hidden', 4)
     save(hidden / 'train' / 'cat' / '.ipynb_checkpoints' / '0.png', picture(np.random.default_rng(0), 0, 40))
@@ -246,7 +245,7 @@ def test_large_values(tmp_path):
         np.save(path, np.load(path) * np.float32(1e35))
     assert compare(folder, tmp_path / 'out', ['harm0'], **FAST)['data']['std'][0] > 1e36
     np.save(paths[0], np.full((40, 40, 3), 1e300))
-    with pytest.raises(DataError, match='not finite in float32'):
+    with pytest.raises(InputError, match='not finite in float32'):
         read_folder(folder)
 
 
@@ -330,13 +329,13 @@ def spoil(folder, what):
 def test_bad_folders(what, message, tmp_path):
     folder = make(tmp_path / 'images', 4)
     spoil(folder, what)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(InputError, match=message):
         compare(folder, tmp_path / 'out', ['harm0'], **FAST)
     assert not (tmp_path / 'out').exists()
 
 
 def test_empty_and_missing_folders(tmp_path, capsys):
-    with pytest.raises(DataError, match='has 0 classes with images'):
+    with pytest.raises(InputError, match='has 0 classes with images'):
         compare(tmp_path, tmp_path / 'out', ['harm0'])
     assert cli.main(['compare', str(tmp_path / 'nowhere')]) == 1
     assert 'is no folder' in capsys.readouterr().err
@@ -440,7 +439,7 @@ def test_damaged_files_are_named_whatever_their_reader_raises(tmp_path):
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
     (tmp_path / 'bomb.png').write_bytes(data)
     for path in tmp_path.iterdir():
-        with pytest.raises(DataError):
+        with pytest.raises(InputError):
             read_image(path)
 
 
@@ -513,7 +512,7 @@ def test_the_best_setting_is_used(tmp_path, monkeypatch):
         seen.append((len(train), len(test), recipe.lr))
         return dict(accuracy=50 + recipe.lr, loss=1.0), None
 
-    monkeypatch.setattr('timm_harmonic.small_data.search.run', fake)
+    monkeypatch.setattr('timm_harmonic.small_data.protocol.run', fake)
     store = Store(tmp_path / 'runs.jsonl', {})
     protocol = Protocol(lambda seed: (images, images), [network('harm0')], 'ab', Recipe(), 5, 2, store)
     protocol.final(protocol.networks[0], 1)

@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 import timm_harmonic_cli as cli
-from timm_harmonic.small_data.folder import DataError
-from timm_harmonic.small_data.predict import predict
+from timm_harmonic.common import InputError
+from timm_harmonic_cli.predict import predict
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 KWARGS = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
@@ -103,14 +103,14 @@ def test_files_that_cannot_be_taken(tmp_path):
     (tmp_path / 'bad.png').write_text('no image')
     np.save(tmp_path / 'bands.npy', pixels(60, 80, 13))
     paths = [tmp_path / name for name in ('bad.png', 'good.png', 'bands.npy')]
-    with pytest.raises(DataError, match=r'2 files cannot be read; pass --skip-bad(.|\n)*bad\.png(.|\n)*13 channels'):
+    with pytest.raises(InputError, match=r'2 files cannot be read; pass --skip-bad(.|\n)*bad\.png(.|\n)*13 channels'):
         predict(str(tmp_path / 'net'), paths)
     rows = predict(str(tmp_path / 'net'), paths, skip_bad=True)
     assert ['error' in row for row in rows] == [True, False, True]
-    with pytest.raises(DataError, match='does not exist'):
+    with pytest.raises(InputError, match='does not exist'):
         predict(str(tmp_path / 'net'), [tmp_path / 'nowhere'])
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(DataError, match='no files in'):
+    with pytest.raises(InputError, match='no files in'):
         predict(str(tmp_path / 'net'), [tmp_path / 'empty'])
     with pytest.raises(ValueError, match='2 names of classes, the network has 3'):
         predict(str(tmp_path / 'net'), paths, class_names=['a', 'b'])
@@ -125,7 +125,7 @@ def test_networks_that_cannot_answer(tmp_path):
     with torch.no_grad():
         model.fc.bias.fill_(float('nan'))
     timm.models.save_for_hf(model, str(tmp_path / 'nan'), safe_serialization=True)
-    with pytest.raises(DataError, match=r'image\.png: the network gives NaN for it'):
+    with pytest.raises(InputError, match=r'image\.png: the network gives NaN for it'):
         predict(str(tmp_path / 'nan'), [tmp_path / 'image.png'])
     with pytest.raises(ValueError, match='has no classes to predict: it gives features'):
         predict(str(tmp_path / 'net'), [tmp_path / 'image.png'], model_kwargs=dict(features_only=True))
@@ -170,7 +170,7 @@ def test_out_is_checked_first_and_links_stay(tmp_path, capsys, monkeypatch):
     assert 'image.png' in (tmp_path / 'target.csv').read_text()
     assert cli.main([*arguments, '/dev/stdout']) == 0
     capsys.readouterr()
-    monkeypatch.setattr('timm_harmonic.small_data.predict.predict', None)
+    monkeypatch.setattr('timm_harmonic_cli.predict.predict', None)
     for out in (tmp_path, tmp_path / 'nowhere' / 'x.csv'):
         assert cli.main([*arguments, str(out)]) == 1
         assert 'must be a file in a folder that is there' in capsys.readouterr().err

@@ -13,15 +13,10 @@ from PIL import Image
 from timm.data import create_dataset
 
 import timm_harmonic_cli as cli
-from timm_harmonic.hub.writing import write_whole
+from timm_harmonic.common import InputError
+from timm_harmonic.common.files import write_whole
 from timm_harmonic.small_data import photographs, quickstart, training
-from timm_harmonic.small_data.photographs import (
-    PATCH_SIZE,
-    QuickstartError,
-    draw_patches,
-    export_patches,
-    load_photographs,
-)
+from timm_harmonic.small_data.tasks import PATCH_SIZE, draw_patches, export_patches, load_photographs
 
 # timm's ImageDataset does not close images: the garbage collector does.
 pytestmark = [
@@ -104,7 +99,7 @@ def test_test_patches_do_not_depend_on_the_seed(few, tmp_path):
 
 def test_export_refuses_a_folder_with_files(few, tmp_path):
     (tmp_path / 'mine.txt').write_text('keep')
-    with pytest.raises(QuickstartError, match='not empty'):
+    with pytest.raises(InputError, match='not empty'):
         export_patches(tmp_path, few, 2)
     assert os.listdir(tmp_path) == ['mine.txt']
 
@@ -120,13 +115,13 @@ def test_interrupted_export_leaves_nothing(few, tmp_path, monkeypatch):
 
 
 def test_too_many_patches_names_the_picture_and_the_option(pictures):
-    with pytest.raises(QuickstartError, match=r'chelsea has only 24 train patches.*--train-per-class'):
+    with pytest.raises(InputError, match=r'chelsea has only 24 train patches.*--train-per-class'):
         draw_patches(pictures, 'train', 25)
 
 
 def test_missing_picture_is_named(monkeypatch):
     monkeypatch.setattr(photographs, 'PHOTOGRAPHS', (('skimage', 'data/nessie.png'),))
-    with pytest.raises(QuickstartError, match=r'nessie\.png'):
+    with pytest.raises(InputError, match=r'nessie\.png'):
         load_photographs()
 
 

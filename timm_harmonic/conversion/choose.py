@@ -3,6 +3,7 @@
 import importlib.util
 import math
 
+from ..common import InputError
 from .costs import Costs
 from .losses import Losses
 
@@ -24,7 +25,7 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> _Choice:
     }
     top = {name: max(of) for name, of in losses.items()}
     if budget < costs.least:
-        raise ValueError(
+        raise InputError(
             f'a budget of {costs.text(budget)} is too small: the network has {costs.text(costs.present)}, and '
             f'{costs.text(costs.least)} with every layer at its cheapest level.'
         )

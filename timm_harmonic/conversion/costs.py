@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import HarmonicLayer
-from .convolutions import harmonic_layers, in_fusing_blocks
 from .deploy import deploy
 from .energy import functions_at, levels_of
 from .forms import multiply_adds, saves, time_levels
 from .running import evaluating, uses_of
+from .swap import harmonic_layers, in_fusing_blocks
 from .timing import times_of
 
 

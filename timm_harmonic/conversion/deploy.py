@@ -5,10 +5,11 @@ import copy
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 
+from ..common import InputError
 from ..layers import FORMS, HarmonicLayer
-from .convolutions import changes_of, check_unwrapped, harmonic_layers, in_fusing_blocks, replace_layers
 from .forms import forms_by_names, forms_by_rule, forms_by_time, set_forms
 from .running import trainable
+from .swap import changes_of, check_unwrapped, harmonic_layers, in_fusing_blocks, replace_layers
 
 
 @trainable
@@ -37,7 +38,7 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
     """
     check_unwrapped(model)
     if form not in ('auto', *FORMS):
-        raise ValueError(f"form must be 'auto' or one of {FORMS}, got {form!r}.")
+        raise InputError(f"form must be 'auto' or one of {FORMS}, got {form!r}.")
     if form != 'auto':
         forms = forms_by_names(list(harmonic_layers(model)), form)
     else:
@@ -46,7 +47,7 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
     set_forms(plain, forms)
     for name, layer in harmonic_layers(plain).items():
         if reason := changes_of(layer):
-            raise ValueError(f'cannot deploy {name or type(layer).__name__}: {reason}. Remove that first.')
+            raise InputError(f'cannot deploy {name or type(layer).__name__}: {reason}. Remove that first.')
     if isinstance(plain, HarmonicLayer):
         return plain.fuse()
     # Not left to timm's function alone: it does not see a layer that one module has under two names.

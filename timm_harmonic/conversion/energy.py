@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..common import InputError
 from ..layers import (
     HarmonicBlock2d,
     HarmonicLayer,
@@ -59,7 +60,7 @@ def at_level(layer: HarmonicLayer, level: int | None) -> HarmonicLayer:
     left, the weight is computed, or it is unknown how the layer's normalisation leaves out responses.
     """
     if not has_own_weight(layer):
-        raise ValueError(f'cannot truncate {layer}: {COMPUTED}.')
+        raise InputError(f'cannot truncate {layer}: {COMPUTED}.')
     new = copy.deepcopy(layer)
     side = layer.kernel_size[0]
     level = min(layer.level, check_level(level, full_level(side)))
@@ -96,7 +97,7 @@ def _keep_responses(block: HarmonicBlock2d, kept: list[int]) -> None:
     """Leaves a block's normalisation with the responses to these functions."""
     bn, count = block.bn, block.weight.shape[2]
     if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or next(bn.children(), None) is not None:
-        raise ValueError(f'cannot truncate: it is unknown how {type(bn).__name__} leaves out responses.')
+        raise InputError(f'cannot truncate: it is unknown how {type(bn).__name__} leaves out responses.')
     index = torch.arange(bn.num_features, device=block.weight.device).reshape(-1, count)[:, kept].flatten()
     for tensor in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
         if tensor is not None:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common import InputError
 from ..layers import FORMS, HarmonicLayer, check_form
-from .convolutions import harmonic_layers, in_fusing_blocks
 from .energy import at_level, functions_at
 from .running import Use, uses_of
+from .swap import harmonic_layers, in_fusing_blocks
 from .timing import faster, times_of
 
 Form = str | Mapping[str, str]  # for all layers, or by patterns over names; the first pattern that matches counts
@@ -125,7 +126,7 @@ def check_patterns(form: Form, names: Iterable[str]) -> None:
         if not isinstance(pattern, str):
             raise TypeError(f'form must map patterns of names, got {pattern!r}.')
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f'form: {pattern!r} matches none of the harmonic layers.')
+            raise InputError(f'form: {pattern!r} matches none of the harmonic layers.')
 
 
 def set_forms(model: nn.Module, forms: Mapping[str, str]) -> None:

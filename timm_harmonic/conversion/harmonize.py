@@ -9,11 +9,12 @@ from typing import Any
 from timm.models import get_model_args
 from torch import nn
 
+from ..common import InputError
 from ..layers import HarmonicLayer, check_level, full_level, name_of_basis, options_of_basis
-from .convolutions import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 from .energy import at_level
 from .forms import Form, check_patterns, forms_by_names, set_forms
 from .running import trainable
+from .swap import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 
 PatternLevels = Mapping[str, int | None]  # levels by patterns over names; the first pattern that matches counts
 Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -68,7 +69,7 @@ def harmonize(
     basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
     name, new = name_of_basis(**basis), set(wanted) - set(present)
     if (new or name != 'l1') and set(present.values()) - {name}:
-        raise ValueError(
+        raise InputError(
             f'the basis {name!r} differs from that of the harmonic layers in the network: '
             f'use {next(iter(present.values()))!r}.'
         )
@@ -104,10 +105,10 @@ def plan(
     skipped = reasons_to_skip(model)
     able = {n: m for n, m in model.named_modules() if isinstance(m, HarmonicLayer) or skipped.get(n) == ''}
     if '' in able:
-        raise ValueError(f'the network is itself a {type(model).__name__}: see HarmonicConv2d.from_conv2d.')
+        raise InputError(f'the network is itself a {type(model).__name__}: see HarmonicConv2d.from_conv2d.')
     if not able:
         counts = '; '.join(f'{number} x {reason}' for reason, number in Counter(skipped.values()).items())
-        raise ValueError(
+        raise InputError(
             f'{type(model).__name__} has no convolution that can be harmonic: {counts or "it has no convolutions"}.'
         )
     chosen = {
@@ -120,7 +121,7 @@ def plan(
         for pattern in _patterns(selection):
             _check_pattern(what, pattern, able, skipped)
     if not chosen:
-        raise ValueError(f'include and exclude leave none of the {len(able)} convolutions that can be harmonic.')
+        raise InputError(f'include and exclude leave none of the {len(able)} convolutions that can be harmonic.')
     if levels is not None and not isinstance(levels, Mapping):
         raise TypeError(f'levels must map patterns of names to levels, got {levels!r}. level is one for all.')
     full = {name: full_level(module.kernel_size[0]) for name, module in chosen.items()}
@@ -151,9 +152,9 @@ def _check_pattern(what: str, pattern: str, able: Mapping[str, nn.Module], skipp
         return
     for name, reason in skipped.items():
         if reason and fnmatchcase(name, pattern):
-            raise ValueError(f'{what}: {pattern!r} matches only convolutions that stay plain: {name}, {reason}.')
+            raise InputError(f'{what}: {pattern!r} matches only convolutions that stay plain: {name}, {reason}.')
     names = list(able)
-    raise ValueError(
+    raise InputError(
         f'{what}: {pattern!r} matches none of the {len(names)} convolutions, {names[0]!r} to {names[-1]!r}. '
         "A pattern has to match the whole name, as 'layer1.*'."
     )

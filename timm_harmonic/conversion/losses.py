@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import InputError
 from ..layers import HarmonicLayer, dct_frequencies
-from .convolutions import harmonic_layers
 from .energy import at_level, energy_of, levels_of
 from .running import evaluating, images_in, watching
+from .swap import harmonic_layers
 
 # For each layer by name: the share of its energy that each possible level loses, from the present level downwards.
 Losses = dict[str, dict[int, float]]
@@ -94,5 +95,5 @@ class _Moments:
 
 def _check_finite(name: str, losses: dict[int, float]) -> dict[int, float]:
     if not torch.tensor(list(losses.values())).isfinite().all():
-        raise ValueError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')
+        raise InputError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')
     return losses

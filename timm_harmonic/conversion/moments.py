@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common import InputError
 from ..layers import HarmonicLayer
 
 _ELEMENTS = 2**24  # of features that are there at a time: 128 MiB in float64
@@ -115,7 +116,7 @@ class Samples:
         """Raises ValueError, with the layer's name, if what it computes is not finite."""
         for moments in (self.fit, self.judge):
             if moments.sums is not None and not moments.sums.isfinite().all():
-                raise ValueError(
+                raise InputError(
                     f'{name} has inputs or outputs that are not finite on the data: it cannot be refitted.'
                 )
 

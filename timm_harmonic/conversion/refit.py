@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..common import InputError
+from ..common.progress import progress
 from ..layers import HarmonicLayer, dct_frequencies, full_level
-from .convolutions import check_unwrapped, harmonic_layers
 from .energy import COMPUTED, has_own_weight, levels_of
 from .losses import Losses, losses_by_filters
 from .moments import Moments, Samples, by_group, coefficients_of
 from .norms import by_batch, estimate_statistics, norms_behind
-from .progress import progress
 from .running import Use, check_changeable, evaluating, images_in, trainable, uses_of, watching
+from .swap import check_unwrapped, harmonic_layers
 
 _BYTES = 2**31  # of images that are kept
 _SUMS = 2**30  # bytes of sums that are there at a time, where levels are compared
@@ -77,7 +78,7 @@ def refit(
             estimate_statistics(network, parts)
         errors = {network: output_error(model, network, parts) for network in (small, counted, fitted)}
         if not math.isfinite(errors[small]):
-            raise ValueError('the networks give values that are not finite on the data.')
+            raise InputError('the networks give values that are not finite on the data.')
         best = min(errors, key=lambda network: math.inf if math.isnan(errors[network]) else errors[network])
     if not inplace:
         return copy.deepcopy(small) if best is small else best
@@ -101,14 +102,14 @@ def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -
         read.append(images)
         total += images.nbytes
         if total > _BYTES:
-            raise ValueError(f'data have more than {_BYTES / 2**30:g} GiB of images, which are kept: pass batches.')
+            raise InputError(f'data have more than {_BYTES / 2**30:g} GiB of images, which are kept: pass batches.')
     if (count := sum(map(len, read))) < 2 * _HELD_OUT:
-        raise ValueError(f'refitting needs at least {2 * _HELD_OUT} images, data have {count}.')
+        raise InputError(f'refitting needs at least {2 * _HELD_OUT} images, data have {count}.')
     parts = Parts()
     for size in dict.fromkeys(images.shape[1:] for images in read):
         alike = torch.cat([images for images in read if images.shape[1:] == size])
         if len(alike) == 1:
-            raise ValueError(f'data have a single image of size {tuple(size)}: refitting needs two at least of each.')
+            raise InputError(f'data have a single image of size {tuple(size)}: refitting needs two at least of each.')
         # In any order, but always the same one: folders are read class by class, and a batch is to be like all images.
         order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
         parts += alike[order.to(alike.device)].tensor_split(-(-len(alike) // _BATCH))
@@ -272,9 +273,9 @@ def _check_outputs(model: nn.Module, small: nn.Module, images: Tensor) -> None:
         wanted, found = _outputs(model, images), _outputs(small, images)
     shapes = [[tuple(x.shape) for x in outputs] for outputs in (wanted, found)]
     if not wanted or shapes[0] != shapes[1]:
-        raise ValueError(f'the networks must return tensors of the same shapes, got {shapes[0]} and {shapes[1]}.')
+        raise InputError(f'the networks must return tensors of the same shapes, got {shapes[0]} and {shapes[1]}.')
     if not all(x.isfinite().all() for x in wanted + found):
-        raise ValueError('the networks give values that are not finite on the data.')
+        raise InputError('the networks give values that are not finite on the data.')
 
 
 def _check_pair(model: nn.Module, small: nn.Module) -> None:
@@ -282,22 +283,22 @@ def _check_pair(model: nn.Module, small: nn.Module) -> None:
         check_unwrapped(network)
     layers = harmonic_layers(small)
     if not layers:
-        raise ValueError(f'{type(small).__name__} has no harmonic layers: nothing can be refitted.')
+        raise InputError(f'{type(small).__name__} has no harmonic layers: nothing can be refitted.')
     modules = dict(model.named_modules())
     for name, layer in layers.items():
         other: Any = modules.get(name)
         alike = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'groups')
         if other is None or any(getattr(other, key, None) != getattr(layer, key) for key in alike):
-            raise ValueError(
+            raise InputError(
                 f'{name} of the truncated network is not in the complete one: it must be the same network.'
             )
         if isinstance(other, HarmonicLayer) and other.level < layer.level:
-            raise ValueError(f'{name} of the complete network keeps less than that of the truncated one: swap them.')
+            raise InputError(f'{name} of the complete network keeps less than that of the truncated one: swap them.')
         if not has_own_weight(layer):
-            raise ValueError(f'cannot refit {name}: {COMPUTED}.')
+            raise InputError(f'cannot refit {name}: {COMPUTED}.')
     first, second = (next(network.parameters()) for network in (model, small))
     if (first.device, first.dtype) != (second.device, second.dtype):
-        raise ValueError(
+        raise InputError(
             f'the networks must be on one device and of one dtype, got {first.dtype} on {first.device} and '
             f'{second.dtype} on {second.device}.'
         )

@@ -6,10 +6,10 @@ from typing import Any
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from .convolutions import harmonic_layers, reasons_to_skip
 from .energy import energy_kept
 from .forms import multiply_adds
 from .running import uses_of
+from .swap import harmonic_layers, reasons_to_skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .convolutions import harmonic_layers
+from ..common import InputError
+from .swap import harmonic_layers
 
 P = ParamSpec('P')
 R = TypeVar('R')
@@ -32,7 +33,7 @@ def trainable(function: Callable[P, R]) -> Callable[P, R]:
 def check_changeable(model: nn.Module) -> None:
     """Raises ValueError if a network cannot be changed in place: its tensors were made in inference mode."""
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError('the network was made in inference mode, and cannot be changed in place: leave inplace out.')
+        raise InputError('the network was made in inference mode, and cannot be changed in place: leave inplace out.')
 
 
 class Use(NamedTuple):
@@ -61,18 +62,18 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
         given = f'images {tuple(data.shape)}: pass [images]' if isinstance(data, Tensor) else repr(data)
         raise TypeError(f'data must be batches of images, a loader or a list, got {given}.')
     if batches is not None and (isinstance(batches, bool) or not isinstance(batches, Integral) or batches < 1):
-        raise ValueError(f'batches must be an integer of at least 1, got {batches!r}.')
+        raise InputError(f'batches must be an integer of at least 1, got {batches!r}.')
     number = -1
     for number, batch in enumerate(islice(data, batches)):
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.numel():
             found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f'batch {number} of data must be images (B, C, H, W), got {found}.')
+            raise InputError(f'batch {number} of data must be images (B, C, H, W), got {found}.')
         if not images.isfinite().all():
-            raise ValueError(f'batch {number} of data has values that are not finite.')
+            raise InputError(f'batch {number} of data has values that are not finite.')
         yield images.detach().to(like)
     if number < 0:
-        raise ValueError('data have no batches: give at least one batch of images.')
+        raise InputError('data have no batches: give at least one batch of images.')
 
 
 @contextmanager
@@ -115,10 +116,10 @@ def uses_of(model: nn.Module, images: Tensor) -> dict[str, list[Use]]:
     if not isinstance(images, Tensor):
         raise TypeError(f'images must be an example batch (B, C, H, W), got {type(images).__name__}.')
     if not images.numel():
-        raise ValueError(f'images have shape {tuple(images.shape)}: give at least one image.')
+        raise InputError(f'images have shape {tuple(images.shape)}: give at least one image.')
     parameter = next(model.parameters())
     if images.device != parameter.device:
-        raise ValueError(f'images are on {images.device}, the network is on {parameter.device}: put them together.')
+        raise InputError(f'images are on {images.device}, the network is on {parameter.device}: put them together.')
     found: dict[str, list[Use]] = {}
 
     def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:

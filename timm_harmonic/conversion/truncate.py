@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common import InputError
 from ..layers import HarmonicLayer
 from .choose import choose_levels
-from .convolutions import check_unwrapped, harmonic_layers, replace_layers
 from .costs import Costs, mac_costs, parameter_costs, time_costs
 from .energy import at_level, levels_of
 from .harmonize import PatternLevels, plan, record_options
@@ -18,6 +18,7 @@ from .losses import Losses, losses_by_filters, losses_by_images
 from .refit import Parts, losses_by_refit, read_images
 from .refit import refit as fit_to
 from .running import check_changeable, trainable
+from .swap import check_unwrapped, harmonic_layers, replace_layers
 
 _COSTS = ('parameters', 'macs', 'time')
 
@@ -83,28 +84,28 @@ def truncate(
         check_changeable(model)
     layers = harmonic_layers(model)
     if not layers:
-        raise ValueError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
+        raise InputError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
     options = dict(level=level, levels=levels, energy=energy, max_params=max_params, ratio=ratio)
     given = [name for name, value in options.items() if value is not None]
     if len(given) != 1 and given != ['level', 'levels']:
-        raise ValueError(
+        raise InputError(
             f'pass exactly one of level and levels, energy, max_params, ratio; got {" and ".join(given) or "none"}.'
         )
     for name, share in (('energy', energy), ('ratio', ratio)):
         if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
             raise TypeError(f'{name} must be a number above 0 and at most 1, got {share!r}.')
         if share is not None and not 0 < share <= 1:
-            raise ValueError(f'{name} must be above 0 and at most 1, got {share!r}.')
+            raise InputError(f'{name} must be above 0 and at most 1, got {share!r}.')
     if losses is not None and data is not None and not refit:
-        raise ValueError('pass data or losses: losses are what data would tell.')
+        raise InputError('pass data or losses: losses are what data would tell.')
     _check_cost(cost, images, ratio)
     if refit:
         if data is None:
-            raise ValueError('refit needs data: batches of images.')
+            raise InputError('refit needs data: batches of images.')
         data = read_images(data, next(model.parameters()), batches)
     if given[0] in ('level', 'levels'):
         if (data is not None and not refit) or losses is not None:
-            raise ValueError('data and losses are for energy, max_params and ratio: given levels need no choice.')
+            raise InputError('data and losses are for energy, max_params and ratio: given levels need no choice.')
         chosen = plan(model, level=level, levels=levels, include=lambda name, layer: name in layers)
     else:
         costs = _costs(model, cost, images)
@@ -138,7 +139,7 @@ def _budget(costs: Costs, max_params: int | None, ratio: float | None) -> float:
     """What the network may cost. Raises ValueError if the ratio is below the least that is possible."""
     if ratio is not None:
         if ratio * costs.present < costs.least:
-            raise ValueError(
+            raise InputError(
                 f'ratio={ratio:g} is too small: {math.ceil(1e3 * costs.least / costs.present) / 1e3:g} is the least, '
                 f'{costs.text(costs.least)} of {costs.text(costs.present)} with every layer at its cheapest level.'
             )
@@ -163,13 +164,13 @@ def _losses(model: nn.Module, data: Iterable[Any] | None, batches: int | None) -
 
 def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:
     if cost not in _COSTS:
-        raise ValueError(f'cost must be one of {_COSTS}, got {cost!r}.')
+        raise InputError(f'cost must be one of {_COSTS}, got {cost!r}.')
     if cost == 'parameters' and images is not None:
-        raise ValueError("images are for cost='macs' and cost='time'. Images to weigh frequencies by are data.")
+        raise InputError("images are for cost='macs' and cost='time'. Images to weigh frequencies by are data.")
     if cost != 'parameters' and ratio is None:
-        raise ValueError(f'cost={cost!r} needs ratio, the share of it to keep.')
+        raise InputError(f'cost={cost!r} needs ratio, the share of it to keep.')
     if cost != 'parameters' and not isinstance(images, Tensor):
-        raise ValueError(
+        raise InputError(
             f'cost={cost!r} needs images: an example batch (B, C, H, W), on the device and in the dtype that count.'
         )
 
@@ -181,8 +182,8 @@ def _check_losses(losses: Losses, layers: Mapping[str, HarmonicLayer]) -> Losses
     for name, layer in layers.items():
         for level in levels_of(layer):
             if level not in losses.get(name, {}):
-                raise ValueError(f'losses have no entry for {name} at level {level}.')
+                raise InputError(f'losses have no entry for {name} at level {level}.')
             loss = losses[name][level]
             if not isinstance(loss, (Real, Tensor)) or not 0 <= loss <= 1:
-                raise ValueError(f'losses of {name} must be shares from 0 to 1, got {loss!r}.')
+                raise InputError(f'losses of {name} must be shares from 0 to 1, got {loss!r}.')
     return {name: {level: float(losses[name][level]) for level in levels_of(layer)} for name, layer in layers.items()}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import Tensor, nn
 
+from ..common import InputError
 from .compose import format_of
 from .dct import check_level, check_smoothness, dct_basis, dct_frequencies, full_level, name_of_basis
 from .separable import check_form, mixing, pool_padding, responding
@@ -78,7 +79,7 @@ class HarmonicLayer(nn.Module):
         super().__init__()
         for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):
             if channels < 1:
-                raise ValueError(f'{name} must be at least 1, got {channels}.')
+                raise InputError(f'{name} must be at least 1, got {channels}.')
         mode: Any = padding_mode
         # nn.Conv2d checks and completes its own arguments. On the meta device it allocates nothing.
         conv: Any = nn.Conv2d(
@@ -88,7 +89,7 @@ class HarmonicLayer(nn.Module):
             setattr(self, name, getattr(conv, name))
         side, width = conv.kernel_size
         if side != width:
-            raise ValueError(f'harmonic filters are square, got kernel_size={kernel_size!r}.')
+            raise InputError(f'harmonic filters are square, got kernel_size={kernel_size!r}.')
         self.level = check_level(level, full_level(side))
         self.dc = dc
         self.normalization = normalization

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common import InputError
 from .base import HarmonicLayer
 from .compose import compose, outside_autocast
 from .dct import dct_spectrum
@@ -180,7 +181,7 @@ class HarmonicBlock2d(HarmonicLayer):
 
     def _check_statistics(self, purpose: str) -> None:
         if not self.has_statistics():
-            raise ValueError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics.')
+            raise InputError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics.')
 
     def _fused(self) -> tuple[Tensor, Tensor]:
         return self._fused_by(self.bn.running_mean, self.bn.running_var)
@@ -255,7 +256,7 @@ class HarmonicBlock2d(HarmonicLayer):
     def _update_running_statistics(self, mean: Tensor, var: Tensor, count: int) -> None:
         bn = self.bn
         if count < 2:
-            raise ValueError(f'expected more than 1 response per channel when training, got {count}.')
+            raise InputError(f'expected more than 1 response per channel when training, got {count}.')
         if bn.running_mean is None:
             return
         bn.num_batches_tracked.add_(1)

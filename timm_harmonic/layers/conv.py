@@ -10,6 +10,7 @@ import torch
 from timm.layers import pad_same
 from torch import Tensor, nn
 
+from ..common import InputError
 from .base import HarmonicLayer, conv_args
 from .compose import compose, format_of
 from .dct import project
@@ -142,7 +143,7 @@ class HarmonicConv2d(HarmonicLayer):
         if stored.shape != (*self.weight.shape[:2], *self.kernel_size) or self.kernel_size == (1, 1):
             return stored
         if stored.dtype not in _PRECISIONS:
-            raise ValueError(f'filters in {stored.dtype} are no numbers to project: convert them first')
+            raise InputError(f'filters in {stored.dtype} are no numbers to project: convert them first')
         wide = stored.detach().to(torch.promote_types(stored.dtype, self.weight.dtype))
         coefficients = _within(project(wide, self.basis_for(wide)), self.weight.dtype)
         return coefficients.to(stored.dtype) if assign else coefficients  # else they are rounded when they are copied
@@ -153,7 +154,7 @@ def _within(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16 and not coefficients.is_meta and coefficients.numel():
         largest = float(coefficients.abs().max())
         if largest > torch.finfo(dtype).max:
-            raise ValueError(f'coefficients up to {largest:.3g} are too large for {dtype}: take less smoothness')
+            raise InputError(f'coefficients up to {largest:.3g} are too large for {dtype}: take less smoothness')
     return coefficients
 
 

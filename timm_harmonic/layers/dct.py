@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common import InputError
+
 NORMALIZATIONS = ('l1', 'ortho')
 MAX_SMOOTHNESS = 10.0  # the highest of 7 x 7 frequencies is then scaled by 1e-11: more is what a level is for
 
@@ -25,7 +27,7 @@ def check_level(level: int | None, top: int, name: str = 'level') -> int:
     if not isinstance(level, int) or isinstance(level, bool):
         raise TypeError(message)
     if not 1 <= level <= top:
-        raise ValueError(message)
+        raise InputError(message)
     return level
 
 
@@ -37,7 +39,7 @@ def check_smoothness(smoothness: float | None) -> float | None:
     if not isinstance(smoothness, (int, float)) or isinstance(smoothness, bool):
         raise TypeError(message)
     if not 0 <= smoothness <= MAX_SMOOTHNESS:
-        raise ValueError(message)
+        raise InputError(message)
     return abs(float(smoothness))  # -0.0 would have a name of its own
 
 
@@ -47,7 +49,7 @@ def name_of_basis(normalization: str, smoothness: float | None) -> str:
     Raises ValueError or TypeError if an argument is out of range.
     """
     if normalization not in NORMALIZATIONS:
-        raise ValueError(f'normalization must be one of {NORMALIZATIONS}, got {normalization!r}.')
+        raise InputError(f'normalization must be one of {NORMALIZATIONS}, got {normalization!r}.')
     smoothness = check_smoothness(smoothness)
     return normalization if smoothness is None else f'smoothness={smoothness!r}'
 
@@ -58,7 +60,7 @@ def options_of_basis(name: str) -> dict[str, Any]:
         return {} if name == 'l1' else dict(normalization=name)
     option, _, value = name.partition('=')
     if option != 'smoothness':
-        raise ValueError(f'unknown basis {name!r}.')
+        raise InputError(f'unknown basis {name!r}.')
     return dict(smoothness=check_smoothness(float(value)))
 
 
@@ -70,11 +72,11 @@ def dct_frequencies(kernel_size: int, level: int | None = None, dc: bool = True)
     if not isinstance(kernel_size, int) or isinstance(kernel_size, bool):
         raise TypeError(f'kernel_size must be an integer, got {kernel_size!r}.')
     if kernel_size < 1:
-        raise ValueError(f'kernel_size must be at least 1, got {kernel_size}.')
+        raise InputError(f'kernel_size must be at least 1, got {kernel_size}.')
     level = check_level(level, full_level(kernel_size))
     pairs = [(i, j) for i in range(kernel_size) for j in range(kernel_size) if i + j < level and (dc or i + j > 0)]
     if not pairs:
-        raise ValueError(
+        raise InputError(
             f'no function is left with kernel_size={kernel_size}, level={level}, dc=False: raise level or set dc=True.'
         )
     return pairs

@@ -10,13 +10,15 @@ constant function is kept, respond() is average pooling.
 
 from torch import Tensor
 
+from ..common import InputError
+
 FORMS = ('dense', 'separable')
 
 
 def check_form(form: str) -> str:
     """The name of a form. Raises ValueError for another."""
     if form not in FORMS:
-        raise ValueError(f'form must be one of {FORMS}, got {form!r}.')
+        raise InputError(f'form must be one of {FORMS}, got {form!r}.')
     return form
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from ..conversion.convolutions import harmonic_layers
+from ..common import TimmHarmonicError, first_line
+from ..conversion.swap import harmonic_layers
 from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum
 
 StateDict = dict[str, Any]
@@ -23,7 +24,7 @@ Names = str | Sequence[str] | None
 _AVERAGED, _LAST = ('state_dict_ema', 'model_ema'), ('state_dict', 'model', 'params')
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(TimmHarmonicError):
     """A file or a state dict does not fit the model; the message says where."""
 
 
@@ -61,11 +62,6 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
 def _is_web_page(path: str) -> bool:
     with open(path, 'rb') as file:
         return re.match(rb'\s*<[!?a-zA-Z]', file.read(64)) is not None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:

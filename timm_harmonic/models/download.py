@@ -13,7 +13,8 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
 
-from .checkpoints import CheckpointError, StateDict, first_line, read_checkpoint
+from ..common import first_line
+from .checkpoints import CheckpointError, StateDict, read_checkpoint
 
 # Our organisation on the Hugging Face Hub. The environment can name a mirror before the package is imported.
 ORGANISATION = os.environ.get('TIMM_HARMONIC_HUB_ORG') or 'timm-harmonic'

@@ -10,6 +10,7 @@ from timm.models import generate_default_cfgs, register_model_deprecations
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+from ..common import InputError
 from ..layers import HarmonicLayer
 from .checkpoints import convert_state_dict
 from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register, tap_indices
@@ -69,9 +70,9 @@ class HarmonicResNet(ResNet):
         check_channels(num_classes, in_chans)
         stage_levels = levels_of_stages(levels, 4)
         if stem_pool not in _STEM_POOLS:
-            raise ValueError(f'stem_pool must be one of {_STEM_POOLS}, got {stem_pool!r}.')
+            raise InputError(f'stem_pool must be one of {_STEM_POOLS}, got {stem_pool!r}.')
         if stem_pool != 'max' and kwargs.get('replace_stem_pool'):
-            raise ValueError(f"replace_stem_pool replaces max pooling: set stem_pool='max', got {stem_pool!r}.")
+            raise InputError(f"replace_stem_pool replaces max pooling: set stem_pool='max', got {stem_pool!r}.")
         super().__init__(
             block, layers, num_classes=num_classes, in_chans=in_chans, zero_init_last=zero_init_last, **kwargs
         )

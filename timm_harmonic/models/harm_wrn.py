@@ -11,6 +11,7 @@ from timm.models import generate_default_cfgs
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
+from ..common import InputError
 from ..layers import HarmonicLayer
 from .checkpoints import StateDict, convert_state_dict
 from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register, tap_indices
@@ -68,11 +69,11 @@ class HarmonicWRN(ResNetV2):
         check_channels(num_classes, in_chans)
         group_levels = levels_of_stages(levels, 3)
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f'depth must be 6 n + 4 (10, 16, 22, 28, ...), got {depth!r}.')
+            raise InputError(f'depth must be 6 n + 4 (10, 16, 22, 28, ...), got {depth!r}.')
         if stem_stride not in (1, 2):
-            raise ValueError(f'stem_stride must be 1 or 2, got {stem_stride!r}.')
+            raise InputError(f'stem_stride must be 1 or 2, got {stem_stride!r}.')
         if output_stride not in (1, 2, 4, 8, 16, 32) or output_stride < stem_stride:
-            raise ValueError(
+            raise InputError(
                 f'output_stride must be a power of 2 from the stride of the stem, {stem_stride}, to 32, got '
                 f'{output_stride!r}.'
             )

@@ -20,10 +20,11 @@ from timm.models import (
 )
 from torch import nn
 
-from ..conversion.convolutions import harmonic_layers
+from ..common import InputError
 from ..conversion.energy import kept_at
 from ..conversion.forms import Form, check_patterns
 from ..conversion.harmonize import ARCHITECTURE, PatternLevels, apply_plan, plan
+from ..conversion.swap import harmonic_layers
 from ..layers import HarmonicConv2d, name_of_basis, options_of_basis
 from .checkpoints import CheckpointError, StateDict, check_fit, unwrap
 from .weights import build_model
@@ -133,11 +134,11 @@ def _base_architecture(base_model: str) -> str:
         raise TypeError(f'base_model must be the name of a model of timm, got {base_model!r}.')
     base = split_model_name_tag(base_model)[0]
     if base == ARCHITECTURE:
-        raise ValueError(f'base_model cannot be {ARCHITECTURE!r} itself: name the network to make harmonic.')
+        raise InputError(f'base_model cannot be {ARCHITECTURE!r} itself: name the network to make harmonic.')
     if not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=3)
         hint = f'; close are {", ".join(close)}' if close else ', see timm.list_models()'
-        raise ValueError(f'base_model={base_model!r} is no model of timm{hint}.')
+        raise InputError(f'base_model={base_model!r} is no model of timm{hint}.')
     return base
 
 

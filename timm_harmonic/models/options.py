@@ -6,7 +6,8 @@ from typing import Any
 from timm.models import register_model
 from torch import nn
 
-from ..conversion.convolutions import make_harmonic, reasons_to_skip
+from ..common import InputError
+from ..conversion.swap import make_harmonic, reasons_to_skip
 from ..layers import check_level, full_level, name_of_basis
 
 StageLevels = int | Sequence[int | None] | None  # for all stages, or one a stage; None keeps all frequencies
@@ -24,7 +25,7 @@ def levels_of_stages(levels: StageLevels, stages: int) -> tuple[int | None, ...]
     elif isinstance(levels, str) or not isinstance(levels, Sequence):
         raise TypeError(f'levels must be None, an integer, or {stages} of (integer or None), got {levels!r}.')
     elif len(levels) != stages:
-        raise ValueError(f'levels must have {stages} entries, one a stage, got {len(levels)}: {levels!r}.')
+        raise InputError(f'levels must have {stages} entries, one a stage, got {len(levels)}: {levels!r}.')
     else:
         entries = levels
     for level in entries:
@@ -35,9 +36,9 @@ def levels_of_stages(levels: StageLevels, stages: int) -> tuple[int | None, ...]
 def check_channels(num_classes: int, in_chans: int) -> None:
     """Raises ValueError for sizes that torch accepts when it builds a network, and fails on later."""
     if num_classes < 0:
-        raise ValueError(f'num_classes must be 0 (no classifier) or more, got {num_classes}.')
+        raise InputError(f'num_classes must be 0 (no classifier) or more, got {num_classes}.')
     if in_chans < 1:
-        raise ValueError(f'in_chans must be at least 1, got {in_chans}.')
+        raise InputError(f'in_chans must be at least 1, got {in_chans}.')
 
 
 def make_network_harmonic(
@@ -77,7 +78,7 @@ def tap_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
     low, high = (1, count) if isinstance(indices, int) else (-count, count - 1)
     given = [indices] if isinstance(indices, int) else list(indices)
     if not all(low <= i <= high for i in given):
-        raise ValueError(f'feature indices must be from {low} to {high}, got {indices!r}.')
+        raise InputError(f'feature indices must be from {low} to {high}, got {indices!r}.')
     return list(range(count - indices, count)) if isinstance(indices, int) else [i % count for i in given]
 
 

@@ -16,24 +16,34 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from ..conversion.choose import choose_levels
-from ..conversion.convolutions import harmonic_layers
-from ..conversion.costs import parameter_costs
-from ..conversion.deploy import deploy as make_plain
-from ..conversion.figure import draw
-from ..conversion.forms import forms_by_time, set_forms
-from ..conversion.harmonize import ARCHITECTURE, Selection, harmonize, record_options
-from ..conversion.losses import Losses, losses_by_filters
-from ..conversion.progress import progress
-from ..conversion.report import HarmonicReport, harmonic_report
-from ..conversion.truncate import truncate
-from ..models.checkpoints import CheckpointError, check_fit
-from .deployed import check_packages, write_deployed
-from .device import usable_device
-from .folder import STEPS, check_new, next_step, write_folder
-from .images import MODES
-from .images import data_config as data_config_of
-from .provenance import HubError, Provenance, build_loaded, create_trained, options_of_run, read_source
+from timm_harmonic.common import InputError
+from timm_harmonic.common.device import usable_device
+from timm_harmonic.common.images import MODES
+from timm_harmonic.common.images import data_config as data_config_of
+from timm_harmonic.common.progress import progress
+from timm_harmonic.conversion.choose import choose_levels
+from timm_harmonic.conversion.costs import parameter_costs
+from timm_harmonic.conversion.deploy import deploy as make_plain
+from timm_harmonic.conversion.figure import draw
+from timm_harmonic.conversion.forms import forms_by_time, set_forms
+from timm_harmonic.conversion.harmonize import ARCHITECTURE, Selection, harmonize, record_options
+from timm_harmonic.conversion.losses import Losses, losses_by_filters
+from timm_harmonic.conversion.report import HarmonicReport, harmonic_report
+from timm_harmonic.conversion.swap import harmonic_layers
+from timm_harmonic.conversion.truncate import truncate
+from timm_harmonic.export.folder import (
+    STEPS,
+    Provenance,
+    build_loaded,
+    check_new,
+    create_trained,
+    next_step,
+    options_of_run,
+    read_source,
+    write_folder,
+)
+from timm_harmonic.export.onnx import check_packages, write_deployed
+from timm_harmonic.models.checkpoints import CheckpointError, check_fit
 
 _BATCHES = 8  # of --data
 _POINTS = 40  # of the curve of parameters against energy
@@ -71,24 +81,24 @@ def compress(
     Options are those of `timm-harmonic compress`; `amount` is what `truncate` takes of them. `data_config` says how to
     prepare images, by timm's names (img_size, mean, std, crop_pct, interpolation), where the network's config or its
     training run should not decide. Multiply-adds and times are those of one random image. Returns the report. Raises
-    HubError if options contradict each other or the folder cannot be written, CheckpointError if the checkpoint does
+    InputError if options contradict each other or the folder cannot be written, CheckpointError if the checkpoint does
     not fit, ValueError if `harmonize` or `truncate` refuses.
     """
     check_new(out)
     if importlib.util.find_spec('matplotlib') is None:
-        raise HubError('the picture needs matplotlib: pip install matplotlib')
+        raise InputError('the picture needs matplotlib: pip install matplotlib')
     for option, given in (('--refit', refit), ('--batches', batches is not None)):
         if given and data is None:
-            raise HubError(f'{option} needs --data, an image folder. Labels are not used.')
+            raise InputError(f'{option} needs --data, an image folder. Labels are not used.')
     if cost != 'parameters' and amount.get('ratio') is None:
-        raise HubError('--cost is what --ratio is of: give --ratio too.')
+        raise InputError('--cost is what --ratio is of: give --ratio too.')
     if (model_kwargs or {}).get('features_only'):
-        raise HubError(
+        raise InputError(
             'compress writes whole networks: leave features_only out, and give it to timm.create_model later.'
         )
     for folder in (data, evaluate):
         if folder is not None and not folder.is_dir():
-            raise HubError(f'{str(folder)!r} is no folder of images.')
+            raise InputError(f'{str(folder)!r} is no folder of images.')
     place, batches = usable_device(device), batches or _BATCHES
     if deploy:
         check_packages()
@@ -198,20 +208,20 @@ def _example(model: nn.Module, size: tuple[int, ...], channels_last: bool) -> Te
 
 
 def _check_size(model: nn.Module, image: Tensor) -> None:
-    """Raises HubError if a network cannot run on images of this size, as one with windows of its own."""
+    """Raises InputError if a network cannot run on images of this size, as one with windows of its own."""
     try:
         with torch.inference_mode():
             model(image)
     except (AssertionError, RuntimeError) as error:
         side = ' x '.join(map(str, image.shape[2:]))
-        raise HubError(f'the network takes no images of {side} pixels: {error}. See --img-size.') from error
+        raise InputError(f'the network takes no images of {side} pixels: {error}. See --img-size.') from error
 
 
 def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any], workers: int) -> Any:
     """timm's loader of an image folder, with the transforms of the network's evaluation."""
     mode = MODES.get(config['input_size'][0])
     if mode is None:
-        raise HubError(f'images of {config["input_size"][0]} channels cannot be read from {str(folder)!r}.')
+        raise InputError(f'images of {config["input_size"][0]} channels cannot be read from {str(folder)!r}.')
     dataset = create_dataset('', str(folder), split=split, input_img_mode=mode)
     images = {key: config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
     device = next(model.parameters()).device
@@ -220,10 +230,10 @@ def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config:
 
 
 def _check_classes(loader: Any, model: nn.Module, folder: Path) -> None:
-    """Raises HubError if a folder has other classes than the network."""
+    """Raises InputError if a folder has other classes than the network."""
     classes = len(getattr(loader.dataset.reader, 'class_to_idx', ()))
     if classes != model.num_classes:
-        raise HubError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
+        raise InputError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
 
 
 def _calibration(loader: Any, batches: int) -> Any:

@@ -1,6 +1,11 @@
-"""Image folders in memory: whatever Pillow opens, TIFF with any channels or pages, and .npy."""
+"""A small data set without a download: patches of the photographs in the wheels of scikit-image and scikit-learn.
+
+The task is to say which photograph a patch is from. Training patches are from the left half of each picture, test
+patches from the right half.
+"""
 
 import dataclasses
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +18,126 @@ from timm.data import get_img_extensions
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from ..conversion.progress import progress
+from ..common import InputError
+from ..common.files import clear_remains, new_folder
+from ..common.progress import progress
+
+# Package and path of each picture. The name of the file is the name of the class. Left out: pictures of text, drawings,
+# silhouettes, and the second half of a stereo pair.
+_SKIMAGE = (
+    'astronaut.png brick.png camera.png cell.png chelsea.png coffee.png coins.png grass.png gravel.png '
+    'hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png retina.jpg rocket.jpg'
+)
+PHOTOGRAPHS = (
+    *(('skimage', f'data/{file}') for file in _SKIMAGE.split()),
+    *(('sklearn', f'datasets/images/{file}') for file in ('china.jpg', 'flower.jpg')),
+)
+PATCH_SIZE = 48  # pixels
+TEST_PER_CLASS = 24  # as many as the half of the smallest picture holds
+_TEST_SEED = 0
+_MIN_CONTRAST = 2  # standard deviation in gray levels of 255; the black border of the retina is empty
+
+
+def load_photographs() -> dict[str, np.ndarray]:
+    """Pictures of the installed packages by class name, in alphabetical order: gray levels (H, W), uint8.
+
+    Gray, because several pictures are: otherwise colour alone would tell the others apart. Raises InputError if a
+    package or a picture is missing, naming it.
+    """
+    paths = {Path(path).stem: path_of(package, path) for package, path in PHOTOGRAPHS}
+    missing = [str(path) for path in paths.values() if not path.is_file()]
+    if missing:
+        raise InputError(
+            f'pictures are missing from the installed scikit-image or scikit-learn: {", ".join(missing)}. '
+            'Known to have them: scikit-image 0.26 and scikit-learn 1.9.'
+        )
+    pictures = {}
+    for name in sorted(paths):
+        with Image.open(paths[name]) as image:
+            pictures[name] = np.asarray(image.convert('L'))
+    return pictures
+
+
+def path_of(package: str, path: str) -> Path:
+    """Path of a file of an installed package. Raises InputError without the package."""
+    spec = importlib.util.find_spec(package)  # finds it without the seconds that an import may take
+    if spec is None or spec.origin is None:
+        raise InputError(f'the package {package} is missing: pip install scikit-image scikit-learn')
+    return Path(spec.origin).parent / path
+
+
+def _grid(picture: np.ndarray, split: str) -> list[tuple[int, int]]:
+    """Corners (top, left) of disjoint patches in this split's half of a picture, nearly uniform ones left out."""
+    height, width = picture.shape
+    start, stop = (0, width // 2) if split == 'train' else (width // 2, width)
+    tops, lefts = range(0, height - PATCH_SIZE + 1, PATCH_SIZE), range(start, stop - PATCH_SIZE + 1, PATCH_SIZE)
+    return [(top, left) for top in tops for left in lefts if cut(picture, (top, left)).std() >= _MIN_CONTRAST]
+
+
+def cut(picture: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
+    """The patch (PATCH_SIZE, PATCH_SIZE) of a picture (H, W) at a corner (top, left)."""
+    top, left = corner
+    return picture[top : top + PATCH_SIZE, left : left + PATCH_SIZE]
+
+
+def draw_patches(
+    photographs: dict[str, np.ndarray], split: str, count: int, seed: int = 0
+) -> dict[str, list[tuple[int, int]]]:
+    """Chooses `count` patches of each picture at random, without any pixel in common: corners (top, left) in pixels.
+
+    The split is 'train' (left halves) or 'validation' (right halves). The choice for a class does not depend on the
+    other classes. Raises InputError if a picture has fewer patches than that.
+    """
+    chosen = {}
+    for name, picture in photographs.items():
+        corners = _grid(picture, split)
+        if count > len(corners):
+            raise InputError(
+                f'{name} has only {len(corners)} {split} patches of {PATCH_SIZE} x {PATCH_SIZE} pixels, '
+                f'{count} were asked for: lower --train-per-class.'
+            )
+        order = np.random.default_rng([seed, *name.encode()]).permutation(len(corners))
+        chosen[name] = [corners[i] for i in order[:count]]
+    return chosen
+
+
+def export_patches(
+    folder: Path | str,
+    photographs: dict[str, np.ndarray],
+    train_per_class: int,
+    test_per_class: int = TEST_PER_CLASS,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Writes an image folder: train/<class>/*.png and validation/<class>/*.png. Returns how many files each split has.
+
+    File names hold the corner, <top>_<left>.png. The seed chooses the training patches only. After an interruption the
+    folder has neither split. Raises InputError if the folder has files or cannot be written, or a picture has too
+    few patches.
+    """
+    folder = Path(folder)
+    patches = {
+        'train': draw_patches(photographs, 'train', train_per_class, seed),
+        'validation': draw_patches(photographs, 'validation', test_per_class, _TEST_SEED),
+    }
+    try:
+        clear_remains(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f'{folder} is not empty: name a new or an empty folder.')
+        with new_folder(folder, last='train') as partial:
+            for split, of_class in patches.items():
+                for name, corners in of_class.items():
+                    Path(partial, split, name).mkdir(parents=True)
+                    for top, left in corners:
+                        patch = Image.fromarray(cut(photographs[name], (top, left)))
+                        patch.save(Path(partial, split, name, f'{top:04d}_{left:04d}.png'))
+    except OSError as error:
+        raise InputError(f'cannot write the patches: {error}') from error
+    return {split: sum(map(len, corners.values())) for split, corners in patches.items()}
+
 
 _TRAIN, _VALIDATION, _TEST = ('train', 'training'), ('validation', 'val', 'valid'), ('test', 'testing')
 _TIFF = ('.tif', '.tiff')
 _LARGEST = 64  # pixels of a side, if the user names no size
-
-
-class DataError(ValueError):
-    """A folder of images is not what it should be; the message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +167,7 @@ class Folder:
 def read_image(path: Path) -> np.ndarray:
     """An image as (H, W, C), in the values and the type that the file has.
 
-    Gray ones have one channel, and an alpha channel is left out; of a TIFF all channels are kept. Raises DataError if
+    Gray ones have one channel, and an alpha channel is left out; of a TIFF all channels are kept. Raises InputError if
     the file is no image, or has values that are not finite in float32.
     """
     try:
@@ -61,20 +177,20 @@ def read_image(path: Path) -> np.ndarray:
             array = _read_tiff(path)
         else:
             array = _read_picture(path)
-    except DataError:
+    except InputError:
         raise
     except Exception as error:  # what a damaged file makes of its reader
-        raise DataError(str(error) or type(error).__name__) from error
+        raise InputError(str(error) or type(error).__name__) from error
     if not isinstance(array, np.ndarray):
-        raise DataError('it holds several arrays: save each alone')
+        raise InputError('it holds several arrays: save each alone')
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in 'buif':
-        raise DataError(f'shape {array.shape} of {array.dtype} is not (H, W) or (H, W, C) of numbers')
+        raise InputError(f'shape {array.shape} of {array.dtype} is not (H, W) or (H, W, C) of numbers')
     with np.errstate(over='ignore'):
         finite = np.isfinite(array.astype(np.float32)).all()
     if not finite:
-        raise DataError('it has values that are not finite in float32')
+        raise InputError('it has values that are not finite in float32')
     return array
 
 
@@ -91,7 +207,7 @@ def _read_tiff(path: Path) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
-        raise DataError('TIFF needs a package: pip install tifffile') from error
+        raise InputError('TIFF needs a package: pip install tifffile') from error
     try:
         with tifffile.TiffFile(path) as file:
             if file.pages.first.photometric == tifffile.PHOTOMETRIC.PALETTE:
@@ -111,19 +227,19 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
     """Reads an image folder: train/ and validation/ or test/ with a folder for each class, or class folders alone.
 
     Every image is resized, so that its shorter side has `size` pixels, and its centre is cut. Without a size it is the
-    median shorter side, 64 at most. The folder `but` is left out. Raises DataError if the folder is not such a folder,
+    median shorter side, 64 at most. The folder `but` is left out. Raises InputError if the folder is not such a folder,
     a file cannot be read (unless `skip_bad`), or the images do not fit together.
     """
     places = _splits(folder)
     files = {split: _by_class(path, but) for split, path in places.items()}
     classes = sorted({name for of_class in files.values() for name in of_class})
     if len(classes) < 2:
-        raise DataError(
+        raise InputError(
             f'{str(folder)!r} has {len(classes)} class{"" if classes else "es"} with images: two are needed.'
         )
     for split, of_class in files.items():
         if lacking := [name for name in classes if not of_class.get(name)]:
-            raise DataError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
+            raise InputError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
     bad: list[str] = []
     images: dict[str, list[tuple[Tensor, int]]] = {split: [] for split in files}
     channels: dict[int, Path] = {}
@@ -137,7 +253,7 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
                     bar.update()
                     try:
                         array = read_image(path).astype(np.float32)
-                    except DataError as error:
+                    except InputError as error:
                         bad.append(f'{path.relative_to(folder)}: {error}')
                         continue
                     channels.setdefault(array.shape[2], path.relative_to(folder))
@@ -150,13 +266,13 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
         raise unreadable(bad)
     if len(channels) > 1:
         found = ', '.join(f'{path} has {count}' for count, path in sorted(channels.items()))
-        raise DataError(f'images must have the same number of channels: {found}.')
+        raise InputError(f'images must have the same number of channels: {found}.')
     side = size or min(_LARGEST, int(np.median(sides or [1])))
     splits = {}
     for split, of_split in images.items():
         present = Counter(label for _, label in of_split)
         if lost := [classes[label] for label in range(len(classes)) if label not in present]:
-            raise DataError(f'{split} has no readable images of {", ".join(lost)}.')
+            raise InputError(f'{split} has no readable images of {", ".join(lost)}.')
         pixels = torch.stack([_square(image, side) for image, _ in of_split])
         splits[split] = pixels, torch.tensor([label for _, label in of_split])
     plain = suffixes <= set(get_img_extensions()) and set(channels) <= {1, 3} and not deep
@@ -164,10 +280,10 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
     return Folder(classes, splits, bad, plain, names)
 
 
-def unreadable(bad: Sequence[str]) -> DataError:
+def unreadable(bad: Sequence[str]) -> InputError:
     """The error for files that cannot be taken, given with the reason of each."""
     shown = '\n  '.join([*bad[:10], *[f'and {len(bad) - 10} more'] * (len(bad) > 10)])
-    return DataError(f'{len(bad)} files cannot be read; pass --skip-bad to leave them out:\n  {shown}')
+    return InputError(f'{len(bad)} files cannot be read; pass --skip-bad to leave them out:\n  {shown}')
 
 
 def _shrunk(image: Tensor, side: int) -> Tensor:
@@ -184,7 +300,7 @@ def _square(image: Tensor, side: int) -> Tensor:
 def _splits(folder: Path) -> dict[str, Path]:
     """Where the splits are: folders with a folder for each class. Without train/ all is 'train'."""
     if not folder.is_dir():
-        raise DataError(f'{str(folder)!r} is no folder.')
+        raise InputError(f'{str(folder)!r} is no folder.')
     here = {path.name.lower(): path for path in _folders(folder)}
     named = {
         split: here[name]
@@ -195,14 +311,14 @@ def _splits(folder: Path) -> dict[str, Path]:
     # Beside other folders, one that has no folders for classes is a class of this name, as trains are of vehicles.
     found = named if len(named) == len(here) else {split: path for split, path in named.items() if _folders(path)}
     if len(named) - len(found) > 1:
-        raise DataError(f'{str(folder)!r} has {", ".join(f"{path.name}/" for path in named.values())} beside classes.')
+        raise InputError(f'{str(folder)!r} has {", ".join(f"{path.name}/" for path in named.values())} beside classes.')
     if not found:
         return {'train': folder}
     given = ' and '.join(f'{path.name}/' for path in found.values())
     if 'train' not in found:
-        raise DataError(f'{str(folder)!r} has {given}, but no train/.')
+        raise InputError(f'{str(folder)!r} has {given}, but no train/.')
     if len(found) == 1:
-        raise DataError(f'{str(folder)!r} has {given}, but neither validation/ nor test/.')
+        raise InputError(f'{str(folder)!r} has {given}, but neither validation/ nor test/.')
     return found
 
 
@@ -225,14 +341,14 @@ def _by_class(folder: Path, but: Path | None) -> dict[str, list[Path]]:
 def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Indices of a split of each class by a seed: the larger part, and about `share` of its images, at least one.
 
-    Raises DataError if a class has a single image.
+    Raises InputError if a class has a single image.
     """
     random = np.random.default_rng(seed)
     parts: Any = ([], [])
     for label, name in enumerate(classes):
         own = np.flatnonzero(labels.numpy() == label)
         if len(own) < 2:
-            raise DataError(f'class {name} has {len(own)} image to learn from: at least two are needed.')
+            raise InputError(f'class {name} has {len(own)} image to learn from: at least two are needed.')
         order, held_out = random.permutation(own), max(1, round(share * len(own)))
         parts[0].append(order[held_out:])
         parts[1].append(order[:held_out])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from timm_harmonic.hub.writing import new_folder
+from timm_harmonic.common.files import new_folder
 
 
 def names(folder):
@@ -79,7 +79,7 @@ def test_remains_of_a_killed_process_are_cleared(exists, tmp_path):
         out.mkdir()
     code = f"""
 import time, pathlib
-from timm_harmonic.hub.writing import new_folder
+from timm_harmonic.common.files import new_folder
 with new_folder(pathlib.Path({str(out)!r})) as folder:
     (folder / 'half').write_text('')
     print('ready', flush=True)

@@ -16,12 +16,12 @@ from PIL import Image
 
 import timm_harmonic_cli as cli
 from timm_harmonic import harmonize, truncate
-from timm_harmonic.conversion.convolutions import harmonic_layers
-from timm_harmonic.hub.compress import compress
-from timm_harmonic.hub.folder import convert
-from timm_harmonic.hub.provenance import HubError
-from timm_harmonic.hub.publish import publish
+from timm_harmonic.common import InputError
+from timm_harmonic.conversion.swap import harmonic_layers
+from timm_harmonic.export.folder import convert
+from timm_harmonic.export.publish import publish
 from timm_harmonic.models.checkpoints import CheckpointError
+from timm_harmonic_cli.compress import compress
 
 pytestmark = [
     pytest.mark.usefixtures('one_thread'),
@@ -163,8 +163,8 @@ def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path):
 
 def test_a_file_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch):
     """Nothing is left behind."""
-    monkeypatch.setattr('timm_harmonic.hub.deployed._TOLERANCE', 0.0)
-    with pytest.raises(HubError, match=r'deployed.onnx differs from the network by \S+ of the largest output'):
+    monkeypatch.setattr('timm_harmonic.export.onnx._TOLERANCE', 0.0)
+    with pytest.raises(InputError, match=r'deployed.onnx differs from the network by \S+ of the largest output'):
         compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, level=1, deploy=True)
     assert list(tmp_path.iterdir()) == [checkpoint]
 
@@ -276,17 +276,17 @@ def test_our_own_network_of_the_authors_layout(tmp_path):
         (dict(level=2, model_kwargs={}), CheckpointError, 'nothing was loaded'),
         (dict(level=2, model_name='vit_tiny_patch16_224', checkpoint=None), ValueError, 'patch embedding'),
         (dict(level=2, model_name='nonsense', checkpoint=None), RuntimeError, 'Unknown model'),
-        (dict(ratio=0.5, data='nowhere'), HubError, 'no folder of images'),
-        (dict(ratio=0.5, refit=True), HubError, '--refit needs --data'),
-        (dict(level=2, cost='time'), HubError, '--cost is what --ratio is of'),
+        (dict(ratio=0.5, data='nowhere'), InputError, 'no folder of images'),
+        (dict(ratio=0.5, refit=True), InputError, '--refit needs --data'),
+        (dict(level=2, cost='time'), InputError, '--cost is what --ratio is of'),
         (dict(level=2, device='nowhere'), ValueError, "device 'nowhere' cannot be used here"),
         (dict(level=2, data_config=dict(mean=[1, 2])), ValueError, 'mean has 2 values, the network takes 3 channels'),
         (
             dict(level=2, model_name='maxvit_rmlp_pico_rw_256', checkpoint=None, data_config=dict(img_size=72)),
-            HubError,
+            InputError,
             'the network takes no images of 72 x 72 pixels: .* See --img-size',
         ),
-        (dict(ratio=0.5, evaluate='nowhere'), HubError, 'no folder of images'),
+        (dict(ratio=0.5, evaluate='nowhere'), InputError, 'no folder of images'),
     ],
 )
 def test_refused_without_a_trace(checkpoint, tmp_path, monkeypatch, options, error, words):
@@ -312,14 +312,14 @@ def test_the_card_tells_what_the_forms_cost(cost, tmp_path):
 
 
 def test_features_are_no_whole_network(tmp_path):
-    with pytest.raises(HubError, match='leave features_only out'):
+    with pytest.raises(InputError, match='leave features_only out'):
         compress('resnet18', tmp_path / 'out', level=2, model_kwargs=dict(features_only=True))
 
 
 def test_more_classes_than_the_network_has(pictures, tmp_path):
     path = tmp_path / 'two.pth'
     torch.save(build(num_classes=2).state_dict(), path)
-    with pytest.raises(HubError, match='3 classes, the network 2'):
+    with pytest.raises(InputError, match='3 classes, the network 2'):
         compress(NAME, tmp_path / 'out', checkpoint=path, model_kwargs=KWARGS, level=2, evaluate=pictures)
 
 
@@ -346,20 +346,20 @@ def test_other_channels(channels, tmp_path):
 
 
 def test_other_classes_cannot_be_evaluated(checkpoint, pictures, tmp_path):
-    with pytest.raises(HubError, match='has 3 classes, the network 7'):
+    with pytest.raises(InputError, match='has 3 classes, the network 7'):
         compress(NAME, tmp_path / 'out', model_kwargs=dict(KWARGS, num_classes=7), level=2, evaluate=pictures)
     assert not (tmp_path / 'out').exists()
 
 
 def test_out_must_be_new(checkpoint, tmp_path):
-    with pytest.raises(HubError, match='not an empty folder'):
+    with pytest.raises(InputError, match='not an empty folder'):
         compress(NAME, tmp_path, checkpoint=checkpoint, model_kwargs=KWARGS, level=2)
 
 
 def test_deploy_without_onnx(checkpoint, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxscript' else found(name))
-    with pytest.raises(HubError, match='pip install onnxscript'):
+    with pytest.raises(InputError, match='pip install onnxscript'):
         compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, level=2, deploy=True)
     assert not (tmp_path / 'out').exists()
 
@@ -367,7 +367,7 @@ def test_deploy_without_onnx(checkpoint, tmp_path, monkeypatch):
 def test_without_matplotlib(checkpoint, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'matplotlib' else find(name))
-    with pytest.raises(HubError, match='needs matplotlib: pip install matplotlib'):
+    with pytest.raises(InputError, match='needs matplotlib: pip install matplotlib'):
         compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, level=2)
     assert not (tmp_path / 'out').exists()
 

@@ -17,10 +17,9 @@ from huggingface_hub import ModelCard
 from tiny_models import FILE, ID, NAME, create, same
 
 import timm_harmonic_cli as cli
-from timm_harmonic.hub.card import count
-from timm_harmonic.hub.folder import convert
-from timm_harmonic.hub.provenance import HubError
-from timm_harmonic.hub.publish import publish
+from timm_harmonic.common import InputError
+from timm_harmonic.export.folder import convert, count
+from timm_harmonic.export.publish import publish
 from timm_harmonic.models import download
 from timm_harmonic.models.checkpoints import CheckpointError
 
@@ -251,16 +250,16 @@ def test_other_outputs_are_an_error(released, tmp_path, monkeypatch):
         state['fc.bias'][0] += 1e-4 * state['fc.bias'].abs().max()
         safetensors.torch.save_file(state, f'{folder}/model.safetensors')
 
-    monkeypatch.setattr('timm_harmonic.hub.folder.save_for_hf', damaging)
-    with pytest.raises(HubError, match='gives other outputs than the checkpoint'):
+    monkeypatch.setattr('timm_harmonic.export.folder.save_for_hf', damaging)
+    with pytest.raises(InputError, match='gives other outputs than the checkpoint'):
         convert(released, NAME, tmp_path / 'out')
     assert list(tmp_path.iterdir()) == [released]
 
 
 def test_folders_are_not_overwritten(folder, released):
-    with pytest.raises(HubError, match='exists and is not an empty folder'):
+    with pytest.raises(InputError, match='exists and is not an empty folder'):
         convert(released, NAME, folder)
-    with pytest.raises(HubError, match='exists and is not an empty folder'):
+    with pytest.raises(InputError, match='exists and is not an empty folder'):
         convert(released, NAME, released)
     shutil.rmtree(folder)
     folder.mkdir()
@@ -366,7 +365,7 @@ def test_publish_twice(hub, folder):
     assert hub.repositories[ID].commits == before
 
     (folder / 'README.md').write_text((folder / 'README.md').read_text() + '\nMore.\n')
-    with pytest.raises(HubError, match=r'holds other files: README\.md\. Nothing was uploaded'):
+    with pytest.raises(InputError, match=r'holds other files: README\.md\. Nothing was uploaded'):
         publish(folder, ID)
     assert publish(folder, ID, create_pr=True) == f'{hub.url}/{ID}/discussions/1'
     assert b'More.' not in hub.repositories[ID].branches['main']['README.md']
@@ -376,7 +375,7 @@ def test_publish_twice(hub, folder):
 
 def test_repository_with_other_files(hub, folder):
     hub.add(ID, {'pytorch_model.bin': b'somebody else'})
-    with pytest.raises(HubError, match=r'holds other files: pytorch_model\.bin'):
+    with pytest.raises(InputError, match=r'holds other files: pytorch_model\.bin'):
         publish(folder, ID)
     assert hub.repositories[ID].branches['main'].keys() == {'.gitattributes', 'pytorch_model.bin'}
     publish(folder, ID, force=True)
@@ -395,7 +394,7 @@ def test_revision(hub, folder, released):
 
 def test_private_does_not_make_a_public_repository_private(hub, folder):
     hub.add(ID, {})
-    with pytest.raises(HubError, match='exists and is public'):
+    with pytest.raises(InputError, match='exists and is public'):
         publish(folder, ID, private=True)
 
 
@@ -445,7 +444,7 @@ BAD_FOLDERS = {
 def test_folders_that_are_not_published(hub, folder, what):
     damage, words = BAD_FOLDERS[what]
     damage(folder)
-    with pytest.raises((HubError, CheckpointError, RuntimeError), match=words):
+    with pytest.raises((InputError, CheckpointError, RuntimeError), match=words):
         publish(folder, ID)
     assert hub.repositories == {}
 
@@ -459,7 +458,7 @@ def test_places_that_a_card_may_name(hub, folder):
 
 def test_messages_name_the_users_folder(hub, folder):
     (folder / '.DS_Store').touch()
-    with pytest.raises(HubError, match=re.escape(f'{str(folder)!r} holds .DS_Store')):
+    with pytest.raises(InputError, match=re.escape(f'{str(folder)!r} holds .DS_Store')):
         publish(folder, ID)
 
 
@@ -502,7 +501,7 @@ def test_a_run_that_began_from_another_file(run, tmp_path):
     assert same(create(f'local-dir:{tmp_path / "out"}'), models[0], 4)
     assert 'checkpoint_path' not in (tmp_path / 'out' / 'config.json').read_text()
     kwargs = dict(checkpoint_path=str(copy / 'other.pth'))
-    with pytest.raises(HubError, match='checkpoint_path is no option of a network'):
+    with pytest.raises(InputError, match='checkpoint_path is no option of a network'):
         convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again', model_kwargs=kwargs)
 
 
@@ -519,7 +518,7 @@ def test_runs_with_slips(run, tmp_path):
         (f'epoch,eval_top1\n7,{"9" * 200_000}\n', r'summary\.csv is damaged'),
     ):
         (copy / 'summary.csv').write_text(text)
-        with pytest.raises(HubError, match=words):
+        with pytest.raises(InputError, match=words):
             convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
     shutil.copyfile(path / 'summary.csv', copy / 'summary.csv')
     options = (copy / 'args.yaml').read_text()
@@ -531,18 +530,18 @@ def test_runs_with_slips(run, tmp_path):
         ('x: 2024-13-45\n', r'args\.yaml is damaged'),
     ):
         (copy / 'args.yaml').write_text(options + line)
-        with pytest.raises(HubError, match=words):
+        with pytest.raises(InputError, match=words):
             convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
     (copy / 'args.yaml').write_text(options)
-    with pytest.raises(HubError, match='leave features_only out'):
+    with pytest.raises(InputError, match='leave features_only out'):
         convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again', model_kwargs=dict(features_only=True))
     (copy / 'args.yaml').write_text((copy / 'args.yaml').read_text() + 'gp: zzz\n')
-    with pytest.raises(HubError, match=r"harm_resnet18 cannot be built with .*global_pool='zzz'"):
+    with pytest.raises(InputError, match=r"harm_resnet18 cannot be built with .*global_pool='zzz'"):
         convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
     shutil.copyfile(path / 'args.yaml', copy / 'args.yaml')
     (copy / 'summary.csv').rename(tmp_path / 'elsewhere.csv')
     (copy / 'summary.csv').symlink_to(tmp_path / 'elsewhere.csv')
-    with pytest.raises(HubError, match=r'summary\.csv is a symbolic link'):
+    with pytest.raises(InputError, match=r'summary\.csv is a symbolic link'):
         convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
     assert not (tmp_path / 'again').exists()
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import InputError
 from ..conversion.costs import count_macs
 from ..conversion.timing import times_of
-from .provenance import HubError
 
 _NAME = 'deployed.onnx'
 _PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
@@ -22,17 +22,17 @@ _TOLERANCE = 1e-3  # of the largest output
 
 
 def check_packages() -> None:
-    """Raises HubError if a package is missing that ONNX needs."""
+    """Raises InputError if a package is missing that ONNX needs."""
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise HubError(f'--deploy needs packages: pip install {" ".join(missing)}')
+        raise InputError(f'--deploy needs packages: pip install {" ".join(missing)}')
 
 
 def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: Path) -> dict[str, Any]:
     """Writes a plain network as deployed.onnx, and measures it against the plain network that it was made from.
 
     Both are of `deploy`. Times are medians of runs that alternate, for the batch of images: milliseconds in torch on
-    the device of the images, and in ONNX Runtime on the CPU. Returns what was measured, of both. Raises HubError if
+    the device of the images, and in ONNX Runtime on the CPU. Returns what was measured, of both. Raises InputError if
     ONNX Runtime does not compute what torch does.
     """
     with tempfile.TemporaryDirectory() as other:
@@ -81,4 +81,4 @@ def _check(network: nn.Module, images: Tensor, runner: Callable[[Tensor], Tensor
         expected = network(images).cpu()
     error = float((runner(images.cpu()) - expected).abs().max() / expected.abs().max())
     if not error < _TOLERANCE:
-        raise HubError(f'{_NAME} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
+        raise InputError(f'{_NAME} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')

@@ -13,22 +13,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..conversion.progress import progress
-from ..hub.writing import write_whole
-from .figure import draw_quickstart, energy_by_frequency
-from .networks import MEANINGS, NAMED, network
-from .photographs import (
+from timm_harmonic.common import InputError
+from timm_harmonic.common.files import write_whole
+from timm_harmonic.common.progress import progress
+from timm_harmonic.small_data.protocol import curve_epochs, run
+from timm_harmonic.small_data.results import draw_quickstart, energy_by_frequency, environment, summarise, table
+from timm_harmonic.small_data.tasks import (
     PATCH_SIZE,
     TEST_PER_CLASS,
-    QuickstartError,
     cut,
     draw_patches,
     export_patches,
     load_photographs,
 )
-from .runs import curve_epochs, run
-from .summary import environment, summarise, table
-from .training import Images, Recipe, one_thread
+from timm_harmonic.small_data.training import MEANINGS, NAMED, Images, Recipe, network, one_thread
 
 MODELS = tuple(MEANINGS)
 # One recipe for all, the same for plain and harmonic networks. `timm-harmonic compare` searches it for each.
@@ -43,7 +41,7 @@ _MEAN, _STD = 0.449, 0.226
 def _check_extras() -> None:
     missing = [package for module, package in _EXTRAS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise QuickstartError(f'missing packages: pip install {" ".join(missing)}')
+        raise InputError(f'missing packages: pip install {" ".join(missing)}')
 
 
 def export(folder: Path, train_per_class: int) -> None:
@@ -91,21 +89,21 @@ def quickstart(
 
     Everything random follows from the seed: the training patches, the initialisation, the order and the shifts. The
     models see the same patches in the same order. Options are those of `timm-harmonic quickstart`; photographs are gray
-    pictures (H, W) by class name. Returns what results.json holds. Raises QuickstartError if a package or a picture is
+    pictures (H, W) by class name. Returns what results.json holds. Raises InputError if a package or a picture is
     missing, a picture has too few patches, or the folder cannot be written.
     """
     _check_extras()
     networks = [network(name) for name in dict.fromkeys(models)]
     photographs = load_photographs() if photographs is None else photographs
     if train_per_class * len(photographs) < 2:
-        raise QuickstartError('at least two training patches are needed.')
+        raise InputError('at least two training patches are needed.')
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass  # before the training, not after it
     except OSError as error:
-        raise QuickstartError(f'cannot write results: {error}') from error
+        raise InputError(f'cannot write results: {error}') from error
     recipe = dataclasses.replace(RECIPE, epochs=epochs)
     runs: dict[str, list[dict[str, Any]]] = {net.name: [] for net in networks}
     stems: dict[str, list[Tensor]] = {net.name: [] for net in networks}

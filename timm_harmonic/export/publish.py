@@ -19,10 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
-from ..models.checkpoints import first_line
+from ..common import InputError, first_line
 from ..models.download import sha256_of
-from .folder import FILES, REQUIRED
-from .provenance import HubError, create_trained
+from .folder import FILES, REQUIRED, create_trained
 
 
 def publish(
@@ -37,7 +36,7 @@ def publish(
 ) -> str:
     """Uploads a folder to the repository `organisation/name`, in one commit. Returns its url, or the pull request's.
 
-    Options are those of `timm-harmonic publish`. Raises HubError if the folder is not one to publish, the repository
+    Options are those of `timm-harmonic publish`. Raises InputError if the folder is not one to publish, the repository
     holds other files, or the token may not write; HfHubHTTPError is what else the Hub answered.
     """
     with tempfile.TemporaryDirectory() as temporary:
@@ -50,7 +49,7 @@ def publish(
             parent = None
             if exists:
                 if private and not api.model_info(repo_id).private:
-                    raise HubError(f'{repo_id} exists and is public: --private makes new repositories only private.')
+                    raise InputError(f'{repo_id} exists and is public: --private makes new repositories only private.')
                 parent = _check_repository(api, files, repo_id, revision, force or create_pr)
             if dry_run:
                 return _url(repo_id)
@@ -76,19 +75,19 @@ def _explaining_errors(repo_id: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         if error.response.status_code == 412:
-            raise HubError(
+            raise InputError(
                 f'{repo_id} has a new commit since it was checked. Nothing was published: look at it, and try again.'
             ) from error
         if error.response.status_code not in (401, 403):
             raise
-        raise HubError(
+        raise InputError(
             f'the Hub does not let you write to {repo_id}: {error.server_message or first_line(error)}. Log in by '
             '`hf auth login`, or set HF_TOKEN, with a token that may.'
         ) from error
     except (OSError, RuntimeError, TypeError, ValueError):
         raise
     except Exception as error:  # of whichever HTTP library the Hub's client uses
-        raise HubError(
+        raise InputError(
             f'{huggingface_hub.constants.ENDPOINT} cannot be reached ({type(error).__name__}: {first_line(error)}). '
             'Nothing was published; try again.'
         ) from error
@@ -116,13 +115,13 @@ def _upload(
 
 
 def _is_there(api: HfApi, files: list[Path], repo_id: str, revision: str | None) -> bool:
-    """Whether the repository holds these files now. Raises HubError if it cannot be asked."""
+    """Whether the repository holds these files now. Raises InputError if it cannot be asked."""
     try:
         there = {entry.rfilename: entry for entry in _entries(api, repo_id, revision)[1]}
     except HfHubHTTPError:
         return False
     except Exception as error:
-        raise HubError(
+        raise InputError(
             f'the Hub stopped answering ({type(error).__name__}: {first_line(error)}). Whether the folder is published '
             f'is unknown: look at {_url(repo_id)} before you try again.'
         ) from error
@@ -130,15 +129,15 @@ def _is_there(api: HfApi, files: list[Path], repo_id: str, revision: str | None)
 
 
 def _copy(folder: Path, place: Path) -> Path:
-    """A copy of a folder's files. Raises HubError if it is none, or has links in it."""
+    """A copy of a folder's files. Raises InputError if it is none, or has links in it."""
     if not folder.is_dir():
-        raise HubError(f'{str(folder)!r} is not a folder.')
+        raise InputError(f'{str(folder)!r} is not a folder.')
     copy = place / (folder.resolve().name or 'folder')
     copy.mkdir()
     for path in folder.iterdir():
         if path.is_symlink() or not path.is_file():
             kind = 'symbolic link' if path.is_symlink() else 'folder'
-            raise HubError(f'{str(folder)!r} holds a {kind}, {path.name}: only files are published.')
+            raise InputError(f'{str(folder)!r} holds a {kind}, {path.name}: only files are published.')
         shutil.copyfile(path, copy / path.name)
     return copy
 
@@ -148,20 +147,20 @@ def _check_folder(folder: Path, repo_id: str, name: str) -> list[Path]:
     files = sorted(folder.iterdir())
     names = {path.name for path in files}
     if missing := [name for name in REQUIRED if name not in names]:
-        raise HubError(f'{name} lacks {", ".join(missing)}: write it by `timm-harmonic convert`.')
+        raise InputError(f'{name} lacks {", ".join(missing)}: write it by `timm-harmonic convert`.')
     if others := sorted(names - set(FILES)):
-        raise HubError(f'{name} holds {", ".join(others)}; only {", ".join(FILES)} are published.')
+        raise InputError(f'{name} holds {", ".join(others)}; only {", ".join(FILES)} are published.')
     try:
         config = json.loads((folder / 'config.json').read_text())
         card = ModelCard.load(folder / 'README.md')
         licences = config['pretrained_cfg'].get('license'), card.data.license
     except (ValueError, KeyError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise HubError(f'config.json or README.md in {name} is damaged: {error}') from error
+        raise InputError(f'config.json or README.md in {name} is damaged: {error}') from error
     if licences[0] != licences[1]:
-        raise HubError(f'config.json says licence {licences[0]!r}, README.md {licences[1]!r}: they must agree.')
+        raise InputError(f'config.json says licence {licences[0]!r}, README.md {licences[1]!r}: they must agree.')
     named = set(re.findall(r'(?:hf-hub|local-dir):[\w./-]*\w', card.text)) - {f'hf-hub:{repo_id}'}
     if named:
-        raise HubError(
+        raise InputError(
             f'README.md loads {", ".join(sorted(named))}, but you publish it as {repo_id}: '
             f'convert with --repo {repo_id}, or edit it.'
         )
@@ -171,9 +170,9 @@ def _check_folder(folder: Path, repo_id: str, name: str) -> list[Path]:
             finite = model(torch.rand(1, *model.pretrained_cfg['input_size'])).isfinite().all()
     except Exception as error:  # a config may say anything
         problem = f'{type(error).__name__}: {first_line(error)}'
-        raise HubError(f'{name} cannot run on an image as its config.json says: {problem}') from error
+        raise InputError(f'{name} cannot run on an image as its config.json says: {problem}') from error
     if not finite:
-        raise HubError(f'{name} gives outputs that are not finite.')
+        raise InputError(f'{name} gives outputs that are not finite.')
     return files
 
 
@@ -182,7 +181,7 @@ def _check_card(files: list[Path]) -> None:
     try:
         ModelCard.load(files[0].parent / 'README.md').validate()
     except ValueError as error:
-        raise HubError(f'the Hub does not accept the front matter of README.md: {error}') from error
+        raise InputError(f'the Hub does not accept the front matter of README.md: {error}') from error
 
 
 def _check_repository(api: HfApi, files: list[Path], repo_id: str, revision: str | None, force: bool) -> str | None:
@@ -203,7 +202,7 @@ def _check_repository(api: HfApi, files: list[Path], repo_id: str, revision: str
         and (entry.rfilename not in ours or _differs(ours[entry.rfilename], entry))
     )
     if differing and not force:
-        raise HubError(
+        raise InputError(
             f'{repo_id} holds other files: {", ".join(differing)}. Nothing was uploaded. '
             '--force replaces those of the same name, --create-pr proposes it.'
         )

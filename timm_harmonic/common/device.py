@@ -2,7 +2,7 @@
 
 import torch
 
-from ..models.checkpoints import first_line
+from ..common import InputError, first_line
 
 
 def usable_device(name: str | None) -> torch.device:
@@ -11,5 +11,5 @@ def usable_device(name: str | None) -> torch.device:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=device).cpu()
     except (AssertionError, ImportError, RuntimeError) as error:
-        raise ValueError(f'device {name!r} cannot be used here: {first_line(error)}') from error
+        raise InputError(f'device {name!r} cannot be used here: {first_line(error)}') from error
     return device

@@ -57,7 +57,7 @@ def _models(text: str) -> list[str]:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    from timm_harmonic.small_data.networks import option
+    from timm_harmonic.small_data.training import option
 
     try:
         return option(text)
@@ -113,8 +113,8 @@ def _quickstart(args: argparse.Namespace) -> None:
     if 'export' in args and (others := sorted(set(given) - {'train_per_class'})):
         args.parser.error(f'--export trains nothing, so it cannot be combined with --{others[0]}')
 
-    from timm_harmonic.small_data.photographs import QuickstartError
-    from timm_harmonic.small_data.quickstart import export, quickstart
+    from timm_harmonic.common import TimmHarmonicError
+    from timm_harmonic_cli.quickstart import export, quickstart
 
     options = {**defaults, **given}
     try:
@@ -122,7 +122,7 @@ def _quickstart(args: argparse.Namespace) -> None:
             export(args.export, options['train_per_class'])
         else:
             quickstart(**options)
-    except QuickstartError as error:
+    except TimmHarmonicError as error:
         args.parser.error(str(error))
 
 
@@ -169,7 +169,7 @@ def _compare(args: argparse.Namespace) -> None:
       timm-harmonic compare images/ --augment zoom --time-limit 30
       timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=1 --img-size 96
     """
-    from timm_harmonic.small_data.compare import compare
+    from timm_harmonic_cli.compare import compare
 
     options = {key: value for key, value in vars(args).items() if key not in _OWN}
     compare(**options)
@@ -201,8 +201,8 @@ def _predict(args: argparse.Namespace) -> None:
 
       timm-harmonic predict FOLDER images/ --format csv --out classes.csv
     """
-    from timm_harmonic.hub.writing import write_whole
-    from timm_harmonic.small_data.predict import predict, write_predictions
+    from timm_harmonic.common.files import write_whole
+    from timm_harmonic_cli.predict import predict, write_predictions
 
     given = ('checkpoint', 'pretrained', 'topk', 'batch_size', 'device', 'skip_bad')
     options = {key: getattr(args, key) for key in given}
@@ -232,7 +232,7 @@ def _list(args: argparse.Namespace) -> None:
 
       timm-harmonic list --json
     """
-    from timm_harmonic.hub.inventory import print_inventory
+    from timm_harmonic_cli.list import print_inventory
 
     print_inventory(as_json=args.json)
 
@@ -288,7 +288,7 @@ def _compress(args: argparse.Namespace) -> None:
 
       timm-harmonic compress resnet18 --pretrained --ratio 0.6 --cost time --channels-last --data DIR --refit --out x
     """
-    from timm_harmonic.hub.compress import accuracy_table, compress, deployed_table
+    from timm_harmonic_cli.compress import accuracy_table, compress, deployed_table
 
     if args.level is not None and args.data and not args.refit:
         raise ValueError('--data is for --refit, --energy, --ratio and --max-params: with --level nothing is chosen.')
@@ -329,7 +329,7 @@ def _convert(args: argparse.Namespace) -> None:
 
       timm-harmonic convert output/train/RUN/model_best.pth.tar --model harm_resnet50 --out folder
     """
-    from timm_harmonic.hub.folder import convert
+    from timm_harmonic.export.folder import convert
 
     names = _lines(args.class_names)
     about = dict(repo_id=args.repo, class_names=names, license=args.license, dataset=args.dataset)
@@ -361,7 +361,7 @@ def _publish(args: argparse.Namespace) -> None:
 
       timm-harmonic publish folder --repo ORG/NAME --private
     """
-    from timm_harmonic.hub.publish import publish
+    from timm_harmonic.export.publish import publish
     from timm_harmonic.models.download import WEIGHTS_NAME, sha256_of
 
     options = {key: getattr(args, key) for key in ('private', 'revision', 'create_pr', 'dry_run', 'force')}
@@ -409,7 +409,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)
         return 130
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
+        from timm_harmonic.common import TimmHarmonicError  # not above: help and usage errors do not wait for torch
+
+        if not isinstance(error, TimmHarmonicError):
+            raise
         print(f'timm-harmonic: error: {error}', file=sys.stderr)
         return 1
     return 0

@@ -5,6 +5,8 @@ from typing import Any
 from timm.data import resolve_data_config
 from torch import nn
 
+from ..common import InputError
+
 MODES = {1: 'L', 3: 'RGB'}  # Pillow's, by channels: what timm's transforms take
 
 
@@ -16,7 +18,7 @@ def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """
     for key in ('mean', 'std'):
         if given.get(key) is not None and len(given[key]) not in (1, model.in_chans):
-            raise ValueError(
+            raise InputError(
                 f'{key} has {len(given[key])} values, the network takes {model.in_chans} channels: give one value, or '
                 'one for each channel.'
             )

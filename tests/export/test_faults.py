@@ -27,9 +27,9 @@ from tiny_models import CHECKPOINT, FILE, ID, NAME, create, same
 
 import timm_harmonic
 import timm_harmonic_cli as cli
-from timm_harmonic.hub.folder import convert
-from timm_harmonic.hub.provenance import HubError
-from timm_harmonic.hub.publish import publish
+from timm_harmonic.common import InputError
+from timm_harmonic.export.folder import convert
+from timm_harmonic.export.publish import publish
 from timm_harmonic.models import download, weights
 from timm_harmonic.models.checkpoints import CheckpointError
 
@@ -605,7 +605,7 @@ def test_a_commit_between_check_and_upload(hub, folder, monkeypatch):
         handler.preupload(ID, 'main')
 
     hub.fail('POST', '/preupload/', meanwhile, times=1)
-    with pytest.raises(HubError, match=r'has a new commit since it was checked\. Nothing was published'):
+    with pytest.raises(InputError, match=r'has a new commit since it was checked\. Nothing was published'):
         publish(folder, ID)
     assert hub.repositories[ID].branches['main']['model.safetensors'] == b"a colleague's weights"
 
@@ -647,7 +647,7 @@ def test_links_are_not_published(hub, folder, tmp_path):
     shutil.copytree(folder, mine)
     (tmp_path / 'id_rsa').write_text('PRIVATE KEY')
     (mine / 'summary.csv').symlink_to(tmp_path / 'id_rsa')
-    with pytest.raises(HubError, match=r'holds a symbolic link, summary\.csv'):
+    with pytest.raises(InputError, match=r'holds a symbolic link, summary\.csv'):
         publish(mine, ID)
     assert hub.repositories == {}
 
@@ -657,7 +657,7 @@ def test_a_slip_in_the_front_matter(hub, folder, tmp_path):
     shutil.copytree(folder, mine)
     card = (mine / 'README.md').read_text()
     (mine / 'README.md').write_text(card.replace('license: bsd-3-clause', 'license: bsd-3-clause: yes'))
-    with pytest.raises(HubError, match=r'README\.md in .* is damaged: mapping values are not allowed'):
+    with pytest.raises(InputError, match=r'README\.md in .* is damaged: mapping values are not allowed'):
         publish(mine, ID)
 
 
@@ -667,5 +667,5 @@ def test_a_card_of_the_folder_itself(hub, folder, tmp_path):
     shutil.copytree(folder, mine)
     card = (mine / 'README.md').read_text()
     (mine / 'README.md').write_text(card.replace(f'hf-hub:{ID}', 'local-dir:mine'))
-    with pytest.raises(HubError, match=r'README\.md loads local-dir:mine, but you publish it as'):
+    with pytest.raises(InputError, match=r'README\.md loads local-dir:mine, but you publish it as'):
         publish(mine, ID)

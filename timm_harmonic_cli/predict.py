@@ -17,12 +17,12 @@ from timm.data import create_transform
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from ..conversion.progress import progress
-from ..hub.device import usable_device
-from ..hub.images import MODES, data_config
-from ..hub.provenance import build_loaded, create_trained, read_source
-from ..models.checkpoints import first_line
-from .folder import DataError, files_in, read_image, unreadable
+from timm_harmonic.common import InputError, first_line
+from timm_harmonic.common.device import usable_device
+from timm_harmonic.common.images import MODES, data_config
+from timm_harmonic.common.progress import progress
+from timm_harmonic.export.folder import build_loaded, create_trained, read_source
+from timm_harmonic.small_data.tasks import files_in, read_image, unreadable
 
 
 def predict(
@@ -40,19 +40,19 @@ def predict(
 ) -> list[dict[str, Any]]:
     """The likeliest classes of images, a row for each: its file, and classes with their probabilities.
 
-    Options are those of `timm-harmonic predict`. Raises DataError if files are no images, or have other channels than
+    Options are those of `timm-harmonic predict`. Raises InputError if files are no images, or have other channels than
     the network, unless they are to be skipped: then their row has an `error`. ValueError if the names of the classes
     are not as many as the network has.
     """
     model = _load(model_name, checkpoint, pretrained, model_kwargs or {})
     if not getattr(model, 'num_classes', 0):
-        raise ValueError(f'{model_name} has no classes to predict: it gives features.')
+        raise InputError(f'{model_name} has no classes to predict: it gives features.')
     names = list(class_names or _label_names(model) or map(str, range(model.num_classes)))
     if len(names) != model.num_classes:
-        raise ValueError(f'there are {len(names)} names of classes, the network has {model.num_classes} classes.')
+        raise InputError(f'there are {len(names)} names of classes, the network has {model.num_classes} classes.')
     files = list(_files(paths))
     if not files:
-        raise DataError(f'no files in {", ".join(map(str, paths))}.')
+        raise InputError(f'no files in {", ".join(map(str, paths))}.')
     model.to(usable_device(device))
     prepare = Preparation(model)
     rows: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ def predict(
         rows.append(row)
         try:
             waiting.append((row, prepare(path)))
-        except DataError as error:
+        except InputError as error:
             row['error'] = str(error)
         if len(waiting) == batch_size or (waiting and path is files[-1]):
             _classify(model, waiting, names, topk)
@@ -79,7 +79,7 @@ def _load(model_name: str, checkpoint: Path | None, pretrained: bool, kwargs: di
         model_name = f'local-dir:{model_name}'
     if checkpoint is None:
         if ':' not in model_name and not pretrained:
-            raise ValueError(f'{model_name} needs weights: pass --checkpoint FILE or --pretrained.')
+            raise InputError(f'{model_name} needs weights: pass --checkpoint FILE or --pretrained.')
         return create_trained(model_name, **kwargs)
     source, state = read_source(checkpoint, model_name)
     model = build_loaded(model_name, state, source, kwargs)
@@ -90,7 +90,7 @@ def _load(model_name: str, checkpoint: Path | None, pretrained: bool, kwargs: di
 def _label_names(model: nn.Module) -> list[str]:
     names = model.pretrained_cfg.get('label_names') or []
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ValueError('label_names in the config of the network are no list of names: pass --class-names FILE.')
+        raise InputError('label_names in the config of the network are no list of names: pass --class-names FILE.')
     return list(names)
 
 
@@ -99,7 +99,7 @@ class Preparation:
 
     Pictures go through timm's transform. Arrays of .npy and TIFF, and images of other channels, are scaled to 0..1 if
     they hold integers of 8 or 16 bits, resized and cut alike, and normalised by the network's mean and deviation.
-    Raises DataError if the network's config says nothing that can be done.
+    Raises InputError if the network's config says nothing that can be done.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -109,13 +109,13 @@ class Preparation:
             self.transform = create_transform(**self.config, is_training=False) if self.channels in MODES else None
             self.prepared(np.zeros((8, 8, self.channels), np.uint8))
         except Exception as error:  # a stranger's config may hold anything
-            raise DataError(
+            raise InputError(
                 'images cannot be prepared as the config of the network says: '
                 f'{type(error).__name__}: {first_line(error)}'
             ) from error
 
     def __call__(self, path: Path) -> Tensor:
-        """An image (C, H, W). Raises DataError if the file is none, or has other channels."""
+        """An image (C, H, W). Raises InputError if the file is none, or has other channels."""
         return self.prepared(read_image(path))
 
     def prepared(self, array: np.ndarray) -> Tensor:
@@ -124,7 +124,7 @@ class Preparation:
             picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
             return self.transform(picture.convert(MODES[self.channels]))
         if array.shape[2] != self.channels:
-            raise DataError(f'it has {array.shape[2]} channels, the network takes {self.channels}')
+            raise InputError(f'it has {array.shape[2]} channels, the network takes {self.channels}')
         short = array.dtype.kind in 'iu' and array.dtype.itemsize <= 2
         scale = np.iinfo(array.dtype).max if short else 1
         image = torch.from_numpy(array.astype(np.float32) / scale).permute(2, 0, 1)
@@ -148,14 +148,14 @@ def _classify(model: nn.Module, waiting: list[tuple[dict[str, Any], Tensor]], na
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """Files, and those in folders at any depth; hidden ones are left out there. Raises DataError if one is missing."""
+    """Files, and those in folders at any depth; hidden ones are left out there. Raises InputError if one is missing."""
     for path in paths:
         if path.is_dir():
             yield from files_in(path)
         elif path.exists():
             yield path
         else:
-            raise DataError(f'{str(path)!r} does not exist.')
+            raise InputError(f'{str(path)!r} does not exist.')
 
 
 def write_predictions(rows: list[dict[str, Any]], form: str, file: TextIO | None = None) -> None:

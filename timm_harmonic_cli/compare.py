@@ -12,17 +12,24 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..conversion.convolutions import harmonic_layers
-from ..conversion.progress import progress
-from ..hub.device import usable_device
-from ..hub.writing import write_whole
-from .figure import draw_comparison
-from .folder import DataError, Folder, read_folder, stratified
-from .networks import Network, network
-from .runs import CompareError, Store, curve_epochs, fingerprint
-from .search import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, setting
-from .summary import environment, summarise, table
-from .training import ZOOM, Images, Recipe
+from timm_harmonic.common import InputError
+from timm_harmonic.common.device import usable_device
+from timm_harmonic.common.files import write_whole
+from timm_harmonic.common.progress import progress
+from timm_harmonic.conversion.swap import harmonic_layers
+from timm_harmonic.small_data.protocol import (
+    INNER_SHARE,
+    INNER_SPLITS,
+    RANGES,
+    Protocol,
+    Store,
+    curve_epochs,
+    fingerprint,
+    setting,
+)
+from timm_harmonic.small_data.results import draw_comparison, environment, summarise, table
+from timm_harmonic.small_data.tasks import Folder, read_folder, stratified
+from timm_harmonic.small_data.training import ZOOM, Images, Network, Recipe, network
 
 MODELS = ('harm0', 'harm', 'smooth')
 _TEST_SHARE = 0.25  # of a folder without splits
@@ -48,13 +55,13 @@ def compare(
 ) -> dict[str, Any]:
     """Searches settings and trains every network on the images of a folder, prints a table, writes JSON and a picture.
 
-    Options are those of `timm-harmonic compare`. Returns what results.json holds. Raises DataError if the images are
-    not fit for it, CompareError if it cannot be made in the time or `out` has another comparison, ValueError if a
+    Options are those of `timm-harmonic compare`. Returns what results.json holds. Raises InputError if the images are
+    not fit for it, InputError if it cannot be made in the time or `out` has another comparison, ValueError if a
     network is unknown.
     """
     missing = [package for module, package in _EXTRAS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise CompareError(f'missing packages: pip install {" ".join(missing)}')
+        raise InputError(f'missing packages: pip install {" ".join(missing)}')
     networks = [network(text) for text in dict.fromkeys(models)]
     place = usable_device(device)
     images = read_folder(folder, img_size, skip_bad, but=out)
@@ -117,7 +124,7 @@ def _prepare(images: Folder) -> tuple[Images, Images, Images | None, list[float]
     wide = splits['train'][0].double()  # sums of large values leave float32
     mean, std = (of(wide, dim=(0, 2, 3), keepdim=True).float() for of in (torch.mean, torch.std))
     if (std == 0).any():
-        raise DataError(f'channel {int((std == 0).flatten().nonzero()[0])} is the same everywhere: leave it out.')
+        raise InputError(f'channel {int((std == 0).flatten().nonzero()[0])} is the same everywhere: leave it out.')
 
     def normalised(pixels: Tensor, labels: Tensor) -> Images:
         return Images((pixels - mean) / std, labels)
