@@ -8,21 +8,13 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-_OUTSIDE = (
-    '*.md',
-    'CITATION.cff',
-    'LICENSE',
-    'benchmarks/results/**/*.*',
-    'tests/data/README.md',
-    'train_configs/*',
-)
+OUTSIDE = ('*.md', 'LICENSE', 'benchmarks/results/**/*.*', 'tests/data/README.md', 'train_configs/*')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     root, docs = Path(config.config_file_path).parent, Path(config.docs_dir)
-    paths = [docs / file.src_uri for file in files.documentation_pages() + list(files.static_pages())]
-    paths += [path for pattern in _OUTSIDE for path in sorted(root.glob(pattern)) if path.is_file()]
-    theirs = [file for file in files if not file.src_dir == str(docs)]
-    return Files(
-        theirs + [File.generated(config, path.relative_to(root).as_posix(), abs_src_path=str(path)) for path in paths]
-    )
+    ours = [file for file in files if Path(file.src_dir or '') == docs]
+    paths = [docs / file.src_uri for file in ours if file.inclusion.is_included()]
+    paths += [path for pattern in OUTSIDE for path in sorted(root.glob(pattern)) if path.is_file()]
+    moved = [File.generated(config, path.relative_to(root).as_posix(), abs_src_path=str(path)) for path in paths]
+    return Files([file for file in files if file not in ours] + moved)
