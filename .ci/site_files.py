@@ -1,4 +1,4 @@
-"""A hook of MkDocs: gives the site the folders of the repository, so that relative links work on GitHub and on the site.
+"""A hook of MkDocs: gives the site the folders of the repository, so that relative links work there and on GitHub.
 
 Pages of docs/ keep that folder in their address, and the files outside it that pages link to are added.
 """
