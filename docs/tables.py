@@ -64,7 +64,8 @@ def names() -> str:
     rows = []
     for family, pattern in FAMILIES.items():
         of_family = [name for name in timm.list_models('harm*') if re.match(pattern, name)]
-        weights = [f'`{name}.{get_pretrained_cfg(name).tag}`' for name in of_family if get_pretrained_cfg(name).has_weights]
+        configs = {name: get_pretrained_cfg(name) for name in of_family}
+        weights = [f'`{name}.{config.tag}`' for name, config in configs.items() if config.has_weights]
         rows.append([family, ', '.join(f'`{name}`' for name in of_family), ', '.join(weights)])
     return markdown(['family', 'names', 'with released weights'], rows)
 
