@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
 from timm_harmonic.conversion.costs import count_macs
-from timm_harmonic.conversion.timing import times_of
+from timm_harmonic.conversion.costs import times_of
 from timm_harmonic.small_data.tasks import load_photographs
 from timm_harmonic.small_data.training import Images, batches, evaluate, fit, one_thread
 from timm_harmonic_cli.quickstart import RECIPE, patches

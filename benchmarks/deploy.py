@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
-from timm_harmonic.conversion.choose import choose_levels
+from timm_harmonic.conversion.truncate import choose_levels
 from timm_harmonic.conversion.costs import time_costs
-from timm_harmonic.conversion.forms import set_forms
-from timm_harmonic.conversion.losses import losses_by_filters
+from timm_harmonic.conversion.costs import set_forms
+from timm_harmonic.conversion.truncate import losses_by_filters
 from timm_harmonic.export.onnx import export_onnx, onnx_runner
 
 from .environment import environment

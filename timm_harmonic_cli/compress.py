@@ -21,14 +21,10 @@ from timm_harmonic.common.device import usable_device
 from timm_harmonic.common.images import MODES
 from timm_harmonic.common.images import data_config as data_config_of
 from timm_harmonic.common.progress import progress
-from timm_harmonic.conversion.choose import choose_levels
-from timm_harmonic.conversion.costs import parameter_costs
+from timm_harmonic.conversion.costs import forms_by_time, set_forms
 from timm_harmonic.conversion.deploy import deploy as make_plain
-from timm_harmonic.conversion.figure import draw
-from timm_harmonic.conversion.forms import forms_by_time, set_forms
 from timm_harmonic.conversion.harmonize import ARCHITECTURE, Selection, harmonize, record_options
-from timm_harmonic.conversion.losses import Losses, losses_by_filters
-from timm_harmonic.conversion.report import HarmonicReport, harmonic_report
+from timm_harmonic.conversion.report import HarmonicReport, draw_truncation, harmonic_report
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.conversion.truncate import truncate
 from timm_harmonic.export.folder import (
@@ -46,7 +42,6 @@ from timm_harmonic.export.onnx import check_packages, write_deployed
 from timm_harmonic.models.checkpoints import CheckpointError, check_fit
 
 _BATCHES = 8  # of --data
-_POINTS = 40  # of the curve of parameters against energy
 
 
 def compress(
@@ -149,7 +144,7 @@ def compress(
                 record['deployed'] = write_deployed(*networks, example, folder)
             (folder / 'compression.json').write_text(json.dumps(record, indent=1) + '\n')
             (folder / 'compression.md').write_text(_page(record, report))
-            _picture(folder / 'compression.png', report, losses_by_filters(whole), whole, small)
+            draw_truncation(folder / 'compression.png', whole, small)
 
         license = license or plain.pretrained_cfg.get('license') or ''
         about: dict[str, Any] = dict(repo_id=repo_id, license=license)
@@ -299,21 +294,3 @@ def _page(record: dict[str, Any], report: HarmonicReport) -> str:
     if record['accuracy']:
         lines += [accuracy_table(record), '', 'Before any fine-tuning.', '']
     return '\n'.join([*lines, report.to_markdown()])
-
-
-def _picture(path: Path, report: HarmonicReport, losses: Losses, whole: nn.Module, small: nn.Module) -> None:
-    """compression.png: the levels chosen, and the mean energy kept at other budgets."""
-
-    def mean_kept(levels: dict[str, int]) -> float:
-        return 1 - sum(losses[name][level] for name, level in levels.items()) / len(levels)
-
-    levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
-    costs = parameter_costs(whole)
-    present, least = round(costs.present), round(costs.least)
-    curve = {}
-    for budget in {least + round((present - least) * i / (_POINTS - 1)) for i in range(_POINTS)}:
-        chosen = choose_levels(losses, costs, budget)
-        curve[round(costs.total(chosen))] = mean_kept(chosen)
-    title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
-    times = {conv.name: (conv.ms_before, conv.ms) for conv in report.convolutions if conv.ms_before and conv.ms}
-    draw(path, title, losses, levels, sorted(curve.items()), (report.parameters, mean_kept(levels)), times)

@@ -11,8 +11,7 @@ from torch import nn
 
 from timm_harmonic import HarmonicConv2d, deploy, harmonic_report, harmonize, truncate
 from timm_harmonic.conversion import forms, timing
-from timm_harmonic.conversion.costs import count_macs, mac_costs
-from timm_harmonic.conversion.forms import forms_by_rule, forms_by_time, multiply_adds, set_forms
+from timm_harmonic.conversion.costs import count_macs, forms_by_rule, forms_by_time, mac_costs, multiply_adds, set_forms
 from timm_harmonic.conversion.running import uses_of
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.export.onnx import export_onnx, onnx_runner

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
-from timm_harmonic.conversion.energy import energy_kept
 from timm_harmonic.conversion.swap import harmonic_layers, reasons_to_skip
 from timm_harmonic.layers.compose import compose
 from timm_harmonic.layers.conv import HarmonicConv2dSame
@@ -193,7 +192,7 @@ def test_filters_at_a_level_are_the_nearest_in_l2():
     nearest = compose(basis.weight[:, :, kept], basis.basis[kept])
     torch.testing.assert_close(layer.filters(), nearest.to(layer.weight))
     share = nearest.detach().square().sum() / conv.weight.detach().square().sum()
-    assert energy_kept(layer) == pytest.approx(float(share))
+    assert layer.energy_kept == pytest.approx(float(share))
 
 
 def test_layers_keep_their_place():
@@ -553,9 +552,9 @@ def test_energy_kept_is_the_product_of_truncations():
     at_once = harmonize(plain, level=2)
     in_steps = truncate(truncate(harmonize(plain), level=4), level=2)
     for name, layer in harmonic_layers(at_once).items():
-        assert energy_kept(harmonic_layers(in_steps)[name]) == pytest.approx(energy_kept(layer))
+        assert harmonic_layers(in_steps)[name].energy_kept == pytest.approx(layer.energy_kept)
     at_once.load_state_dict(in_steps.state_dict())
-    assert energy_kept(at_once.conv1) is None  # unknown for coefficients that were loaded
+    assert at_once.conv1.energy_kept is None  # unknown for coefficients that were loaded
 
 
 @pytest.mark.filterwarnings('ignore:`torch.jit.*` is deprecated:FutureWarning')  # torch's own

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 from timm_harmonic import HarmonicConv2d
-from timm_harmonic.conversion.energy import at_level
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -185,15 +184,15 @@ class History(RuleBasedStateMachine):
     def cut(self, level):
         if self.pruned:
             with pytest.raises(ValueError, match='its weight is computed'):
-                at_level(self.layer, 1)
+                self.layer.at_level(1)
             return
         full = 2 * self.layer.kernel_size[0] - 1
         if level > full:
             with pytest.raises(ValueError, match='level'):
-                at_level(self.layer, level)
+                self.layer.at_level(level)
             return
         lower = level < self.layer.level
-        self.layer = at_level(self.layer, level)
+        self.layer = self.layer.at_level(level)
         if lower:
             self.filters = projected(self.filters, self.layer)
 

@@ -1,27 +1,34 @@
-"""What a network costs with its layers at any level: in parameters, in multiply-adds, or in time on a device."""
+"""What harmonic layers cost at each level: parameters, multiply-adds and time, each in the cheaper of two forms."""
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers import HarmonicLayer
-from .deploy import deploy
-from .energy import functions_at, levels_of
-from .forms import multiply_adds, saves, time_levels
-from .running import evaluating, uses_of
-from .swap import harmonic_layers, in_fusing_blocks
-from .timing import times_of
+from ..common import InputError
+from ..layers import FORMS, HarmonicLayer, check_form, dct_frequencies
+from .running import Use, evaluating, uses_of
+from .swap import harmonic_layers, in_fusing_blocks, make_plain
+
+Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the first pattern that matches counts
+
+# The rule without a measurement: the separable form may take this share of the dense form's multiply-adds, and needs
+# this many channels in each group of its 1 x 1 convolution, unless the layer keeps the constant function alone.
+_SHARE, _CHANNELS = 0.5, 64
+
+_ROUNDS, _ROUND = 9, 3e-3  # rounds of timing, and the least seconds of one
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Costs of the harmonic layers of a network, by name and level, and of everything else in it.
+    """Costs of a network's harmonic layers, by name and level, and of everything else in it.
 
-    They are those of the better form, which is in `forms`; parameters do not depend on it.
+    A layer costs what its cheaper form costs, which `forms` names. Parameters do not depend on the form.
     """
 
     unit: str
@@ -31,7 +38,7 @@ class Costs:
     milliseconds: dict[str, dict[int, dict[str, float]]] = dataclasses.field(default_factory=dict)  # by form
 
     def total(self, levels: Mapping[str, int]) -> float:
-        """Cost of the network with every layer at a level."""
+        """Returns the cost of the network with each layer at a level."""
         return self.rest + sum(self.of[name][level] for name, level in levels.items())
 
     @property
@@ -45,71 +52,216 @@ class Costs:
         return self.rest + sum(min(of.values()) for of in self.of.values())
 
     def text(self, cost: float) -> str:
-        """A cost with its unit."""
+        """Formats a cost with its unit."""
         return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'
 
 
-def parameter_costs(model: nn.Module) -> Costs:
-    """Parameters, all those of the network counted."""
-    layers = harmonic_layers(model)
-    of: dict[str, dict[int, float]] = {n: {lv: parameters_at(x, lv) for lv in levels_of(x)} for n, x in layers.items()}
+def costs_of(model: nn.Module, cost: str, images: Tensor | None) -> Costs:
+    """Returns the costs of a network in 'parameters', 'macs' (multiply-adds) or 'time', for example images."""
+    if cost == 'parameters':
+        return _parameter_costs(model)
+    assert images is not None
+    return _mac_costs(model, images) if cost == 'macs' else _time_costs(model, images)
+
+
+def _parameter_costs(model: nn.Module) -> Costs:
+    of: dict[str, dict[int, float]] = {}
+    for name, layer in harmonic_layers(model).items():
+        filters = layer.weight.numel() // layer.weight.shape[2]
+        of[name] = {level: filters * _functions(layer, level) for level in layer.levels()}
     present = sum(p.numel() for p in model.parameters())
     return Costs('parameters', present - sum(sizes[max(sizes)] for sizes in of.values()), of)
 
 
-def mac_costs(model: nn.Module, images: Tensor) -> Costs:
-    """Multiply-adds for one image of the fused network, counted by running images through it.
+def _mac_costs(model: nn.Module, images: Tensor) -> Costs:
+    """Counts multiply-adds for one image of the fused network by running images through it.
 
-    What is not in the layers is the dense network's less that of its dense layers. A layer in a block that fuses by
-    itself is in there too: no level of it changes what the block costs.
+    The rest is the dense network's count less that of its dense layers. It includes layers in blocks that fuse their
+    own convolutions: their levels do not change what the block costs.
     """
-    uses = uses_of(model, images)
+    uses, within = uses_of(model, images), in_fusing_blocks(model)
     of: dict[str, dict[int, float]] = {}
     forms: dict[str, dict[int, str]] = {}
-    within = in_fusing_blocks(model)
-    rest = float(count_macs(deploy(model, form='dense'), images))
+    rest = float(count_macs(make_plain(model, {}), images))
     for name, layer in harmonic_layers(model).items():
         if name in within:
-            of[name], forms[name] = dict.fromkeys(levels_of(layer), 0.0), dict.fromkeys(levels_of(layer), 'dense')
+            of[name], forms[name] = dict.fromkeys(layer.levels(), 0.0), dict.fromkeys(layer.levels(), 'dense')
             continue
         positions = sum(use.positions for use in uses[name])
         rest -= multiply_adds(layer, layer.level, 'dense', positions) / len(images)
-        forms[name] = {lv: 'separable' if saves(layer, lv) else 'dense' for lv in levels_of(layer)}
+        forms[name] = {level: 'separable' if _saves(layer, level) else 'dense' for level in layer.levels()}
         of[name] = {lv: multiply_adds(layer, lv, form, positions) / len(images) for lv, form in forms[name].items()}
     return Costs('multiply-adds', rest, of, forms)
 
 
-def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Multiply-adds of a network for one image, as torch counts them: convolutions and matrix products."""
-    with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
-        model(images)
-    return counter.get_total_flops() // 2 // len(images)
+def _time_costs(model: nn.Module, images: Tensor) -> Costs:
+    """Times the layers for a batch of images, in evaluation, fused, on the network's device, see `_time_levels`.
 
-
-def time_costs(model: nn.Module, images: Tensor) -> Costs:
-    """Milliseconds for a batch of images, in evaluation, fused, on the device of the network, see `time_levels`.
-
-    What is not in the layers is the time of the whole fused network less that of its dense layers. A layer in a block
-    that fuses by itself is in there too, as in `mac_costs`.
+    The rest is the time of the whole dense network less that of its dense layers, as in `_mac_costs`.
     """
     layers, uses, within = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
-    used = {n: (layer, list(levels_of(layer))) for n, layer in layers.items() if uses[n] and n not in within}
-    measured = time_levels(used, uses)
+    used = {n: (layer, list(layer.levels())) for n, layer in layers.items() if uses[n] and n not in within}
+    measured = _time_levels(used, uses)
     of: dict[str, dict[int, float]] = {}
     forms: dict[str, dict[int, str]] = {}
     milliseconds: dict[str, dict[int, dict[str, float]]] = {}
     for name, layer in layers.items():
         if name not in measured:
-            of[name], forms[name] = dict.fromkeys(levels_of(layer), 0.0), dict.fromkeys(levels_of(layer), 'dense')
+            of[name], forms[name] = dict.fromkeys(layer.levels(), 0.0), dict.fromkeys(layer.levels(), 'dense')
             continue
         milliseconds[name] = {level: times for level, (times, _) in measured[name].items()}
         forms[name] = {level: better for level, (_, better) in measured[name].items()}
         of[name] = {level: times[better] for level, (times, better) in measured[name].items()}
-    whole = statistics.median(times_of({'plain': deploy(model, form='dense')}, images)['plain'])
+    whole = statistics.median(times_of({'plain': make_plain(model, {})}, images)['plain'])
     inside = sum(times[max(times)]['dense'] for times in milliseconds.values())
     return Costs('ms', max(0.0, whole - inside), of, forms, milliseconds)
 
 
-def parameters_at(layer: HarmonicLayer, level: int) -> int:
-    """Coefficients that a layer has at a level."""
-    return layer.weight.numel() // layer.weight.shape[2] * functions_at(layer, level)
+def count_macs(model: nn.Module, images: Tensor) -> int:
+    """Counts a network's multiply-adds for one image, as torch does: convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
+        model(images)
+    return counter.get_total_flops() // 2 // len(images)
+
+
+def multiply_adds(layer: HarmonicLayer, level: int, form: str, positions: int = 1) -> int:
+    """Counts a layer's multiply-adds at a level, in a form, for this many output positions.
+
+    Average pooling counts as filters do.
+    """
+    side, count = layer.kernel_size[0], _functions(layer, level)
+    pairs = layer.out_channels * layer.in_channels // layer.groups
+    if form == 'dense':
+        return positions * side**2 * pairs
+    return positions * count * (side**2 * layer.in_channels + pairs)
+
+
+def _functions(layer: HarmonicLayer, level: int) -> int:
+    return len(dct_frequencies(layer.kernel_size[0], level, layer.dc))
+
+
+def _saves(layer: HarmonicLayer, level: int) -> bool:
+    """Tells whether the separable form takes fewer multiply-adds at a level."""
+    return multiply_adds(layer, level, 'separable') < multiply_adds(layer, level, 'dense')
+
+
+def forms_by_rule(model: nn.Module) -> dict[str, str]:
+    """Chooses a form for each harmonic layer without a measurement.
+
+    A layer becomes separable if that takes at most half of the multiply-adds, and it either keeps the constant function
+    alone or has 64 channels in each group: with fewer, fixed filters take longer than they save on a CPU.
+    """
+    found = {}
+    for name, layer in harmonic_layers(model).items():
+        separable, dense = (multiply_adds(layer, layer.level, form) for form in ('separable', 'dense'))
+        wide = min(layer.in_channels, layer.out_channels) // layer.groups >= _CHANNELS
+        fast = separable <= _SHARE * dense and (layer.pool_padding is not None or wide)
+        found[name] = 'separable' if fast else 'dense'
+    return {**found, **dict.fromkeys(in_fusing_blocks(model), 'dense')}
+
+
+def forms_by_time(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Chooses a form for each harmonic layer by timing both on the inputs that it gets from these images.
+
+    A layer becomes separable only where that is faster by more than the noise. Layers that are timed note their times
+    in `milliseconds`: those whose separable form takes fewer multiply-adds.
+    """
+    layers, uses, dense = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
+    found = dict.fromkeys(layers, 'dense')
+    able = [name for name, layer in layers.items() if uses[name] and name not in dense and _saves(layer, layer.level)]
+    for name, times in _time_levels({name: (layers[name], [layers[name].level]) for name in able}, uses).items():
+        layers[name].milliseconds, found[name] = times[layers[name].level]
+    return found
+
+
+# By level: milliseconds by form, and the better form.
+_LevelTimes = dict[int, tuple[dict[str, float], str]]
+
+
+def _time_levels(
+    layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]]
+) -> dict[str, _LevelTimes]:
+    """Times layers at levels, in both forms where the separable one takes fewer multiply-adds, on their own inputs.
+
+    The dense form takes the same time at all levels. Equal layers with equal inputs are timed once. Times are those of
+    all uses of a layer, which are taken to be alike.
+    """
+    done: dict[tuple[object, ...], _LevelTimes] = {}
+    found: dict[str, _LevelTimes] = {}
+    for name, (layer, levels) in layers.items():
+        use, number = uses[name][0], len(uses[name])
+        key = (type(layer), layer.extra_repr(), tuple(levels), use, number)
+        if key not in done:
+            modules = {'dense': _fused(layer, layer.level, 'dense')}
+            modules |= {f'separable {lv}': _fused(layer, lv, 'separable') for lv in levels if _saves(layer, lv)}
+            times = times_of(modules, use.draw())
+            middle = {form: number * statistics.median(of) for form, of in times.items()}
+            done[key] = {}
+            for level in levels:
+                other = f'separable {level}'
+                by_form = {'dense': middle['dense']} | ({'separable': middle[other]} if other in times else {})
+                better = other in times and _faster(times[other], times['dense'])
+                done[key][level] = by_form, 'separable' if better else 'dense'
+        found[name] = done[key]
+    return found
+
+
+def _fused(layer: HarmonicLayer, level: int, form: str) -> nn.Module:
+    """Returns the plain modules of a layer at a level in a form."""
+    low: Any = layer.at_level(level)
+    low.form = form
+    return low.fuse().eval()
+
+
+def times_of(modules: Mapping[str, Callable[[Tensor], Any]], x: Tensor) -> dict[str, list[float]]:
+    """Times modules or functions on an input, in turn in each round: milliseconds, one entry a round."""
+    from torch.utils.benchmark import Timer  # here, because it imports torch's compiler of extensions, which prints
+
+    threads = torch.get_num_threads()
+    timers = {
+        name: Timer('module(x)', globals=dict(module=module, x=x), num_threads=threads)
+        for name, module in modules.items()
+    }
+    found: dict[str, list[float]] = {name: [] for name in modules}
+    with torch.inference_mode():
+        number = {name: max(1, round(_ROUND / timer.timeit(3).mean)) for name, timer in timers.items()}
+        for _ in range(_ROUNDS):
+            for name, timer in timers.items():
+                found[name].append(1e3 * timer.timeit(number[name]).mean)
+    return found
+
+
+def _faster(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Tells whether the first times are shorter than the others of the same rounds by more than the noise."""
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    return statistics.quantiles(ratios, n=4)[2] < 1
+
+
+def forms_by_names(names: Sequence[str], form: Form) -> dict[str, str]:
+    """Returns the forms of layers by their names: one for all, or those of the patterns that match."""
+    if isinstance(form, str):
+        return dict.fromkeys(names, check_form(form))
+    found = {name: next((value for p, value in form.items() if fnmatchcase(name, p)), '') for name in names}
+    return {name: check_form(value) for name, value in found.items() if value}
+
+
+def check_patterns(form: Form, names: Iterable[str]) -> None:
+    """Checks forms. Raises InputError if a form is unknown, or a pattern matches none of the names."""
+    if isinstance(form, str):
+        check_form(form)
+        return
+    if not isinstance(form, Mapping):
+        raise TypeError(f'form must be one of {FORMS}, or map patterns of names to them, got {form!r}.')
+    for pattern, value in form.items():
+        check_form(value)
+        if not isinstance(pattern, str):
+            raise TypeError(f'form must map patterns of names, got {pattern!r}.')
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f'form: {pattern!r} matches none of the harmonic layers.')
+
+
+def set_forms(model: nn.Module, forms: Mapping[str, str]) -> None:
+    """Sets the forms of harmonic layers, in place."""
+    layers = harmonic_layers(model)
+    for name, form in forms.items():
+        layers[name].form = form

@@ -1,42 +1,53 @@
-"""What is harmonic in a network, what is not, and what it costs."""
+"""What is harmonic in a network and what it costs, as a table; what a truncation keeps, as a picture."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from .energy import energy_kept
-from .forms import multiply_adds
+from ..layers import full_level
+from .costs import costs_of, multiply_adds
 from .running import uses_of
 from .swap import harmonic_layers, reasons_to_skip
+from .truncate import Losses, choose_levels, losses_by_filters
+
+_CAPTION = (
+    'Frequency i + j: how often a DCT function changes sign, down and across. Energy: the sum of the squared '
+    'coefficients\nof all filters of a layer. A layer at level L keeps the frequencies i + j < L, left of the line. '
+    'Dark cells right of it cost little.'
+)
+_FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
+_POINTS = 40  # of the curve of parameters against energy
 
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """One convolution of a network. What is about frequencies is None for a plain one."""
+    """One convolution of a network. Fields about frequencies are None for a plain one."""
 
     name: str  # qualified
     kernel_size: tuple[int, ...]
     groups: int
     level: int | None  # the paper's lambda, 2k - 1 for all frequencies
-    kept: int | None  # frequencies that the layer keeps
-    frequencies: int | None  # frequencies that there are
+    kept: int | None  # number of frequencies kept
+    frequencies: int | None  # number of all frequencies
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
-    energy_kept: float | None  # share of the filters' energy; None too for coefficients loaded at their level
+    energy_kept: float | None  # share of the filters' energy; None if unknown, as for coefficients loaded at a level
     basis: str | None  # 'l1' (the authors'), 'ortho' or 'smoothness=S'
     form: str | None  # 'dense' or 'separable'
     macs_before: int | None  # multiply-adds of the plain convolution for one image; None without images
     macs: int | None  # multiply-adds in its form
-    ms_before: float | None  # milliseconds of the plain convolution, for the batch that it was timed with
+    ms_before: float | None  # milliseconds of the plain convolution, for the batch it was timed on
     ms: float | None  # milliseconds in its form; None if it was not timed
-    reason: str  # why it stays plain; empty if it is harmonic or could be
+    reason: str  # why it has to stay plain; empty if it is or could be harmonic
 
 
 @dataclasses.dataclass(frozen=True)
 class HarmonicReport:
-    """All convolutions of a network, in its order. Prints as a table."""
+    """All convolutions of a network, in its order. It prints as a table."""
 
     model: str  # name of the architecture, or of the class
     convolutions: tuple[Convolution, ...]
@@ -44,11 +55,11 @@ class HarmonicReport:
     parameters: int  # of the network
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
+        """Returns the report as plain values, for JSON."""
         return dataclasses.asdict(self)
 
     def to_markdown(self) -> str:
-        """The report as a Markdown table."""
+        """Returns the report as a Markdown table."""
         return '\n'.join([self._summary(), '', *self._lines(box='MARKDOWN'), ''])
 
     def __str__(self) -> str:
@@ -62,13 +73,13 @@ class HarmonicReport:
         )
 
     def _lines(self, box: str = '', **style: Any) -> list[str]:
-        from rich import box as boxes  # here, because it takes as long to import as the rest of the package
+        from rich import box as boxes  # here, because importing it takes as long as the rest of the package
         from rich.console import Console
         from rich.table import Table
 
         table = Table(box=getattr(boxes, box) if box else None, **style)
         rows = [_cells(conv) for conv in self.convolutions]
-        # What nobody counted or timed has no column.
+        # Only what was counted or timed has a column.
         columns = [title for title in _COLUMNS if title not in _MEASURED or any(row[title] for row in rows)]
         for title in columns:
             table.add_column(title.partition('.')[0], justify='left' if title in _TEXTS else 'right', no_wrap=True)
@@ -105,21 +116,21 @@ def _cells(conv: Convolution) -> dict[str, str]:
         conv.form or '',
         *('' if macs is None else f'{macs:,}' for macs in (conv.macs, conv.macs_before)),
         *('' if ms is None else f'{ms:.3g}' for ms in (conv.ms, conv.ms_before)),
-        conv.reason if conv.reason or harmonic else 'not asked for',
+        conv.reason if conv.reason or harmonic else 'not selected',
     )
     return dict(zip(_COLUMNS, cells, strict=True))
 
 
 def _numel(parameter: Tensor) -> int:
-    """Numbers in a parameter; none yet in one of a lazy layer."""
+    """Counts the numbers in a parameter; a lazy layer has none yet."""
     return 0 if isinstance(parameter, nn.UninitializedParameter) else parameter.numel()
 
 
 def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicReport:
-    """Lists all convolutions of a network, harmonic and plain: print it, or take `to_dict()` or `to_markdown()`.
+    """Lists all convolutions of a network, harmonic and plain: print it, or use `to_dict()` or `to_markdown()`.
 
-    With images, an example batch (B, C, H, W), multiply-adds of the harmonic layers are counted. Milliseconds are there
-    if layers were timed, as `truncate` with cost='time' and `deploy` do.
+    With images, an example batch (B, C, H, W), it counts the harmonic layers' multiply-adds. Milliseconds show where
+    `deploy`, or `truncate` with cost='time', has timed layers.
     """
     reasons, layers = reasons_to_skip(model), harmonic_layers(model)
     positions: dict[str, int] = {}
@@ -137,7 +148,8 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
         if name in layers:
             kept, frequencies = module.weight.shape[2], module.kernel_size[0] ** 2
             about |= dict(level=module.level, kept=kept, frequencies=frequencies, basis=module.named_basis())
-            about |= dict(parameters_before=size // kept * frequencies, energy_kept=energy_kept(module))
+            about |= dict(parameters_before=size // kept * frequencies)
+            about |= dict(energy_kept=module.energy_kept)
             about |= dict(form=module.form)
             if name in positions:
                 forms = ('dense', module.form)
@@ -151,3 +163,91 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = get_model_args(model).get('base_model') or cfg.get('architecture') or type(model).__name__
     return HarmonicReport(name, tuple(found), parameters + dropped, parameters)
+
+
+def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
+    """Draws a PNG of a truncation: each layer's energy by frequency with its level, and a curve.
+
+    The curve shows the mean share of energy kept against the network's parameters, for budgets over all layers
+    together, with a point for the truncated network. If layers were timed, a third panel shows their milliseconds
+    before and after.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses, costs, report = losses_by_filters(model), costs_of(model, 'parameters', None), harmonic_report(small)
+
+    def point(levels: Mapping[str, int]) -> tuple[int, float]:
+        """Parameters of the network at these levels, and the mean share of energy kept."""
+        kept = 1 - sum(losses[name][level] for name, level in levels.items()) / len(levels)
+        return round(costs.total(levels)), kept
+
+    levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
+    step = (costs.present - costs.least) / (_POINTS - 1)
+    curve = sorted({point(choose_levels(losses, costs, costs.least + step * i)) for i in range(_POINTS)})
+    chosen = report.parameters, point(levels)[1]
+    times = {conv.name: (conv.ms_before, conv.ms) for conv in report.convolutions if conv.ms_before and conv.ms}
+    title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
+    with matplotlib.rc_context(_FONTS):
+        height = max(4.2, 1.9 + 0.16 * len(losses))  # room for every layer's name
+        figure = Figure(figsize=(15 if times else 12, height), layout='constrained')
+        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
+        figure.suptitle(title, x=0.01, ha='left', fontsize=11)
+        figure.supxlabel(_CAPTION, x=0.01, ha='left', fontsize=8, color='0.35')
+        left, *middle, right = figure.subplots(1, 3 if times else 2, width_ratios=(1.25, *((0.7,) if times else ()), 1))
+        _draw_energy(left, losses, levels)
+        for axes in middle:
+            _draw_times(axes, list(losses), times)
+        _draw_curve(right, curve, chosen)
+        figure.savefig(path, format='png', dpi=130)
+
+
+def _draw_energy(axes: Any, losses: Losses, levels: Mapping[str, int]) -> None:
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    names, top = list(losses), max(max(of) for of in losses.values())
+    shares = np.full((len(names), top), np.nan)
+    for row, name in enumerate(names):
+        lost = {0: 1.0, min(losses[name]) - 1: 1.0, **losses[name]}
+        for total in range(max(losses[name])):
+            shares[row, total] = 100 * (lost.get(total, 1.0) - lost[total + 1]) if total + 1 in lost else np.nan
+    norm = LogNorm(vmin=0.05, vmax=100, clip=True)
+    image = axes.imshow(shares, aspect='auto', cmap='viridis', norm=norm, interpolation='nearest')
+    edges = np.array([levels[name] - 0.5 for name in names])
+    axes.step([*edges, edges[-1]], np.arange(len(names) + 1) - 0.5, where='pre', color='#D55E00', linewidth=2)
+    axes.set_yticks(range(len(names)), [f'{name}  L={levels[name]}' for name in names])
+    axes.set_xticks(range(top))
+    axes.set(xlabel='frequency i + j', title="energy of each layer's filters, and the level kept (line)")
+    axes.tick_params(length=2)
+    axes.figure.colorbar(image, ax=axes, label='share of energy (%)', shrink=0.8, pad=0.02)
+
+
+def _draw_times(axes: Any, names: Sequence[str], times: Mapping[str, tuple[float, float]]) -> None:
+    """Draws bars in the rows of the first panel."""
+    rows = [(row, *times[name]) for row, name in enumerate(names) if name in times]
+    for shift, column, colour, label in ((-0.2, 1, '0.7', 'plain'), (0.2, 2, '#009E73', 'in its form')):
+        places = [row[0] + shift for row in rows]
+        axes.barh(places, [row[column] for row in rows], 0.4, color=colour, label=label)
+    axes.set(
+        ylim=(len(names) - 0.5, -0.5),
+        yticks=[],
+        xlabel='milliseconds',
+        title='measured time of each layer',
+    )
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_curve(axes: Any, curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> None:
+    millions, kept = [count / 1e6 for count, _ in curve], [100 * share for _, share in curve]
+    axes.plot(millions, kept, color='#0072B2', marker='.', label='best levels for each number of parameters')
+    label = f'this network: {chosen[0] / 1e6:.2f} M, {chosen[1]:.2%}'
+    axes.plot(chosen[0] / 1e6, 100 * chosen[1], color='#D55E00', marker='o', markersize=8, linestyle='', label=label)
+    axes.set(xlabel='parameters of the network (millions)', ylabel='energy kept, mean over layers (%)', xlim=(0, None))
+    axes.set_title('energy kept at each size: top left is better')
+    axes.grid(color='0.92')
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(loc='lower right', frameon=False)

@@ -36,7 +36,7 @@ from ..common import InputError, first_line
 from ..common.files import clear_remains, new_folder
 from ..common.progress import progress
 from ..conversion.swap import harmonic_layers
-from ..layers import HarmonicBlock2d, options_of_basis, read_name
+from ..layers import HarmonicBlock2d, options_of_code
 from ..models.checkpoints import CheckpointError, StateDict, names_of, read_checkpoint, rename_keys, unwrap
 from ..models.download import ORGANISATION, WEIGHTS_NAME, pinned_sha256, released_digits, sha256_of
 from ..models.paper import REPOSITORY
@@ -221,8 +221,8 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
 
 def _basis_of(state: StateDict) -> dict[str, Any]:
     """The options of the basis that coefficients refer to, where it is not the authors'."""
-    names = {read_name(value) for key, value in state.items() if key.endswith('.basis_name')}
-    return options_of_basis(names.pop()) if len(names) == 1 else {}
+    found = [options_of_code(value) for key, value in state.items() if key.endswith('.basis_code')]
+    return found[0] if found and all(options == found[0] for options in found) else {}
 
 
 def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:

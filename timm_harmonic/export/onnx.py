@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import InputError
-from ..conversion.costs import count_macs
-from ..conversion.timing import times_of
+from ..conversion.costs import count_macs, times_of
 
 _NAME = 'deployed.onnx'
 _PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')

@@ -227,7 +227,7 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
         return ours != theirs
 
     layers = harmonic_layers(model)
-    names = {f'{name}.basis_name' for name in layers}
+    names = {f'{name}.basis_code' for name in layers}
     not_needed = ('num_batches_tracked', *names)
     problems = {
         'another basis': [
@@ -235,7 +235,7 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
             for name, layer in layers.items()
             if f'{name}.weight' in state
             and list(state[f'{name}.weight'].shape[2:]) != list(projected.get(f'{name}.weight', ()))
-            and (problem := layer.other_basis(state.get(f'{name}.basis_name')))
+            and (problem := layer.other_basis(state.get(f'{name}.basis_code')))
         ],
         'missing': [k for k in target if k not in state and k not in heads and not k.endswith(not_needed)],
         'unexpected': [k for k in state if k not in target and k not in heads and k not in names],
