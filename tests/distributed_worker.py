@@ -125,7 +125,7 @@ def synchronised(rank: int) -> dict:
     nn.SyncBatchNorm.forward = synchronised_forward
     # DistributedDataParallel's own refusal of such modules on the CPU.
     DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None
-    found = {name: os.environ.get(name) for name in ('WORLD_SIZE', 'GROUP_RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')}
+    found = {}
     for name, convert in CONVERSIONS.items():
         model = convert(build())
         explicit = count_explicit(model.conv1)
@@ -207,7 +207,7 @@ def main(scenario: str, folder: str) -> None:
     rank = int(os.environ['RANK'])
     dist.init_process_group(
         'gloo',
-        init_method=os.environ.get('MEETING_POINT', 'env://'),
+        init_method=os.environ['MEETING_POINT'],
         rank=rank,
         world_size=int(os.environ['WORLD_SIZE']),
         timeout=TIMEOUT,
