@@ -139,17 +139,15 @@ def synchronised(rank: int) -> dict:
 
 def statistics(rank: int) -> dict:
     """DistributedDataParallel, with own statistics in each process, then timm's --dist-bn reduce and broadcast."""
-    found = {}
-    for buffers in (False, True):
-        model = build()
-        explicit = count_explicit(model.conv1)
-        parallel = DistributedDataParallel(model, broadcast_buffers=buffers)
-        train(parallel, (share(batch, rank) for batch in batches()))
-        found[buffers] = dict(explicit=len(explicit), own={k: v.clone() for k, v in model.state_dict().items()})
-        for how in ('reduce', 'broadcast'):
-            model.load_state_dict(found[buffers]['own'])
-            distribute_bn(parallel, PROCESSES, reduce=how == 'reduce')
-            found[buffers][how] = {k: v.clone() for k, v in model.state_dict().items()}
+    model = build()
+    explicit = count_explicit(model.conv1)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    train(parallel, (share(batch, rank) for batch in batches()))
+    found = dict(explicit=len(explicit), own={k: v.clone() for k, v in model.state_dict().items()})
+    for how in ('reduce', 'broadcast'):
+        model.load_state_dict(found['own'])
+        distribute_bn(parallel, PROCESSES, reduce=how == 'reduce')
+        found[how] = {k: v.clone() for k, v in model.state_dict().items()}
     return found
 
 

@@ -246,18 +246,6 @@ def test_deployed_networks_are_measured(setting, monkeypatch):
     assert line.startswith(f'| `test_resnet` | {setting} | 1 |')
 
 
-def test_rows_that_are_not_measured_again_stay(tmp_path):
-    """If the same versions made them."""
-    row = dict(model='resnet18', setting='contiguous', batch=1, size=64, runs={}, impossible={})
-    rows = [row, dict(row, batch=8)]
-    saved = dict(environment=command.environment(), rows=rows)
-    (tmp_path / 'deploy.json').write_text(json.dumps(saved))
-    again = dict(saved, rows=[dict(row, runs={'plain': {}})])
-    assert deploy.with_saved(again, tmp_path / 'deploy.json')['rows'] == [*again['rows'], rows[1]]
-    again['environment'] = dict(again['environment'], torch='2.0')
-    assert deploy.with_saved(again, tmp_path / 'deploy.json') == again == deploy.with_saved(again, None)
-
-
 @slow
 def test_training_in_both_forms_is_measured(monkeypatch):
     monkeypatch.setattr(forms, 'LEVELS', (1,))

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import reference
 import timm
 import torch
 from PIL import Image
@@ -197,54 +198,16 @@ def test_larger_images_with_test_time_pooling(workplace, small_run):
     assert 0 <= result['top1'] <= result['top5'] <= 100
 
 
-def authors_checkpoint(path: Path) -> dict:
-    """Writes a small harm_resnet50 as the authors' main.py would have; returns its state dict in our layout."""
-    torch.manual_seed(0)
-    model = timm.create_model('harm_resnet50', layers=(1, 1, 1, 1), num_classes=1000)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.9, 1.1)
-    harmonic = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, (timm_harmonic.HarmonicConv2d, timm_harmonic.HarmonicBlock2d))
-    }
-    theirs = {}
-    for key, value in model.state_dict().items():
-        name, _, attribute = key.rpartition('.')
-        if name in harmonic and attribute == 'weight':
-            # The stem has (O, I * P, 1, 1), in the order c * P + n. The others have (O, I, P, 1, 1).
-            value = value.flatten(1)[:, :, None, None] if name == 'conv1' else value[..., None]
-        layer = next((layer for layer in harmonic if key.startswith(f'{layer}.')), None)
-        if layer is not None:
-            key = key.replace('conv', 'harm', 1)
-        theirs[f'module.{key}'] = value
-    wrapped = dict(epoch=1, arch='resnet50', state_dict=theirs, best_acc1=torch.tensor(1.0), optimizer={'state': {}})
-    torch.save(wrapped, path)
-    return model.state_dict()
-
-
-@pytest.mark.parametrize('channels', [1, 3])
-def test_fine_tuning_from_a_file_in_the_authors_layout(workplace, channels):
-    path = workplace.folder / f'authors_{channels}.pth.tar'
-    ours = authors_checkpoint(path)
+def test_fine_tuning_from_a_file_in_the_authors_layout(workplace):
+    path, theirs = workplace.folder / 'authors.pth.tar', reference.generated_state_dict('harm_resnet50')
+    torch.save(dict(epoch=1, arch='resnet50', state_dict={f'module.{k}': v for k, v in theirs.items()}), path)
     # With so small a rate the weights stay those that were loaded. 0 would stand for timm's default.
-    start = ('--pretrained', '--pretrained-path', path, '--in-chans', channels, '--lr', 1e-12)
-    workplace.train(f'tuned_{channels}', *SMALL, *start)
-    tuned = workplace.checkpoint(f'tuned_{channels}')['state_dict']
+    workplace.train('tuned_authors', '--pretrained', '--pretrained-path', path, '--lr', 1e-12)
+    tuned = workplace.checkpoint('tuned_authors')['state_dict']
     assert tuned['fc.weight'].shape[0] == workplace.num_classes
-    for key in ('layer1.0.conv2.weight', 'layer4.0.conv2.weight', 'layer2.0.conv1.weight'):
-        torch.testing.assert_close(tuned[key], ours[key], rtol=0, atol=1e-6)
-    assert tuned['conv1.weight'].shape == (64, channels, 49, 1)
-    if channels == 3:
-        torch.testing.assert_close(tuned['conv1.weight'], ours['conv1.weight'], rtol=0, atol=1e-6)
-    else:
-        # All statistics are near 1 here, and so the sum over channels is near the adapted weight.
-        similarity = torch.cosine_similarity(
-            tuned['conv1.weight'].flatten(), ours['conv1.weight'].sum(1).flatten(), dim=0
-        )
-        assert similarity > 0.99
+    for key, authors_key in (('conv1', 'harm1'), ('layer1.0.conv2', 'layer1.0.harm2'), ('layer2.0.conv1',) * 2):
+        expected = theirs[f'{authors_key}.weight'].reshape(tuned[f'{key}.weight'].shape)
+        torch.testing.assert_close(tuned[f'{key}.weight'], expected, rtol=0, atol=1e-6)
 
 
 def test_benchmark(workplace):

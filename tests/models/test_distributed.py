@@ -58,19 +58,12 @@ def side_by_side(scenario: str, folder: Path) -> list[dict]:
 
 
 @functools.cache
-def averaged(buffers: str) -> list[dict]:
-    """What two processes that only average gradients compute: two copies of the network, one after the other.
-
-    Args:
-        buffers: 'own', or 'first' for the first copy's before every step, as DistributedDataParallel does by default.
-    """
+def averaged() -> list[dict]:
+    """What two processes that only average gradients compute: two copies of the network, one after the other."""
     models = [worker.build() for _ in range(worker.PROCESSES)]
     optimizers = [worker.optimizer(model) for model in models]
     results = [dict(losses=[], gradients=[]) for _ in models]
     for batch in worker.batches():
-        if buffers == 'first':
-            for mine, first in zip(models[1].buffers(), models[0].buffers(), strict=True):
-                mine.copy_(first)
         for rank, (model, result) in enumerate(zip(models, results, strict=True)):
             model.zero_grad()
             images, targets = worker.share(batch, rank)
@@ -144,25 +137,19 @@ def test_two_processes_are_one_on_the_joined_batch(synchronised, joined, convers
 
 def test_statistics_of_one_process_each(tmp_path):
     """`--dist-bn reduce`: on all processes the mean of their own running statistics, the stem's included."""
-    results = side_by_side('statistics', tmp_path)
-    for buffers, name in ((False, 'own'), (True, 'first')):
-        first, second = (process[buffers] for process in results)
-        expected = averaged(name)
-        for rank, process in enumerate((first, second)):
-            assert process['explicit'] == 0  # the stem is dense
-            torch.testing.assert_close(process['own'], expected[rank]['state'], **EXACT)
-        own = [statistics_of(process['own']) for process in (first, second)]
-        for key in ('conv1.bn.running_mean', 'conv1.bn.running_var', 'layer4.0.bn1.running_mean'):
-            assert (own[0][key] - own[1][key]).abs().max() > 1e-3
+    processes = side_by_side('statistics', tmp_path)
+    for process, expected in zip(processes, averaged(), strict=True):
+        assert process['explicit'] == 0  # the stem is dense
+        torch.testing.assert_close(process['own'], expected['state'], **EXACT)
+    own = [statistics_of(process['own']) for process in processes]
+    assert (own[0]['conv1.bn.running_mean'] - own[1]['conv1.bn.running_mean']).abs().max() > 1e-3
+    for process in processes:
         for key in own[0]:
-            mean = (own[0][key] + own[1][key]) / 2
-            for process in (first, second):
-                torch.testing.assert_close(process['reduce'][key], mean, rtol=1e-14, atol=0)
-                torch.testing.assert_close(process['broadcast'][key], own[0][key], rtol=0, atol=0)
+            torch.testing.assert_close(process['reduce'][key], (own[0][key] + own[1][key]) / 2, rtol=1e-14, atol=0)
+            torch.testing.assert_close(process['broadcast'][key], own[0][key], rtol=0, atol=0)
         # Parameters are the same ones everywhere and remain so.
-        for process in (first, second):
-            for how in ('own', 'reduce', 'broadcast'):
-                torch.testing.assert_close(parameters_of(process[how]), parameters_of(first['own']), rtol=0, atol=0)
+        for how in ('own', 'reduce', 'broadcast'):
+            torch.testing.assert_close(parameters_of(process[how]), parameters_of(processes[0]['own']), rtol=0, atol=0)
 
 
 @pytest.fixture(scope='module')
@@ -173,7 +160,7 @@ def sharded(tmp_path_factory):
 @pytest.mark.parametrize('start', ['in memory', 'on meta'])
 def test_sharded_network(sharded, start):
     """FSDP2: outputs, whole gradients, parameters and the saved state are those of networks that are not sharded."""
-    expected = averaged('own')
+    expected = averaged()
     whole = dict(worker.build().named_parameters())
     for rank, (process, wanted) in enumerate(zip(sharded, expected, strict=True)):
         result = process[start]

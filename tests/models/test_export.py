@@ -17,13 +17,6 @@ from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 
 pytestmark = pytest.mark.slow
 
-CASES = {
-    'resnet_stride_4': ('harm_resnet18', {}),
-    'resnet_levels': ('harm_resnet50_avgpool', dict(levels=(None, None, 3, 2), smoothness=0.5)),
-    'seresnext': ('harm_seresnext50_32x4d', {}),
-    'vgg_bn': ('harm_vgg11_bn', {}),
-    'wrn': ('harm_wrn16_8', {}),
-}
 BATCHES = (1, 5)
 FEW_CASES = ('resnet_levels', 'vgg_bn')
 
@@ -54,27 +47,20 @@ class Export(NamedTuple):
 ANY_SIZE = Export((128, 160), (33, 1), ((96, 128), (75, 101)))
 # timm's pooled shortcuts round sizes up, and torch.export has to know whether they do.
 MULTIPLES_OF_4 = Export((128, 160), (36, 4), ((96, 128), (76, 100)))
-# timm's VGG pools to 7 x 7 if the features are smaller, and 224 leaves a side of 1 after its 7 x 7 convolution.
-FROM_256 = Export((256, 288), (256, 1), ((257, 300),))
 if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 13):
     # The export of older versions cannot tell how pooling rounds other sizes, in fused networks either.
     ANY_SIZE = MULTIPLES_OF_4 = Export((128, 160), (64, 32), ((96, 128),))
-    FROM_256 = Export((256, 288), (256, 32), ((288, 320),))
-FIXED_SMALLER = Export((96, 160), None, ((96, 160),))
-
-
-def exports_of(case):
-    """Exports by name."""
-    if case == 'vgg_bn':
-        return dict(from_256=FROM_256, smaller=FIXED_SMALLER)
-    return dict(multiples_of_4=MULTIPLES_OF_4) if case == 'seresnext' else dict(any_size=ANY_SIZE)
-
-
+# timm's VGG pools to 7 x 7 if the features are smaller, which no program can leave open.
+FIXED = Export((96, 160), None, ((96, 160),))
+CASES = {
+    'resnet_stride_4': ('harm_resnet18', {}, ANY_SIZE),
+    'resnet_levels': ('harm_resnet50_avgpool', dict(levels=(None, None, 3, 2), smoothness=0.5), ANY_SIZE),
+    'seresnext': ('harm_seresnext50_32x4d', {}, MULTIPLES_OF_4),
+    'vgg_bn': ('harm_vgg11_bn', {}, FIXED),
+    'wrn': ('harm_wrn16_8', {}, ANY_SIZE),
+}
 each_form = pytest.mark.parametrize('form', ['unfused', 'fused'])
 each_case = pytest.mark.parametrize('case', CASES)
-each_export = pytest.mark.parametrize(
-    ('case', 'way'), [pytest.param(case, way, id=f'{case}-{way}') for case in CASES for way in exports_of(case)]
-)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -88,7 +74,7 @@ def _caches(one_thread):
 def network(case, form):
     if form == 'fused':
         return reparameterize_model(network(case, 'unfused'))
-    name, kwargs = CASES[case]
+    name, kwargs, _ = CASES[case]
     model = small(name, num_classes=10, **kwargs)
     # Random statistics are too large for the small responses of a new network, which would hide the image.
     for module in model.modules():
@@ -117,8 +103,8 @@ def expected(case, batch, size):
     return found
 
 
-def compare(run, case, sizes):
-    for size in sizes:
+def compare(run, case):
+    for size in CASES[case][-1].sizes:
         for batch in BATCHES:
             with torch.inference_mode():
                 found = run(images(batch, size))
@@ -127,8 +113,8 @@ def compare(run, case, sizes):
 
 
 @functools.cache
-def exported(case, form, way, strict=False):
-    export = exports_of(case)[way]
+def exported(case, form, strict=False):
+    export = CASES[case][-1]
     x = images(2, export.example)
     return torch.export.export(network(case, form), (x,), dynamic_shapes=export.dynamic_shapes(), strict=strict)
 
@@ -142,18 +128,17 @@ def saved_and_loaded(save, load, what):
 
 
 @each_form
-@each_export
-def test_torch_export(case, way, form):
+@each_case
+def test_torch_export(case, form):
     """One program for every batch and, where the network allows it, every size."""
-    compare(exported(case, form, way).module(), case, exports_of(case)[way].sizes)
+    compare(exported(case, form).module(), case)
 
 
 @pytest.mark.parametrize('case', FEW_CASES)
 def test_torch_export_strict_from_a_file(case):
     """By TorchDynamo, which reads the Python code of our layers."""
-    way, export = next(iter(exports_of(case).items()))
-    program = saved_and_loaded(torch.export.save, torch.export.load, exported(case, 'unfused', way, strict=True))
-    compare(program.module(), case, export.sizes)
+    program = saved_and_loaded(torch.export.save, torch.export.load, exported(case, 'unfused', strict=True))
+    compare(program.module(), case)
 
 
 class Graph(NamedTuple):
@@ -221,7 +206,7 @@ def test_program_computes_weights_only_unfused(case):
     """After fusing every weight is stored. Before, each harmonic layer composes its own: the check can fail."""
     for form in ('fused', 'unfused'):
         model = network(case, form)
-        graph = graph_of_program(exported(case, form, next(iter(exports_of(case)))))
+        graph = graph_of_program(exported(case, form))
         layers = sum(isinstance(m, (HarmonicBlock2d, HarmonicConv2d)) for m in model.modules())
         assert (layers > 0) is (form == 'unfused')
         assert graph.convolutions == convolutions_of(model)
@@ -248,27 +233,25 @@ def session(runtime, model):
 
 
 @functools.cache
-def onnx_model(case, form, way):
-    return torch.onnx.export(exported(case, form, way), dynamo=True, verbose=False).model_proto
+def onnx_model(case, form):
+    return torch.onnx.export(exported(case, form), dynamo=True, verbose=False).model_proto
 
 
 @each_form
-@each_export
-def test_onnx(case, way, form, runtime):
-    run = session(runtime, onnx_model(case, form, way).SerializeToString())
-    compare(run, case, exports_of(case)[way].sizes)
+@each_case
+def test_onnx(case, form, runtime):
+    compare(session(runtime, onnx_model(case, form).SerializeToString()), case)
 
 
 @each_case
 def test_onnx_computes_weights_only_unfused(case, runtime):
     """As in torch's programs; the exporter may compute small weights beforehand, but not all."""
-    way = next(iter(exports_of(case)))
     model = network(case, 'fused')
-    graph = graph_of_onnx(onnx_model(case, 'fused', way))
+    graph = graph_of_onnx(onnx_model(case, 'fused'))
     assert graph.convolutions == convolutions_of(model)
     assert graph.computed == []
     assert graph.products == linear_layers_of(model)
-    graph = graph_of_onnx(onnx_model(case, 'unfused', way))
+    graph = graph_of_onnx(onnx_model(case, 'unfused'))
     assert graph.convolutions == convolutions_of(model)
     assert graph.computed
     assert graph.products > linear_layers_of(model)
@@ -280,7 +263,7 @@ def test_onnx_computes_weights_only_unfused(case, runtime):
 def test_torchscript_script(case, form):
     """One script for every size, also for VGG: a script keeps the branches."""
     scripted = saved_and_loaded(torch.jit.save, torch.jit.load, torch.jit.script(network(case, form)))
-    compare(scripted, case, sorted({size for export in exports_of(case).values() for size in export.sizes}))
+    compare(scripted, case)
 
 
 @pytest.mark.filterwarnings('ignore:`torch.jit.*` is deprecated:FutureWarning')  # as above
@@ -288,15 +271,14 @@ def test_torchscript_script(case, form):
 @pytest.mark.filterwarnings('ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning:timm.models.vgg')
 @pytest.mark.parametrize('case', FEW_CASES)
 def test_torchscript_trace(case):
-    export = list(exports_of(case).values())[-1]
-    traced = torch.jit.trace(network(case, 'unfused'), images(2, export.example), check_trace=False)
-    compare(saved_and_loaded(torch.jit.save, torch.jit.load, traced), case, export.sizes)
+    example = images(2, CASES[case][-1].example)
+    traced = torch.jit.trace(network(case, 'unfused'), example, check_trace=False)
+    compare(saved_and_loaded(torch.jit.save, torch.jit.load, traced), case)
 
 
 @pytest.mark.skipif(shutil.which('g++') is None and shutil.which('c++') is None, reason='needs a C++ compiler')
-@each_form
-def test_aot_inductor(form, tmp_path):
+def test_aot_inductor(tmp_path):
     """One compiled package for every batch and size."""
-    program = exported('resnet_levels', form, 'any_size')
+    program = exported('resnet_levels', 'unfused')
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
-    compare(torch._inductor.aoti_load_package(path), 'resnet_levels', ANY_SIZE.sizes)
+    compare(torch._inductor.aoti_load_package(path), 'resnet_levels')

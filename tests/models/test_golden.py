@@ -39,11 +39,6 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 LAYERS = json.loads((reference.DATA / 'layers.json').read_text())
 
 
-def test_every_file_is_used():
-    names = {path.stem for path in reference.DATA.glob('*.npz')}
-    assert names == {*NETWORKS, *WIDE, 'layers', 'train_harm_resnet50_avgpool', 'train_harm_resnet50_levels_NN32'}
-
-
 @pytest.mark.parametrize(
     'name', [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in (*NETWORKS, *WIDE)]
 )

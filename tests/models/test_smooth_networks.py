@@ -90,18 +90,6 @@ def test_coefficients_of_another_basis_are_refused(name, ours, theirs, tmp_path)
     torch.testing.assert_close(loaded(IMAGES), model(IMAGES))
 
 
-@pytest.mark.parametrize('options', [dict(normalization='ortho'), dict(smoothness=0)], ids=str)
-def test_convert_reads_the_basis_off_the_checkpoint(options, tmp_path):
-    model, path = small('harm_resnet18', **options), tmp_path / 'model.pth'
-    torch.save(model.state_dict(), path)
-    kwargs = {key: RESNET[key] for key in ('layers', 'channels')}
-    convert(path, 'harm_resnet18', tmp_path / 'folder', model_kwargs=kwargs)
-    folder = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True).eval()
-    torch.testing.assert_close(folder(IMAGES), model(IMAGES))
-    card = (tmp_path / 'folder' / 'README.md').read_text()
-    assert next(f'{key}={float(value)}' if key == 'smoothness' else value for key, value in options.items()) in card
-
-
 def test_a_run_with_smoothness_becomes_a_folder(tmp_path):
     """The options of a run are in args.yaml beside the checkpoint, as timm's train.py writes it."""
     kwargs = dict(layers=[1, 1, 1, 1], channels=[8, 16, 32, 64], smoothness=1)
