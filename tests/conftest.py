@@ -19,7 +19,7 @@ os.environ.update(
     HF_HUB_DISABLE_XET='1',
     TORCH_HOME=os.path.join(_HOME.name, 'torch'),
 )
-for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_OFFLINE', 'HF_HUB_CACHE', 'TIMM_HARMONIC_HUB_ORG'):
+for name in ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'HF_HUB_OFFLINE', 'HF_HUB_CACHE'):
     os.environ.pop(name, None)
 
 
