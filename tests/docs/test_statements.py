@@ -41,14 +41,6 @@ def test_time_of_deployed_networks(name):
     assert f'took {row["runs"]["level 1"]["ratio"]:.2f}' in ' '.join(README.split())
 
 
-@pytest.mark.parametrize(('method', 'axis', 'share'), [('refit', 'parameters', 0.2), ('none', None, None)])
-def test_accuracy_of_refitted_networks(method, axis, share):
-    """README.md: as cut to a fifth of the parameters, and uncut."""
-    wanted = dict(method=method, axis=axis, share=share)
-    (row,) = (row for row in rows_of('compression.json')['summary'] if wanted.items() <= row.items())
-    assert f'{row["before"]:.1f} ± {row["before_deviation"]:.1f} %' in README
-
-
 @pytest.mark.parametrize(('name', 'percent'), [('resnet50', 61), ('regnety_008', 91)])
 def test_networks_that_cannot_become_small(name, percent):
     """docs/compression.md: the share of their parameters that they keep at the lowest level."""
