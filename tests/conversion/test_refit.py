@@ -117,10 +117,10 @@ def test_features_are_what_the_coefficients_mix(kind, groups):
     samples = Samples(layer, 6 * 25)
     with torch.no_grad():
         samples.add(x, layer(x), torch.tensor([False, True, False, True, False, False]))
-    assert [of.rows for of in (samples.fit, samples.judge)] == [4 * 25, 2 * 25]
+    assert [of.rows for of in (samples.fit, samples.test)] == [4 * 25, 2 * 25]
     weight = by_group(layer.weight, groups)
-    assert samples.judge.error(weight, layer.bias.detach().reshape(groups, -1)).max() < 1e-14
-    found, bias = samples.fit.plus(samples.judge).solve(torch.zeros_like(weight), 1e-12, True)
+    assert samples.test.error(weight, layer.bias.detach().reshape(groups, -1)).max() < 1e-14
+    found, bias = samples.fit.plus(samples.test).solve(torch.zeros_like(weight), 1e-12, True)
     torch.testing.assert_close(
         found.transpose(1, 2).reshape(layer.weight.shape).to(layer.weight), layer.weight.detach(), rtol=1e-5, atol=1e-5
     )
@@ -136,12 +136,12 @@ def test_large_images_count_in_part(monkeypatch):
     samples = Samples(layer, 8 * 40 * 40)
     with torch.no_grad():
         samples.add(x, layer(x), judges)
-    assert samples.fit.rows + samples.judge.rows == pytest.approx(64 * 3, abs=8)
+    assert samples.fit.rows + samples.test.rows == pytest.approx(64 * 3, abs=8)
     few = Samples(layer, 10**9)
     with torch.no_grad():
         for part, of_part in zip(x.split(4), judges.split(4), strict=True):
             few.add(part, layer(part), of_part)
-    assert (few.fit.rows, few.judge.rows) == (6, 2)
+    assert (few.fit.rows, few.test.rows) == (6, 2)
     assert few.fit.variance().min() > 0
 
 
@@ -357,19 +357,19 @@ def test_data_without_an_end():
     small = weakened(truncate(model, level=2))
     endless = itertools.repeat(smooth(8))
     assert not same(refit(model, small, endless, batches=2), small)
-    with pytest.raises(ValueError, match='more than 2 GiB of images, which are kept: pass batches'):
+    with pytest.raises(ValueError, match='more than 2 GiB of images, stay in memory'):
         refit(model, small, itertools.repeat(torch.zeros(1).expand(64, 3, 1024, 1024)))
 
 
 @pytest.mark.parametrize(
     ('data', 'words'),
     [
-        ([], 'data have no batches'),
+        ([], 'data hold no batches'),
         ([smooth(), torch.zeros(0, 3, 32, 32)], r'batch 1 of data must be images \(B, C, H, W\), got \(0, 3, 32, 32\)'),
         ([smooth(), smooth() * float('nan')], 'batch 1 of data has values that are not finite'),
         ([smooth()[0]], r'batch 0 of data must be images \(B, C, H, W\), got \(3, 32, 32\)'),
         (['images'], 'batch 0 of data must be images .* got str'),
-        ([smooth(7)], 'at least 8 images, data have 7'),
+        ([smooth(7)], 'at least 8 images, data hold 7'),
     ],
 )
 def test_bad_data_change_nothing(data, words):
@@ -389,7 +389,7 @@ def test_networks_that_do_not_fit():
     small = truncate(model, level=2)
     with pytest.raises(ValueError, match='has no harmonic layers'):
         refit(model, timm.create_model('resnet18'), [smooth()])
-    with pytest.raises(ValueError, match=r'layer1\.0\.conv1 of the truncated network is not in the complete one'):
+    with pytest.raises(ValueError, match=r'layer1\.0\.conv1 of the truncated network has no equal'):
         refit(
             nn.Sequential(nn.Conv2d(3, 4, 3)),
             truncate(harmonize(timm.create_model('resnet18'), exclude='conv1'), level=2),
@@ -398,7 +398,7 @@ def test_networks_that_do_not_fit():
     for other in (copy.deepcopy(model).to('meta'), copy.deepcopy(model).double()):
         with pytest.raises(ValueError, match='on one device and of one dtype'):
             refit(other, small, [smooth()])
-    with pytest.raises(ValueError, match='keeps less than that of the truncated one'):
+    with pytest.raises(ValueError, match='has a lower level in the complete network'):
         refit(small, model, [smooth()])
     other = trained_like('resnet18')
     other.reset_classifier(5)

@@ -164,7 +164,7 @@ def make_harmonic(
         kind = _HARMONIC[type(conv)]
         if keep_filters:
             layers[name] = layer = kind.from_conv2d(conv, **options)
-            if not conv.weight.is_meta:
+            if layer.energy_kept is None and not conv.weight.is_meta:
                 whole = float(conv.weight.detach().to('cpu', torch.float64).square().sum())
                 layer.energy_kept = float(layer.energy().sum()) / whole if whole else 1.0
         else:

@@ -103,7 +103,7 @@ def _create(
         pretrained and named,
         pretrained_cfg=_config(given, base_model, named).to_dict(),
         pretrained_filter_fn=fitting if ours else checkpoint_filter_fn,
-        feature_cfg=dict(feature_cls='getter', out_indices=None),
+        feature_cfg={} if 'feature_cls' in kwargs else dict(feature_cls='getter', out_indices=None),
         cache_dir=cache_dir,
         **kwargs,
     )
