@@ -12,8 +12,7 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
-from timm_harmonic.small_data.tasks import PHOTOGRAPHS, cut, draw_patches, load_photographs, path_of
-from timm_harmonic.small_data.training import Images
+from timm_harmonic.small_data.tasks import PHOTOGRAPHS, Images, cut, draw_patches, load_photographs, path_of
 
 _TEST = 24  # patches of each photograph, as many as the half of the smallest holds
 _BANDS, _NOISE = 13, 8.0  # gray levels of 255

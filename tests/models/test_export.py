@@ -15,8 +15,7 @@ from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 from timm_harmonic.small_data.tasks import cut, draw_patches, load_photographs
-from timm_harmonic.small_data.training import NAMED
-from timm_harmonic_cli.quickstart import RECIPE
+from timm_harmonic.small_data.training import NAMED, Recipe
 
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
 TINY_VGG = dict(mlp_ratio=0.02)
@@ -358,10 +357,10 @@ def train(x, labels, epochs=30):
     """The quickstart's network after a few epochs on patches, fused."""
     torch.manual_seed(0)
     model = timm.create_model('harm_resnet18', num_classes=int(labels.max()) + 1, in_chans=1, **NAMED['harm'])
-    size = RECIPE.batch_size
+    size = Recipe.batch_size
     batches = len(x) // size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE.lr, weight_decay=RECIPE.weight_decay)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE.lr, total_steps=epochs * batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=Recipe.lr, weight_decay=Recipe.weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, Recipe.lr, total_steps=epochs * batches)
     for _ in range(epochs):
         for index in torch.randperm(len(x))[: batches * size].split(size):
             mirrored = x[index].flip(-1) if torch.rand(()) < 0.5 else x[index]

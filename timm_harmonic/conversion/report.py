@@ -1,13 +1,18 @@
 """What is harmonic in a network, what is not, and what it costs."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from timm.models import get_model_args
 from torch import Tensor, nn
 
+from .choose import choose_levels
+from .costs import parameter_costs
 from .energy import energy_kept
+from .figure import draw
 from .forms import multiply_adds
+from .losses import losses_by_filters
 from .running import uses_of
 from .swap import harmonic_layers, reasons_to_skip
 
@@ -151,3 +156,21 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = get_model_args(model).get('base_model') or cfg.get('architecture') or type(model).__name__
     return HarmonicReport(name, tuple(found), parameters + dropped, parameters)
+
+
+def draw_truncation(path: Path, whole: nn.Module, small: nn.Module) -> None:
+    """Draws the levels of a truncated network, and the mean energy kept at other budgets."""
+    report, losses, costs = harmonic_report(small), losses_by_filters(whole), parameter_costs(whole)
+
+    def mean_kept(levels: dict[str, int]) -> float:
+        return 1 - sum(losses[name][level] for name, level in levels.items()) / len(levels)
+
+    levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
+    present, least = round(costs.present), round(costs.least)
+    curve = {}
+    for budget in {least + round((present - least) * i / 39) for i in range(40)}:
+        chosen = choose_levels(losses, costs, budget)
+        curve[round(costs.total(chosen))] = mean_kept(chosen)
+    title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
+    times = {conv.name: (conv.ms_before, conv.ms) for conv in report.convolutions if conv.ms_before and conv.ms}
+    draw(path, title, losses, levels, sorted(curve.items()), (report.parameters, mean_kept(levels)), times)

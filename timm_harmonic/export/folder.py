@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -32,12 +33,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ..common import InputError, first_line
+from ..common import InputError, explained, first_line
 from ..common.files import clear_remains, new_folder
 from ..common.progress import progress
 from ..conversion.swap import harmonic_layers
 from ..layers import HarmonicBlock2d, options_of_basis, read_name
-from ..models.checkpoints import CheckpointError, StateDict, names_of, read_checkpoint, rename_keys, unwrap
+from ..models.checkpoints import CheckpointError, StateDict, check_fit, names_of, read_checkpoint, rename_keys, unwrap
 from ..models.download import ORGANISATION, WEIGHTS_NAME, pinned_sha256, released_digits, sha256_of
 from ..models.paper import REPOSITORY
 from ..models.weights import TAG
@@ -66,6 +67,50 @@ class Provenance:
     run: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the training run
     summary: dict[str, str] = dataclasses.field(default_factory=dict)  # its figures of that epoch, from summary.csv
     base: str = ''  # the weights of timm that were compressed, without a file
+
+
+def load_network(
+    model_name: str,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    random_weights: bool = False,
+) -> tuple[Provenance, nn.Module]:
+    """Loads a network for a command: its provenance and the network, in evaluation mode."""
+    kwargs = model_kwargs or {}
+    if Path(model_name).is_dir():
+        model_name = f'local-dir:{model_name}'
+    if ':' not in model_name and not timm.is_model(model_name):
+        raise InputError(f'Unknown model {model_name!r}.')
+    if checkpoint is not None:
+        source, state = read_source(checkpoint, model_name)
+        with torch.device('meta'):
+            blank = timm.create_model(model_name, **{**options_of_run(source), **kwargs})
+        for name, module in blank.named_modules():
+            weight = state.get(f'{name}.weight')
+            if not isinstance(module, nn.Conv2d) or not isinstance(weight, Tensor) or weight.ndim != 4:
+                continue
+            if weight.shape[3] == 1 and weight.shape[2:] != module.kernel_size:
+                raise CheckpointError(
+                    f'{checkpoint} holds coefficients of a harmonic network ({name}.weight, '
+                    f'{tuple(weight.shape)}), but {model_name} is plain: give local-dir: and its folder.'
+                )
+        if not harmonic_layers(blank):
+            check_fit(state, blank, blank.pretrained_cfg['classifier'], blank.pretrained_cfg['first_conv'])
+        return source, build_loaded(model_name, state, source, kwargs)
+    if ':' in model_name:
+        return Provenance(base=model_name), create_trained(model_name, **kwargs)
+    if pretrained:
+        model = create_trained(model_name, **kwargs)
+        name = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
+        return Provenance(base=f"{name} (timm's weights)"), model
+    if not random_weights:
+        raise InputError(f'{model_name} needs weights: pass --checkpoint FILE or --pretrained.')
+    with explained(f'{model_name} cannot be built', Exception):
+        model = timm.create_model(model_name, **kwargs).eval()
+    warnings.warn(f'{model_name} has random weights here: pass --pretrained or --checkpoint.', stacklevel=2)
+    return Provenance(base=f'{model_name.partition(".")[0]} with random weights'), model
 
 
 def key_names(model_name: str) -> dict[str, str] | None:
@@ -289,7 +334,7 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         features=model.num_features,
         width=args.get('channels'),
         options=_options(args),
-        released=_released(place) if source.url else [],
+        released=_released_notes(place) if source.url else [],
     )
     size = dict(channels=channels, height=height, image_width=width)
     return ModelCard.from_template(
@@ -329,7 +374,7 @@ def _layers(model: nn.Module) -> str:
     return '; '.join(f'{number} of {text}' for text, number in found.items())
 
 
-def _released(place: str) -> list[tuple[str, str]]:
+def _released_notes(place: str) -> list[tuple[str, str]]:
     """The released weights, and what the paper says about each."""
     rows = []
     for name in list_pretrained('harm*'):
