@@ -144,7 +144,8 @@ def _draw_curves(axes: Any, results: dict[str, Any], title: str) -> None:
     for (name, of), (colour, marker) in _styled(results):
         curves = np.array(of['curves'])  # (seed, epoch)
         mean, seeds = curves.mean(0), len(curves)
-        label = f'{", ".join(filter(None, (name, MEANINGS.get(name))))}: {of["accuracy_mean"]:.1f} %'
+        meaning = f' ({MEANINGS[name]})' if name in MEANINGS else ''
+        label = f'{name}{meaning}: {of["accuracy_mean"]:.1f} %'
         axes.plot(epochs, mean, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=label)
         if seeds > 1:
             spread = curves.std(0, ddof=1)
