@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg, list_pretrained
 from timm_harmonic.conversion.harmonize import ARCHITECTURE
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.layers import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.models.download import pinned_sha256
+from timm_harmonic.models.weights import pinned_sha256
 
 
 def inventory() -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from ..common import InputError
-from ..common.files import clear_remains, new_folder
+from ..common.files import new_folder
 from ..common.progress import progress
 
 # Package and path of each picture. The name of the file is the name of the class. Left out: pictures of text, drawings,
@@ -120,10 +120,9 @@ def export_patches(
         'validation': draw_patches(photographs, 'validation', test_per_class, _TEST_SEED),
     }
     try:
-        clear_remains(folder)
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f'{folder} is not empty: name a new or an empty folder.')
-        with new_folder(folder, last='train') as partial:
+        with new_folder(folder) as partial:
             for split, of_class in patches.items():
                 for name, corners in of_class.items():
                     Path(partial, split, name).mkdir(parents=True)
