@@ -117,12 +117,13 @@ def compress(
     from timm_harmonic import harmonic_report, harmonize, truncate
     from timm_harmonic.common import InputError
     from timm_harmonic.common.device import usable_device
+    from timm_harmonic.common.files import check_new
     from timm_harmonic.common.images import Batches, ImageFolder, Preparation
     from timm_harmonic.common.progress import progress
     from timm_harmonic.conversion.forms import forms_by_time, set_forms
     from timm_harmonic.conversion.harmonize import record_options
     from timm_harmonic.conversion.report import draw_truncation
-    from timm_harmonic.export.folder import STEPS, check_new, load_network, next_step, write_folder
+    from timm_harmonic.export.folder import STEPS, load_network, next_step, write_folder
     from timm_harmonic.export.onnx import check_packages, write_deployed
 
     check_new(out)

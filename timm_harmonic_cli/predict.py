@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `timm-harmonic predict`."""
-    from timm_harmonic.common import InputError, explained
+    from timm_harmonic.common import InputError
     from timm_harmonic.common.files import write_whole
 
     options = options_of(args)
@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> None:
         with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:  # as names of files may be
             write_predictions(rows, form, file)
 
-    with explained(f'cannot write {out}', OSError):
-        write_whole(out, write)
+    write_whole(out, write)
 
 
 def predict(

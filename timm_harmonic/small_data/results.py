@@ -114,9 +114,8 @@ def open_folder(folder: Path) -> None:
 
 def write_results(folder: Path, picture: str, results: dict[str, Any], draw: Callable[[Path], None]) -> None:
     """Writes results.json and the picture that `draw` makes, and prints where they are."""
-    with explained(f'cannot write results to {folder}', OSError):
-        write_whole(folder / 'results.json', lambda path: path.write_text(json.dumps(results, indent=1) + '\n'))
-        write_whole(folder / picture, draw)
+    write_whole(folder / 'results.json', lambda path: path.write_text(json.dumps(results, indent=1) + '\n'))
+    write_whole(folder / picture, draw)
     print(f'Wrote {folder / "results.json"} and {folder / picture}.')
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..common import InputError, explained
-from ..common.files import clear_remains, new_folder
+from ..common.files import new_folder
 from ..common.images import SPLITS, image_files, natural_order, read_image, resized, scaled, unreadable
 from ..common.progress import progress
 
@@ -152,17 +152,13 @@ def export_patches(
         'train': draw_patches(photographs, 'train', train_per_class, seed),
         'validation': draw_patches(photographs, 'validation', test_per_class),
     }
-    with explained('cannot write the patches', OSError):
-        clear_remains(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f'{folder} is not empty: name a new or an empty folder.')
-        with new_folder(folder, last='train') as partial:
-            for split, of_class in patches.items():
-                for name, corners in of_class.items():
-                    Path(partial, split, name).mkdir(parents=True)
-                    for top, left in corners:
-                        patch = Image.fromarray(cut(photographs[name], (top, left)))
-                        patch.save(Path(partial, split, name, f'{top:04d}_{left:04d}.png'))
+    with new_folder(folder) as partial:
+        for split, of_class in patches.items():
+            for name, corners in of_class.items():
+                Path(partial, split, name).mkdir(parents=True)
+                for top, left in corners:
+                    patch = Image.fromarray(cut(photographs[name], (top, left)))
+                    patch.save(Path(partial, split, name, f'{top:04d}_{left:04d}.png'))
     return {split: sum(map(len, corners.values())) for split, corners in patches.items()}
 
 
