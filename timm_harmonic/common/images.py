@@ -172,12 +172,15 @@ def image_files(folder: Path) -> list[Path]:
     """Files in a folder at any depth, in timm's order. Follows links, and leaves hidden files and folders out."""
     found: list[Path] = []
 
+    def wanted(place: str, name: str) -> bool:  # a link to a folder above would never end
+        return not name.startswith('.') and not Path(place).resolve().is_relative_to(Path(place, name).resolve())
+
     def fail(error: OSError) -> None:
         raise error
 
     with explained(f'cannot list {str(folder)!r}', OSError):
         for place, folders, files in os.walk(folder, followlinks=True, onerror=fail):
-            folders[:] = [name for name in folders if not name.startswith('.')]
+            folders[:] = [name for name in folders if wanted(place, name)]
             found += [Path(place, name) for name in files if not name.startswith('.')]
     return sorted(found, key=natural_order)
 
