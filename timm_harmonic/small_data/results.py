@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -144,7 +145,7 @@ def _draw_curves(axes: Any, results: dict[str, Any], title: str) -> None:
         curves = np.array(of['curves'])  # (seed, epoch)
         mean, seeds = curves.mean(0), len(curves)
         meaning = f' ({MEANINGS[name]})' if name in MEANINGS else ''
-        label = f'{name}{meaning}: {of["accuracy_mean"]:.1f} %'
+        label = textwrap.fill(f'{name}{meaning}: {of["accuracy_mean"]:.1f} %', 60)
         axes.plot(epochs, mean, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=label)
         if seeds > 1:
             spread = curves.std(0, ddof=1)
@@ -171,13 +172,14 @@ def _draw_differences(axes: Any, results: dict[str, Any]) -> None:
             continue
         place, found = len(others), of['difference']
         others.append(name)
-        axes.scatter(found['pairs'], [place] * len(found['pairs']), s=12, color=colour, alpha=0.4, linewidths=0)
+        axes.scatter(found['pairs'], [place + 0.15] * len(found['pairs']), s=12, color=colour, alpha=0.6, linewidths=0)
         low, high = (found[key] if found[key] is not None else found['mean'] for key in ('low', 'high'))
         reach = [[found['mean'] - low], [high - found['mean']]]
         axes.errorbar(found['mean'], place, xerr=reach, color=colour, marker=marker, capsize=4, linewidth=1.6)
         axes.annotate(interval(found), (found['mean'], place), (0, 8), textcoords='offset points', ha='center')
     axes.axvline(0, color='0.5', linestyle=':', linewidth=1)
-    axes.set(yticks=range(len(others)), yticklabels=others, ylim=(max(1, len(others)) - 0.4, -0.6))
+    names = [textwrap.fill(name, 24) for name in others]
+    axes.set(yticks=range(len(others)), yticklabels=names, ylim=(max(1, len(others)) - 0.4, -0.6))
     axes.set_xlabel(f'percentage points above {baseline} (right is better)')
     axes.grid(color='0.92', axis='x')
     axes.set_axisbelow(True)
