@@ -122,11 +122,9 @@ def quickstart(
 
 def export(folder: Path, train_per_class: int = 10) -> None:
     """Writes the patches of the first seed as an image folder, and prints a train.py command for it."""
-    from timm_harmonic.common import require
     from timm_harmonic.small_data.tasks import PATCH_SIZE, export_patches, load_photographs
     from timm_harmonic.small_data.training import NAMED, Recipe
 
-    require(skimage='scikit-image', sklearn='scikit-learn')
     photographs, recipe = load_photographs(), Recipe()
     counts = export_patches(folder, photographs, train_per_class)
     options = [f'"{key}={str(value).replace(" ", "")}"' for key, value in NAMED['smooth'].items()]

@@ -148,18 +148,18 @@ def export_patches(
     few patches.
     """
     folder = Path(folder)
-    patches = {
+    chosen = {
         'train': draw_patches(photographs, 'train', train_per_class, seed),
         'validation': draw_patches(photographs, 'validation', test_per_class),
     }
     with new_folder(folder) as partial:
-        for split, of_class in patches.items():
+        for split, of_class in chosen.items():
             for name, corners in of_class.items():
                 Path(partial, split, name).mkdir(parents=True)
                 for top, left in corners:
                     patch = Image.fromarray(cut(photographs[name], (top, left)))
                     patch.save(Path(partial, split, name, f'{top:04d}_{left:04d}.png'))
-    return {split: sum(map(len, corners.values())) for split, corners in patches.items()}
+    return {split: sum(map(len, corners.values())) for split, corners in chosen.items()}
 
 
 def patches(
