@@ -87,28 +87,6 @@ def test_commands_import_little_at_the_top_and_nothing_private(path):
     assert [alias.name for node in inner for alias in node.names if alias.name.startswith('_')] == []
 
 
-@pytest.mark.parametrize(
-    ('source', 'expected'),
-    [
-        ('from ..models.weights import build', {'models.weights'}),
-        ('def f():\n    from ..models import weights', {'models.weights'}),
-        ('if TYPE_CHECKING:\n    from .. import __main__', {'__main__'}),
-        ('from . import dct, Layer', {'layers.dct', 'layers.__init__'}),
-        ('import torch\nfrom torch import nn', set()),
-    ],
-)
-def test_imports_are_found_wherever_they_are(source, expected, tmp_path):
-    """Otherwise the tests above could not fail."""
-    package = tmp_path / 'package'
-    for name in ('layers/conv.py', 'layers/dct.py', 'models/weights.py', '__main__.py'):
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text('')
-    path = package / 'layers' / 'conv.py'
-    path.write_text(source)
-    assert imported(path, package) == (expected, [])
-    assert {module for _, module in upward([path], package)} == {m for m in expected if not m.startswith('layers')}
-
-
 def test_files_are_short():
     texts = [path for path in (*PACKAGE.rglob('*'), *COMMANDS) if path.suffix in ('.py', '.md', '.csv')]
     long = {path.name: len(path.read_text(encoding='utf-8').splitlines()) for path in texts}

@@ -18,12 +18,13 @@ from torchvision.transforms.v2 import functional
 
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
+from timm_harmonic.common.device import usable_device
 from timm_harmonic.common.images import read_image, resized, scaled
 from timm_harmonic.small_data import results, tasks
 from timm_harmonic.small_data.protocol import RANGES, Protocol, Store, run, setting
 from timm_harmonic.small_data.results import difference
 from timm_harmonic.small_data.tasks import Images, read_folder, stratified, task_of
-from timm_harmonic.small_data.training import AUGMENTATIONS, NAMED, Recipe, augmentation, batches, network
+from timm_harmonic.small_data.training import AUGMENTATIONS, NAMED, Recipe, augmentation, baseline, batches, network
 from timm_harmonic_cli.compare import compare
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -286,6 +287,9 @@ def spoil(folder, what):
             for name in ('dog', 'emu'):
                 for path in (folder / split / name).iterdir():
                     path.unlink()
+    elif what == 'nothing':
+        for path in folder.rglob('*.png'):
+            path.unlink()
     elif what == 'no test':
         (folder / 'test').rename(folder / 'others')
     elif what == 'constant':
@@ -304,6 +308,7 @@ def spoil(folder, what):
         ('one image', r'class cat has 1 image to learn from: at least two'),
         ('class only in test', r'train of .* has no images of new'),
         ('one class', r'has 1 class with images: two are needed'),
+        ('nothing', r'has 0 classes with images: two are needed'),
         ('no test', r'has train/, but neither validation/ nor test/'),
         ('constant', r'channel 0 is constant'),
     ],
@@ -314,13 +319,6 @@ def test_bad_folders(what, message, tmp_path):
     with pytest.raises(InputError, match=message):
         compare(folder, tmp_path / 'out', ['harm0'], **FAST)
     assert not (tmp_path / 'out').exists()
-
-
-def test_empty_and_missing_folders(tmp_path, capsys):
-    with pytest.raises(InputError, match='has 0 classes with images'):
-        compare(tmp_path, tmp_path / 'out', ['harm0'])
-    assert cli.main(['compare', str(tmp_path / 'nowhere')]) == 1
-    assert 'is not a folder' in capsys.readouterr().err
 
 
 def test_bad_files_can_be_left_out_and_are_named(tmp_path, capsys):
@@ -344,13 +342,15 @@ def test_bad_files_can_be_left_out_and_are_named(tmp_path, capsys):
         ('vit_tiny_patch16_224', 'vit_tiny_patch16_224 cannot be used .* AssertionError'),
     ],
 )
-def test_bad_networks(text, message, pictures, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        compare(pictures, tmp_path, ['harm0', text])
-    assert not list(tmp_path.iterdir())
-    for device in ('nowhere', 'meta', 'hpu'):
-        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
-            compare(pictures, tmp_path, ['harm0'], device=device)
+def test_bad_networks(text, message):
+    with pytest.raises(InputError, match=message):
+        baseline([network('harm0'), network(text)], 3, 3, 40)
+
+
+@pytest.mark.parametrize('name', ['nowhere', 'meta', 'hpu'])
+def test_bad_devices(name):
+    with pytest.raises(InputError, match=f"device '{name}' cannot be used here"):
+        usable_device(name)
 
 
 def test_names_of_networks():
@@ -359,6 +359,8 @@ def test_names_of_networks():
     }  # fmt: skip
     assert network('resnet18:stem_type=deep').options == dict(stem_type='deep')
     assert network('smooth').model == 'harm_resnet18'
+    assert baseline([network('harm'), network('harm0'), network('harm1')], 3, 3, 40) == 'harm0'
+    assert baseline([network('harm'), network('smooth')], 3, 3, 40) == 'harm'
 
 
 def test_large_images_are_not_kept(tmp_path, monkeypatch):

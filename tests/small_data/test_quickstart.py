@@ -14,7 +14,6 @@ from timm.data import create_dataset
 
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
-from timm_harmonic.common.files import write_whole
 from timm_harmonic.small_data import tasks, training
 from timm_harmonic.small_data.tasks import PATCH_SIZE, draw_patches, export_patches, load_photographs
 
@@ -175,20 +174,6 @@ def test_models_see_the_same_images_in_the_same_order(run_cli, monkeypatch):
     assert half > 0
     assert seen[:half] == seen[half:]
     assert seen[0] != sorted(seen[0])
-
-
-def test_interrupted_write_keeps_the_old_file(tmp_path):
-    path = tmp_path / 'results.json'
-    path.write_text('old')
-
-    def interrupt(partial):
-        partial.write_text('ne')
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(path, interrupt)
-    assert path.read_text() == 'old'
-    assert os.listdir(tmp_path) == ['results.json']
 
 
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
