@@ -19,7 +19,6 @@ from timm_harmonic import harmonize, truncate
 from timm_harmonic.common import InputError
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.export.folder import convert
-from timm_harmonic.export.publish import publish
 from timm_harmonic.models.checkpoints import CheckpointError
 from timm_harmonic_cli.compress import compress
 
@@ -181,8 +180,8 @@ def test_gray_images(pictures, tmp_path):
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 3)
 
 
-def test_a_run_of_timm_then_again_and_published(tmp_path, hub, monkeypatch):
-    """compress, train the network of the folder, convert, publish, load by hf-hub, and compress once more."""
+def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
+    """compress, train the network of the folder, convert, load by hf-hub, and compress once more."""
     run = tmp_path / 'run'
     run.mkdir()
     torch.save(dict(state_dict=build().state_dict(), epoch=4), run / 'last.pth.tar')
@@ -209,23 +208,19 @@ def test_a_run_of_timm_then_again_and_published(tmp_path, hub, monkeypatch):
     )
     assert same(timm.create_model(f'local-dir:{tmp_path / "final"}', pretrained=True), model)
 
-    monkeypatch.setenv('HF_TOKEN', 'hf_' + 'S3cret' * 6)
-    for name, repo in (('small', 'org/small'), ('final', 'org/final')):
-        publish(tmp_path / name, repo)
-    assert 'compression.png' in hub.repositories['org/small'].branches['main']
+    hub.add('org/final', {path.name: path.read_bytes() for path in (tmp_path / 'final').iterdir()})
     assert same(timm.create_model('hf-hub:org/final', pretrained=True), model)
 
     compress('hf-hub:org/final', tmp_path / 'smaller', level=2)
     assert same(timm.create_model(f'local-dir:{tmp_path / "smaller"}', pretrained=True), truncate(model, level=2))
 
 
-def test_forms_and_refitted_weights_on_the_hub(checkpoint, pictures, tmp_path, hub, monkeypatch):
+def test_forms_and_refitted_weights_on_the_hub(checkpoint, pictures, tmp_path, hub):
     """They come back to the last bit, with the forms."""
-    monkeypatch.setenv('HF_TOKEN', 'hf_' + 'S3cret' * 6)
     options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, data_config=dict(img_size=64), data=pictures)
     options.update(ratio=0.5, cost='macs', refit=True, batches=2, batch_size=6, repo_id='org/fast')
     compress(NAME, tmp_path / 'fast', **options)
-    publish(tmp_path / 'fast', 'org/fast')
+    hub.add('org/fast', {path.name: path.read_bytes() for path in (tmp_path / 'fast').iterdir()})
     here, there = (
         timm.create_model(name, pretrained=True) for name in (f'local-dir:{tmp_path / "fast"}', 'hf-hub:org/fast')
     )
