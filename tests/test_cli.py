@@ -149,14 +149,6 @@ def test_help_fits_the_terminal_and_its_examples_parse(capsys, monkeypatch):
             assert cli.build_parser().parse_args(shlex.split(example)[1:]).run is module.run
 
 
-def test_list(capsys, monkeypatch):
-    monkeypatch.setattr('timm.list_models', lambda *args, **kwargs: ['harm_resnet50', 'harm1_wrn28_10'])
-    assert cli.main(['list']) == 0
-    printed = capsys.readouterr().out
-    assert 'harm_resnet50.ulicny_in1k' in printed
-    assert 'plain' in printed
-
-
 def test_a_report_fits_the_terminal(monkeypatch, tmp_path):
     """A narrow terminal gets the summary, and where the table is. A pipe gets the table."""
     report = f'{"layer":<80}\n{"conv1":<80}\nresnet18: 1 of 2'

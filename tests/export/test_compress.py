@@ -176,8 +176,8 @@ def test_gray_images(pictures, tmp_path):
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 3)
 
 
-def test_a_run_of_timm_then_again_from_the_hub(tmp_path, hub):
-    """compress, train the network of the folder, convert, upload, load by hf-hub, and compress once more."""
+def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
+    """compress, train the network of the folder, convert, load by hf-hub, and compress once more."""
     run = tmp_path / 'run'
     run.mkdir()
     torch.save(dict(state_dict=build().state_dict(), epoch=4), run / 'last.pth.tar')
