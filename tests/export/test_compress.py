@@ -17,6 +17,7 @@ from PIL import Image
 import timm_harmonic_cli as cli
 from timm_harmonic import harmonize, truncate
 from timm_harmonic.common import InputError
+from timm_harmonic.conversion import report
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.export.folder import convert
 from timm_harmonic.models.checkpoints import CheckpointError
@@ -29,6 +30,15 @@ pytestmark = [
 NAME = 'resnet18'
 KWARGS = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
 FILES = ['README.md', 'compression.json', 'compression.md', 'compression.png', 'config.json', 'model.safetensors']
+
+
+DRAW = report.draw_truncation
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch):
+    """Most tests need no picture, which takes longer than the rest."""
+    monkeypatch.setattr(report, 'draw_truncation', lambda path, whole, small: path.write_text(''))
 
 
 def build(seed=0, **kwargs):
@@ -64,7 +74,8 @@ def same(first, second, channels=3):
         return torch.equal(first.eval()(x), second.eval()(x))
 
 
-def test_folder(checkpoint, tmp_path):
+def test_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'draw_truncation', DRAW)
     record = compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, ratio=0.5)
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == FILES
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
@@ -128,6 +139,7 @@ def test_data_and_evaluation(checkpoint, pictures, tmp_path):
     assert '| top1 |' in (tmp_path / 'a' / 'compression.md').read_text()
 
 
+@pytest.mark.slow
 def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path):
     """Everything at once: the folder gives the refitted network in its forms, and the ONNX file is that network."""
     import onnxruntime
@@ -156,6 +168,7 @@ def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch):
     """Nothing is left behind."""
     monkeypatch.setattr('timm_harmonic.export.onnx._TOLERANCE', 0.0)
@@ -176,6 +189,7 @@ def test_gray_images(pictures, tmp_path):
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
     """compress, train the network of the folder, convert, load by hf-hub, and compress once more."""
     run = tmp_path / 'run'
@@ -211,6 +225,7 @@ def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
     assert same(timm.create_model(f'local-dir:{tmp_path / "smaller"}', pretrained=True), truncate(model, level=2))
 
 
+@pytest.mark.slow
 def test_forms_and_refitted_weights_on_the_hub(checkpoint, pictures, tmp_path, hub):
     """They come back to the last bit, with the forms."""
     options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, img_size=64, data=pictures)
@@ -236,6 +251,7 @@ def test_a_checkpoint_for_a_folder(tmp_path, checkpoint):
     assert same(timm.create_model(f'local-dir:{tmp_path / "smaller"}', pretrained=True), truncate(other, level=2))
 
 
+@pytest.mark.slow
 def test_weights_of_timm(hub, tmp_path):
     base = timm.create_model('mobilenetv3_small_050').eval()
     weights = {'model.safetensors': safetensors.torch.save(base.state_dict()), 'config.json': b'{}'}
@@ -292,6 +308,7 @@ def test_refused_without_a_trace(checkpoint, tmp_path, monkeypatch, options, err
     assert [path.name for path in tmp_path.iterdir()] == ['plain.pth']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cost', ['parameters', 'macs'])
 def test_the_card_tells_what_the_forms_cost(cost, tmp_path):
     compress('resnet18', tmp_path / 'out', ratio=0.5, cost=cost, img_size=64)
