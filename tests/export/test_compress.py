@@ -132,6 +132,7 @@ def test_data_and_evaluation(checkpoint, pictures, tmp_path):
     assert '| top1 |' in (tmp_path / 'a' / 'compression.md').read_text()
 
 
+@pytest.mark.slow
 def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path):
     """Everything at once: the folder gives the refitted network in its forms, and the ONNX file is that network."""
     import onnxruntime
@@ -160,6 +161,7 @@ def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch):
     """Nothing is left behind."""
     monkeypatch.setattr('timm_harmonic.export.onnx._TOLERANCE', 0.0)
@@ -180,6 +182,7 @@ def test_gray_images(pictures, tmp_path):
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
     """compress, train the network of the folder, convert, load by hf-hub, and compress once more."""
     run = tmp_path / 'run'
@@ -215,6 +218,7 @@ def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
     assert same(timm.create_model(f'local-dir:{tmp_path / "smaller"}', pretrained=True), truncate(model, level=2))
 
 
+@pytest.mark.slow
 def test_forms_and_refitted_weights_on_the_hub(checkpoint, pictures, tmp_path, hub):
     """They come back to the last bit, with the forms."""
     options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, data_config=dict(img_size=64), data=pictures)
@@ -232,6 +236,7 @@ def test_forms_and_refitted_weights_on_the_hub(checkpoint, pictures, tmp_path, h
     assert same(here, there)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_a_folder(tmp_path, checkpoint):
     compress(NAME, tmp_path / 'small', checkpoint=checkpoint, model_kwargs=KWARGS, level=3)
     other = truncate(harmonize(build(seed=1)), level=3)
@@ -240,6 +245,7 @@ def test_a_checkpoint_for_a_folder(tmp_path, checkpoint):
     assert same(timm.create_model(f'local-dir:{tmp_path / "smaller"}', pretrained=True), truncate(other, level=2))
 
 
+@pytest.mark.slow
 def test_weights_of_timm(hub, tmp_path):
     base = timm.create_model('mobilenetv3_small_050').eval()
     weights = {'model.safetensors': safetensors.torch.save(base.state_dict()), 'config.json': b'{}'}
