@@ -5,9 +5,9 @@ import timm
 import torch
 
 from timm_harmonic import dct_basis
-from timm_harmonic.hub import card
+from timm_harmonic.export import folder
 from timm_harmonic.layers.dct import dct_frequencies
-from timm_harmonic.models import download, harm_resnet
+from timm_harmonic.models import harm_resnet, weights
 
 
 @pytest.mark.parametrize(('name', 'percent'), [('resnet50', 61), ('regnety_008', 91)])
@@ -33,6 +33,6 @@ def test_how_much_slower_sgd_is_with_the_l1_basis():
 
 def test_names_in_the_release_checklist():
     """docs/weights.md: what a maintainer changes is there, under this name."""
-    assert isinstance(download.ORGANISATION, str)
+    assert isinstance(weights.ORGANISATION, str)
     assert isinstance(harm_resnet._PINS, dict)
-    assert isinstance(card.INSTALL, str)
+    assert isinstance(folder.INSTALL, str)

@@ -243,6 +243,7 @@ def test_forms_and_refitted_weights_on_the_hub(checkpoint, pictures, tmp_path, h
     assert same(here, there)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_a_folder(tmp_path, checkpoint):
     compress(NAME, tmp_path / 'small', checkpoint=checkpoint, model_kwargs=KWARGS, level=3)
     other = truncate(harmonize(build(seed=1)), level=3)

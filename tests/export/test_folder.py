@@ -20,7 +20,7 @@ from tiny_models import FILE, NAME, create, same
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
 from timm_harmonic.common.progress import progress
-from timm_harmonic.export.folder import FILES, Provenance, convert, load_network, write_folder
+from timm_harmonic.export.folder import FILES, Provenance, convert, load_network, model_card, write_folder
 from timm_harmonic.models.checkpoints import CheckpointError
 from timm_harmonic.models.weights import sha256_of
 
@@ -106,7 +106,20 @@ def test_card_of_a_released_weight(folder, released):
         assert f'# {heading}\n' in text
     assert 'harm_resnet101.ulicny_in1k | paper: top-1 error 21.48 %' in text
     assert 'Compressed' not in text
-    assert 'Reduced' not in text
+
+
+@pytest.mark.parametrize(
+    ('name', 'original', 'responses'),
+    [
+        ('harm_resnet50', 4.02, 3 * 49 * 7 * 7 * 56 * 56),
+        ('harm_resnet50_avgpool', 4.18, 3 * 49 * 7 * 7 * 112 * 112),
+    ],
+)
+def test_multiply_adds_are_those_of_the_originals(name, original, responses):
+    """Counted on the authors' networks at 224 x 224, which compute the stem's responses one by one."""
+    text = model_card(timm.create_model(name, device='meta'), 'hf-hub:a/b', Provenance()).text
+    gmacs = float(re.search(r'GMACs: ([\d.]+)', text).group(1))
+    assert gmacs + responses / 1e9 == pytest.approx(original, abs=0.011)
 
 
 @pytest.mark.parametrize('averaged', [False, True])

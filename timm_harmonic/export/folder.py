@@ -61,15 +61,7 @@ _COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deploye
 FILES = (WEIGHTS_NAME, 'config.json', 'README.md', *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 
-# Arguments of timm.create_model that name weights.
-_SOURCES = {
-    'cache_dir',
-    'checkpoint_path',
-    'pretrained',
-    'pretrained_cfg',
-    'pretrained_cfg_overlay',
-    'pretrained_strict',
-}
+_SOURCES = ('cache_dir', 'checkpoint_path', 'pretrained')  # how arguments of create_model that name weights begin
 _IDS = dict(license=r'[a-z0-9][a-z0-9.+-]*', dataset=r'[\w.-]+(/[\w.-]+)?')  # as the Hub writes them
 
 
@@ -195,7 +187,8 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
 
 def options_of_run(source: Provenance) -> dict[str, Any]:
     """The network's options in a training run, without those that name the weights it started from."""
-    return {key: value for key, value in (source.run.get('model_kwargs') or {}).items() if key not in _SOURCES}
+    options = source.run.get('model_kwargs') or {}
+    return {key: value for key, value in options.items() if not str(key).startswith(_SOURCES)}
 
 
 def _summary(path: Path, epoch: int | None) -> dict[str, str]:
@@ -218,7 +211,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     except TimmHarmonicError:
         raise
     except Exception as error:
-        options = ', '.join(f'{key}={value!r}' for key, value in kwargs.items() if key not in _SOURCES)
+        options = ', '.join(f'{key}={value!r}' for key, value in kwargs.items() if not key.startswith(_SOURCES))
         shown = f' with {options}' if options else ''
         reason = f'{type(error).__name__}: {first_line(error)}'
         raise InputError(f'{model_name} cannot be created{shown}: {reason}') from error
@@ -251,7 +244,7 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
         CheckpointError: If the parameters do not fit.
         InputError: If the options contradict them, or the network cannot be built.
     """
-    if given := sorted(_SOURCES & model_kwargs.keys()):
+    if given := [key for key in model_kwargs if key.startswith(_SOURCES)]:
         raise InputError(f'{given[0]} is not an option of a network: the weights are those of {source.file}.')
     kwargs = {**basis_options(state), **options_of_run(source), **model_kwargs}
     if kwargs.get('features_only'):
@@ -485,7 +478,6 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         macs=count_macs(fused, torch.empty(1, channels, height, width, device='meta')),
         classes=model.num_classes,
         features=model.num_features,
-        width=args.get('channels'),
         options=_options(args),
         released=_released_notes(place) if source.url else [],
         channels=channels,

@@ -97,7 +97,8 @@ def _find_weights(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any], cac
         )
     if pin and path.is_file() and (found := sha256_of(path)) != pin:
         # In the Hub's cache a name is a link: only without the file itself is it downloaded again.
-        raise CheckpointError(f'{path} has the SHA-256 {found}, but {pin} is pinned: remove {path.resolve()}.')
+        place = path.resolve()
+        raise CheckpointError(f'{path} has the SHA-256 {found}, but {pin} is pinned. If it was cached, remove {place}.')
     return path
 
 
