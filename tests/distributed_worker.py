@@ -125,7 +125,7 @@ def synchronised(rank: int) -> dict:
     nn.SyncBatchNorm.forward = synchronised_forward
     # DistributedDataParallel's own refusal of such modules on the CPU.
     DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None
-    found = {name: os.environ.get(name) for name in ('WORLD_SIZE', 'GROUP_RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')}
+    found = {}
     for name, convert in CONVERSIONS.items():
         model = convert(build())
         explicit = count_explicit(model.conv1)
@@ -139,17 +139,15 @@ def synchronised(rank: int) -> dict:
 
 def statistics(rank: int) -> dict:
     """DistributedDataParallel, with own statistics in each process, then timm's --dist-bn reduce and broadcast."""
-    found = {}
-    for buffers in (False, True):
-        model = build()
-        explicit = count_explicit(model.conv1)
-        parallel = DistributedDataParallel(model, broadcast_buffers=buffers)
-        train(parallel, (share(batch, rank) for batch in batches()))
-        found[buffers] = dict(explicit=len(explicit), own={k: v.clone() for k, v in model.state_dict().items()})
-        for how in ('reduce', 'broadcast'):
-            model.load_state_dict(found[buffers]['own'])
-            distribute_bn(parallel, PROCESSES, reduce=how == 'reduce')
-            found[buffers][how] = {k: v.clone() for k, v in model.state_dict().items()}
+    model = build()
+    explicit = count_explicit(model.conv1)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    train(parallel, (share(batch, rank) for batch in batches()))
+    found = dict(explicit=len(explicit), own={k: v.clone() for k, v in model.state_dict().items()})
+    for how in ('reduce', 'broadcast'):
+        model.load_state_dict(found['own'])
+        distribute_bn(parallel, PROCESSES, reduce=how == 'reduce')
+        found[how] = {k: v.clone() for k, v in model.state_dict().items()}
     return found
 
 
@@ -207,7 +205,7 @@ def main(scenario: str, folder: str) -> None:
     rank = int(os.environ['RANK'])
     dist.init_process_group(
         'gloo',
-        init_method=os.environ.get('MEETING_POINT', 'env://'),
+        init_method=os.environ['MEETING_POINT'],
         rank=rank,
         world_size=int(os.environ['WORLD_SIZE']),
         timeout=TIMEOUT,

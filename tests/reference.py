@@ -1,4 +1,4 @@
-"""Slow and obvious definitions for the tests to compare with, and the rule behind the golden data."""
+"""Slow and obvious definitions for the tests to compare with, the rule behind the golden data, small networks."""
 
 import json
 import math
@@ -6,10 +6,30 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 
+import timm_harmonic  # noqa: F401  registers the models
+
 DATA = Path(__file__).parent / 'data'
+RESNET = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), num_classes=5)
+# A network of each family, and the options that make it small.
+FAMILIES = {
+    'harm_resnet18': RESNET,
+    'harm_resnet50_avgpool': RESNET,
+    'harm_seresnext50_32x4d': RESNET,
+    'harm_vgg11_bn': dict(mlp_ratio=0.02, num_classes=5),
+    'harm_wrn16_8': dict(depth=10, width=1, num_classes=5),
+    'harmonized': dict(base_model='resnet18', **RESNET),
+}
+
+
+def small(name, options=None, **kwargs):
+    """A small network with batch-norms as of training, in evaluation; `options` if it has none in FAMILIES."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**(FAMILIES[name] if options is None else options), **kwargs})
+    return randomize_batch_norm(model).eval()
 
 
 def spectrum(k, level=None, dc=True, smoothness=None):

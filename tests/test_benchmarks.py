@@ -10,6 +10,7 @@ import pytest
 import reference
 import timm
 import torch
+from reference import small
 
 from benchmarks import __main__ as command
 from benchmarks import compression, conversion, deploy, forms, imports, sizes, small_data, smaller, smoothness
@@ -33,15 +34,12 @@ TABLES = dict(
     small_data=small_data.table,
     smoothness=smoothness.table,
 )
-SPEED = sorted(path for path in RESULTS.rglob('*.json') if path.stem in ('cpu', 'cuda'))
-SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize('options', [dict(), dict(stem_pool='avg', levels=(None, None, 3, 2))])
-def test_the_original_formulation_computes_the_same(options):
+def test_the_original_formulation_computes_the_same():
     """Outputs in both modes, and gradients: both formulations are the same function."""
-    torch.manual_seed(0)
-    ours = reference.randomize_batch_norm(timm.create_model('harm_resnet50', **SMALL, **options)).double()
+    ours = small('harm_resnet50_avgpool', levels=(None, None, 3, 2)).double()
     theirs = original(ours)
     assert any(isinstance(module, OriginalConv) for module in theirs.modules())
     assert isinstance(theirs.conv1, OriginalBlock)
@@ -51,9 +49,9 @@ def test_the_original_formulation_computes_the_same(options):
         assert reference.relative_error(y, expected) < 1e-10
     y.square().sum().backward()
     expected.square().sum().backward()
-    assert reference.relative_error(theirs.conv1.weight.grad.flatten(), ours.conv1.weight.grad.flatten()) < 1e-7
-    gradient = theirs.layer1[0].conv2.weight.grad
-    assert reference.relative_error(gradient.flatten(), ours.layer1[0].conv2.weight.grad.flatten()) < 1e-7
+    for name in ('conv1', 'layer1.0.conv2'):
+        found, wanted = (m.get_submodule(name).weight.grad.flatten() for m in (theirs, ours))
+        assert reference.relative_error(found, wanted) < 1e-7
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == sum(p.numel() for p in ours.parameters())
 
 
@@ -85,20 +83,12 @@ def test_peak_of_memory():
     assert 0.8 * size < peak_bytes(run, 'cpu') < 1.5 * size
 
 
+@slow
 def test_a_whole_run(tmp_path, monkeypatch, capsys):
     """One network on small images, in a process of its own. Then the table again, without a measurement."""
     options = '--device cpu --models harm_resnet18 --settings 1 --eval-batch 1 --train-batch 2 --size 64 --budget 0'
-    arguments = [
-        sys.executable,
-        '-m',
-        'benchmarks',
-        *options.split(),
-        '--threads',
-        '1',
-        '--no-growth',
-        '--out',
-        str(tmp_path),
-    ]
+    options += f' --threads 1 --no-growth --out {tmp_path}'
+    arguments = [sys.executable, '-m', 'benchmarks', *options.split()]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {'cpu.json', 'cpu.md', 'cpu.png'}
@@ -110,14 +100,12 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert report['environment']['torch'] == torch.__version__
 
 
-@pytest.mark.parametrize('module', [command, deploy, forms])
-def test_a_missing_gpu_is_an_error(module, monkeypatch, capsys):
+def test_a_missing_gpu_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(sys, 'argv', ['benchmarks', '--device', 'cuda'])
     with pytest.raises(SystemExit):
-        module.main()
+        command.main()
     assert 'torch finds none' in capsys.readouterr().err
-    assert command.environment()['cuda'] == 'none on this machine, not measured'
 
 
 def values(report, key=''):
@@ -141,49 +129,27 @@ def test_saved_tables_are_made_from_the_saved_reports(path):
     assert {'torch', 'timm', 'processor', 'date'} <= report['environment'].keys()
 
 
-@pytest.mark.parametrize('path', SPEED, ids=lambda path: str(path.relative_to(RESULTS)))
-def test_saved_ratios_are_to_the_plain_twin(path, tmp_path):
-    """Each comparison is there once, with the noise of a second plain network. The plot can be drawn again."""
-    report = json.loads(path.read_text())
-    about = ('model', 'device', 'precision', 'channels_last', 'compiled', 'mode', 'batch', 'size')
-    for rows, least in (
-        (report['rows'], {'plain', 'plain again', 'harmonic', 'original'}),
-        (report['growth'], {'plain'}),
-    ):
-        assert len({tuple(row[key] for key in about) for row in rows}) == len(rows)
-        for row in rows:
-            assert row['device'] == path.stem
-            assert least <= row['runs'].keys()
-            assert [row['runs']['plain'][key] for key in ('low', 'ratio', 'high')] == [1, 1, 1]
-            for run in row['runs'].values():
-                assert 0 < run['low'] <= run['ratio'] <= run['high']
-                assert run['seconds'] > 0
-    assert report['rows']
+@pytest.mark.parametrize('name', ['cpu', 'cuda'])
+def test_saved_speeds_can_be_drawn_again(name, tmp_path):
+    report = json.loads((RESULTS / f'{name}.json').read_text())
+    for row in report['rows']:
+        assert {'plain', 'plain again', 'harmonic', 'original'} <= row['runs'].keys()
+        assert all(0 < run['low'] <= run['ratio'] <= run['high'] for run in row['runs'].values())
     plot(report, tmp_path / 'again.png')
     assert (tmp_path / 'again.png').stat().st_size > 10_000
 
 
 def test_saved_summary_of_the_compression_is_made_from_its_rows():
-    """Every method has one row for each seed at each cut, and costs no more than the cut allows."""
+    """And no method costs more than its cut allows."""
     report = json.loads((RESULTS / 'compression.json').read_text())
-    seeds = range(report['options']['seeds'])
-    assert len(seeds) >= 5
     # To rounding: Python 3.10 sums deviations in another way.
     assert report['summary'] == [pytest.approx(row) for row in compression.summary(report['rows'])]
-    by_cut = {}
     for row in report['rows']:
-        by_cut.setdefault((row['axis'], row['share'], row['method']), []).append(row)
-        assert all(0 <= row[when] <= 100 for when in ('before', 'after', 'int8') if row[when] is not None)
-        if row['axis'] in ('parameters', 'macs'):
-            assert row[row['axis']] <= row['share'] * 1.0001
-    assert all([row['seed'] for row in rows] == list(seeds) for rows in by_cut.values())
-    cuts = {(axis, share) for axis, share, _ in by_cut if axis}
-    methods = {method for axis, _, method in by_cut if axis}
-    uncut = {(None, None, 'none'), (None, None, 'smooth')}
-    assert by_cut.keys() == uncut | {(*cut, method) for cut in cuts for method in methods}
-    assert methods <= compression.METHODS.keys()
+        assert row['axis'] not in ('parameters', 'macs') or row[row['axis']] <= row['share'] * 1.0001
+        assert row['method'] in {*compression.METHODS, 'none', 'smooth'}
 
 
+@slow
 @pytest.mark.parametrize('grouped', [False, True])
 def test_pruned_networks_lose_channels(grouped):
     """From few channels to all; with all of them it is the same network. They can be trained."""
@@ -200,22 +166,22 @@ def test_pruned_networks_lose_channels(grouped):
     small.train()(x).sum().backward()
 
 
+@slow
 def test_the_largest_that_fits_is_taken():
-    networks = smaller.narrower(5)[-10:]
-    with pytest.raises(ValueError, match='no network costs at most 1 macs'):
-        compression.largest(
-            compression.sized(networks[:1], networks[:1], networks[0], torch.zeros(1, 1, 48, 48)), 'macs', 1
-        )
-    candidates = compression.sized(networks, networks, networks[-1], torch.zeros(1, 1, 48, 48))
+    networks, x = smaller.narrower(5)[-10:], torch.zeros(1, 1, 48, 48)
+    candidates = compression.sized(networks, networks, networks[-1], x)
     assert candidates[-1].time == pytest.approx(1, rel=0.5)
+    with pytest.raises(ValueError, match='no network costs at most 1 macs'):
+        compression.largest(candidates, 'macs', 1)
     most = 0.8 * candidates[-1].macs
     best = compression.largest(candidates, 'macs', most)
     assert best.macs <= most
     assert all(of.macs > most for of in candidates if of.parameters > best.parameters)
 
 
+@slow
 @pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # timm leaves that to Python
-def test_compression_is_measured(tmp_path, monkeypatch, capsys):
+def test_compression_is_measured(tmp_path, monkeypatch):
     """And is taken up where it was broken off."""
     methods = {name: compression.METHODS[name] for name in ('refit', 'magnitude', 'narrower')}
     changed = dict(CUTS=(('parameters', 0.5),), METHODS=methods, EPOCHS=1, MORE=1, TRAIN=2, TEST=1)
@@ -230,18 +196,12 @@ def test_compression_is_measured(tmp_path, monkeypatch, capsys):
     rows = json.loads((out / 'compression.json').read_text())['summary']
     assert [row['method'] for row in rows] == ['none', 'smooth', *methods]
     assert all(row['parameters'] <= 0.5 for row in rows[2:])
-    assert rows[-1]['before'] is None
-    assert all(0 <= row[when] <= 100 for row in rows for when in ('after', 'int8'))
-    capsys.readouterr()
     monkeypatch.setattr(compression, 'one_seed', lambda *args: pytest.fail('measured twice'))
     compression.main()
     assert json.loads((out / 'compression.json').read_text())['summary'] == rows
-    capsys.readouterr()
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.compression', '--show', str(out / 'compression.json')])
-    compression.main()
-    assert capsys.readouterr().out.rstrip('\n') == (out / 'compression.md').read_text().rstrip('\n')
 
 
+@slow
 def test_conversion_is_measured(tmp_path, monkeypatch, capsys):
     options = ['--models', 'resnet18', '--rounds', '1', '--out', str(tmp_path)]
     monkeypatch.setattr(sys, 'argv', ['benchmarks.conversion', *options])
@@ -252,7 +212,8 @@ def test_conversion_is_measured(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / 'conversion.json').read_text())['rows'][0]['harmonize'][0] > 0
 
 
-def test_smoothness_is_measured(tmp_path, monkeypatch, capsys):
+@slow
+def test_smoothness_is_measured(tmp_path, monkeypatch):
     """Three networks side by side, in training, evaluation and fused."""
     monkeypatch.setattr(smoothness, 'SIDES', dict(harm_resnet18=64))
     monkeypatch.setattr(smoothness, 'BATCH', 2)
@@ -266,10 +227,9 @@ def test_smoothness_is_measured(tmp_path, monkeypatch, capsys):
     for row in rows:
         assert list(row['runs']) == ['without', 'without again', 'smooth']
         assert row['runs']['without']['ratio'] == 1
-    assert all('peak_bytes' in run for run in rows[0]['runs'].values())
-    assert (tmp_path / 'smoothness.md').read_text().strip() in capsys.readouterr().out
 
 
+@slow
 @pytest.mark.parametrize('setting', ['channels_last', 'ONNX Runtime, int8'])
 def test_deployed_networks_are_measured(setting, monkeypatch):
     """Every variant of a network beside the plain one; what cannot be made says why."""
@@ -286,25 +246,7 @@ def test_deployed_networks_are_measured(setting, monkeypatch):
     assert line.startswith(f'| `test_resnet` | {setting} | 1 |')
 
 
-def test_a_setting_of_another_device_is_an_error(monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.deploy', '--settings', 'contiguous', 'CUDA'])
-    with pytest.raises(SystemExit):
-        deploy.main()
-    assert 'CUDA: not on --device cpu' in capsys.readouterr().err
-
-
-def test_rows_that_are_not_measured_again_stay(tmp_path):
-    """If the same versions made them."""
-    row = dict(model='resnet18', setting='contiguous', batch=1, size=64, runs={}, impossible={})
-    rows = [row, dict(row, batch=8)]
-    saved = dict(environment=command.environment(), rows=rows)
-    (tmp_path / 'deploy.json').write_text(json.dumps(saved))
-    again = dict(saved, rows=[dict(row, runs={'plain': {}})])
-    assert deploy.with_saved(again, tmp_path / 'deploy.json')['rows'] == [*again['rows'], rows[1]]
-    again['environment'] = dict(again['environment'], torch='2.0')
-    assert deploy.with_saved(again, tmp_path / 'deploy.json') == again == deploy.with_saved(again, None)
-
-
+@slow
 def test_training_in_both_forms_is_measured(monkeypatch):
     monkeypatch.setattr(forms, 'LEVELS', (1,))
     row = forms.measure('test_resnet', 'channels_last', 64, 0.0)
@@ -314,6 +256,7 @@ def test_training_in_both_forms_is_measured(monkeypatch):
     assert line.startswith('| `test_resnet` | channels_last |')
 
 
+@slow
 def test_files_of_truncated_networks():
     """Fused they have the plain network's size again, separable they are as small as their weights."""
     plain, small = (sizes.sizes('test_resnet', level) for level in (None, 1))
@@ -338,4 +281,3 @@ def test_rows_of_a_report_count_as_measured(tmp_path):
     saved['environment'] = dict(saved['environment'], torch='2.0')
     path.write_text(json.dumps(saved))
     assert small_data.reported(path) == {}
-    assert small_data.reported(tmp_path / 'none.json') == {}

@@ -1,6 +1,6 @@
 """What holds on the CPU holds on every device: on the first GPU where there is one, or on the one of --device.
 
-The CPU in float64 says what is right.
+The CPU in float64 says what is right. python -m pytest tests/test_devices.py -m slow
 """
 
 import copy
@@ -11,19 +11,18 @@ import reference
 import timm
 import torch
 import torch.nn.functional as F
+from reference import RESNET, small
 from timm.models import reparameterize_model
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, deploy, harmonize, refit, truncate
 from timm_harmonic.conversion.swap import harmonic_layers
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
-SMALL = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), num_classes=5)
 LAYERS = {
     'conv': lambda **kwargs: HarmonicConv2d(32, 24, 3, padding=1, **kwargs),
     'level': lambda **kwargs: HarmonicConv2d(32, 24, 3, padding=1, level=2, **kwargs),
-    'average': lambda **kwargs: HarmonicConv2d(32, 24, 3, padding=1, level=1, **kwargs),
     'smooth': lambda **kwargs: HarmonicConv2d(32, 24, 5, stride=2, padding=2, smoothness=1, **kwargs),
     'grouped': lambda **kwargs: HarmonicConv2d(32, 24, 3, padding=1, groups=8, bias=False, **kwargs),
     'depth-wise': lambda **kwargs: HarmonicConv2d(32, 32, 5, padding='same', groups=32, **kwargs),
@@ -69,11 +68,6 @@ def images(channels=3, size=32, batch=8, seed=1, dtype=torch.float32):
     return 5 * F.avg_pool2d(noise, 5, 1).to(dtype)
 
 
-def network(**kwargs):
-    torch.manual_seed(0)
-    return reference.randomize_batch_norm(timm.create_model('harm_resnet18', **SMALL, **kwargs))
-
-
 def outcome(layer, x):
     """Output and gradients of a layer, on the CPU."""
     y = layer(x)
@@ -116,15 +110,15 @@ def test_a_layer_is_made_where_it_is_wanted(device):
 
 @pytest.mark.usefixtures('tensor_float32')
 @pytest.mark.parametrize('precision', [None, torch.float16, torch.bfloat16], ids=['fp32', 'fp16', 'bf16'])
-@pytest.mark.parametrize('name', ['conv', 'level', 'grouped', 'stem', 'stem in training', 'network'])
+@pytest.mark.parametrize('name', ['conv', 'grouped', 'stem', 'stem in training', 'network'])
 def test_precision(name, precision, device):
     """As near to float64 as the plain convolution with the same filters, where products may be rounded."""
     ratios = []
     for seed in range(4):
         torch.manual_seed(seed)
         training = name == 'stem in training'
-        make = network if name == 'network' else LAYERS['stem' if training else name]
-        ours = reference.randomize_batch_norm(make()).train(training)
+        layer = LAYERS.get('stem' if training else name)
+        ours = small('harm_resnet18') if layer is None else reference.randomize_batch_norm(layer()).train(training)
         exact = copy.deepcopy(ours).double()
         x = images(next(m.in_channels for m in ours.modules() if hasattr(m, 'in_channels')), seed=seed)
         with torch.no_grad():
@@ -164,7 +158,7 @@ def test_training(precision, device, request):
     """Some steps: the loss stays finite and falls. A step does not wait for the device."""
     if device.type == 'cpu' and precision == torch.float16:
         pytest.skip('slow on a CPU: tests/layers/test_precision.py trains so there')
-    model = network().to(device, memory_format=torch.channels_last).train()
+    model = small('harm_resnet18').to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     x, labels = images().to(device, memory_format=torch.channels_last), (torch.arange(8) % 5).to(device)
@@ -192,7 +186,7 @@ def test_training(precision, device, request):
 def test_harmonize_truncate_refit_deploy(device):
     """The same levels and the same networks as on the CPU, and by time what is measured on the device."""
     torch.manual_seed(0)
-    plain = timm.create_model('resnet18', **SMALL)
+    plain = timm.create_model('resnet18', **RESNET)
     plain.train()
     with torch.no_grad():
         for seed in range(20):
@@ -229,7 +223,7 @@ def test_compiled(device):
     if device.type == 'cpu':
         pytest.skip('takes minutes on a CPU: tests/models/test_export.py compiles for it')
     torch.compiler.reset()
-    model = network().to(device).double()
+    model = small('harm_resnet18').to(device).double()
     x = images(dtype=torch.float64).to(device)
     for training in (False, True):
         eager = copy.deepcopy(model).train(training)
@@ -245,7 +239,7 @@ def test_captured_in_a_graph(device):
     """A CUDA graph of evaluation and of the forward and backward pass of training."""
     if device.type != 'cuda':
         pytest.skip('CUDA graphs are for CUDA')
-    model, x = network().to(device), images().to(device)
+    model, x = small('harm_resnet18').to(device), images().to(device)
     with torch.no_grad():
         expected = model.eval()(x)
         graph = torch.cuda.CUDAGraph()
@@ -274,7 +268,7 @@ def test_distributed(device, tmp_path):
         pytest.skip('tests/models/test_distributed.py has two processes on the CPU')
     import torch.distributed as dist
 
-    model, x = network().to(device).double().train(), images(dtype=torch.float64).to(device)
+    model, x = small('harm_resnet18').to(device).double().train(), images(dtype=torch.float64).to(device)
     expected = outcome(copy.deepcopy(model), x)
     dist.init_process_group('nccl', init_method=f'file://{tmp_path}/meeting_point', rank=0, world_size=1)
     try:

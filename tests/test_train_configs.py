@@ -36,11 +36,12 @@ SNAPSHOT = Path(__file__).parent / 'data' / 'train_options.json'
 ROWS = [name for name in PAPER if name != 'harm0_seresnext101_32x4d']
 # Rows for small images, by file.
 SMALL = {name: row for row in PAPER_SMALL for name in row['files'].split()}
-# Files that are for one process and no row of the paper.
-FEW_IMAGES = ['gem', 'small_data']
-OTHERS = ['harm_resnet50_a3', 'finetune_truncated', 'distill_truncated', *FEW_IMAGES]
+# Files that are no row of the paper.
+OTHERS = ['harm_resnet50_a3', 'finetune_truncated', 'distill_truncated', 'gem', 'small_data']
 # Rows whose recipe the authors publish.
 SGD_ROWS = [name for name in ROWS if 'seresnext' not in name]
+# GEM's sets in train_configs/README.md, and their numbers of classes.
+GEM = {'ciFAIR-10': 10, 'CUB': 200, 'ISIC 2018': 7, 'CLaMM': 12}
 
 # Runs a script until it uses a parser with many options, and prints these, wherever a version of timm keeps its parser.
 # The script's folder is not put on sys.path, so it imports the installed timm.
@@ -75,14 +76,7 @@ runpy.run_path(script, run_name='__main__')
 
 
 def read_train_options(scripts: Path) -> dict:
-    """Options of the train.py in a checkout of timm: for each its type, nargs, choices and default.
-
-    Args:
-        scripts: Folder of train.py.
-
-    Returns:
-        {'timm': version of the checkout, 'options': {name as in a YAML file: {...}}}.
-    """
+    """Version of a checkout of timm, and its train.py's options: for each its type, nargs, choices and default."""
     command = [sys.executable, '-c', _DUMP_OPTIONS, str(Path(scripts).resolve() / 'train.py')]
     # Not in the checkout: `python -c` finds packages in the current folder first.
     result = subprocess.run(
@@ -130,151 +124,73 @@ def arguments(name: str) -> argparse.Namespace:
     return argparse.Namespace(**({key: option['default'] for key, option in options.items()} | load(name)))
 
 
-each_config = pytest.mark.parametrize('name', [path.stem for path in CONFIGS])
+def check_optimizer(optimizer, model, **expected):
+    """That each group has these options, and all parameters are in one."""
+    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for group in optimizer.param_groups:
+        assert {key: group[key] for key in expected} == expected
 
 
 def test_there_is_one_file_for_every_row():
     assert {path.stem for path in CONFIGS} == {*ROWS, *SMALL, *OTHERS}
 
 
-@each_config
-def test_every_key_is_an_option_of_train_py(name):
-    assert problems(load(name), json.loads(SNAPSHOT.read_text())['options']) == {}
+def test_every_key_is_an_option_of_train_py():
+    options = json.loads(SNAPSHOT.read_text())['options']
+    assert {path.stem: problems(load(path.stem), options) for path in CONFIGS} == {path.stem: {} for path in CONFIGS}
+    assert problems(dict(lr='1e-4', epochs=True, scale=0.08, nonsense=1), options).keys() == {
+        *('lr', 'epochs', 'scale', 'nonsense')
+    }
 
 
-@each_config
-def test_options_of_the_checkout(name, live_options):
-    assert problems(load(name), live_options) == {}
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get('TIMM_SCRIPTS'), reason='TIMM_SCRIPTS names no checkout of timm')
+def test_options_of_the_checkout():
+    options = read_train_options(Path(os.environ['TIMM_SCRIPTS']))['options']
+    assert {path.stem: problems(load(path.stem), options) for path in CONFIGS} == {path.stem: {} for path in CONFIGS}
 
 
-@pytest.fixture(scope='module')
-def live_options():
-    if not os.environ.get('TIMM_SCRIPTS'):
-        pytest.skip('TIMM_SCRIPTS names no checkout of timm; its train.py is in no package')
-    return read_train_options(Path(os.environ['TIMM_SCRIPTS']))['options']
+def test_the_model_exists_and_is_the_one_of_the_file_name():
+    for name in (*ROWS, 'harm_resnet50_a3'):
+        config = load(name)
+        assert config['device_modules'] == ['timm_harmonic']
+        assert config['model'] == name.removesuffix('_a3')
+        drop = dict(drop_rate=config.get('drop', 0.0), drop_path_rate=config.get('drop_path'))
+        model = timm.create_model(config['model'], **drop, **config.get('model_kwargs', {}), device='meta')
+        assert model.num_classes == 1000
 
 
-@pytest.mark.parametrize(
-    ('key', 'value'),
-    [
-        ('learning_rate', 0.1),
-        ('lr', '1e-4'),
-        ('epochs', 2.5),
-        ('epochs', True),
-        ('amp', 1),
-        ('scale', 0.08),
-        ('model', ['harm_resnet50']),
-        ('model_kwargs', 'levels=3'),
-        ('input_size', [224, 224]),
-        ('kd_distill_type', 'none'),
-        ('opt', None),
-    ],
-)
-def test_wrong_keys_and_values_are_noticed(key, value):
-    assert key in problems({key: value}, json.loads(SNAPSHOT.read_text())['options'])
-
-
-@pytest.mark.parametrize('name', [*ROWS, 'harm_resnet50_a3'])
-def test_the_model_exists_and_is_the_one_of_the_file_name(name):
-    config = load(name)
-    assert config['device_modules'] == ['timm_harmonic']
-    assert config['model'] == name.removesuffix('_a3')
-    with torch.device('meta'):
-        model = timm.create_model(
-            config['model'],
-            drop_rate=config.get('drop', 0.0),
-            drop_path_rate=config.get('drop_path'),
-            **config.get('model_kwargs', {}),
-        )
-    assert model.num_classes == 1000
-
-
-@pytest.mark.parametrize('name', sorted({path.stem for path in CONFIGS} - {*SMALL, *FEW_IMAGES}))
-def test_the_comment_states_the_total_batch(name):
-    text, config = (ROOT / 'train_configs' / f'{name}.yaml').read_text(), load(name)
-    stated = re.search(
-        r'^# Batch: (\d+) per process x 8 processes (?:x (\d+) accumulated steps )?= (\d+) in total', text, re.MULTILINE
-    )
-    assert int(stated.group(1)) == config['batch_size']
-    assert int(stated.group(2) or 1) == config['grad_accum_steps']
-    assert int(stated.group(3)) == config['batch_size'] * 8 * config['grad_accum_steps']
-
-
-def errors_of(name):
-    """The paper's top-1 and top-5 errors in percent, at 224 and, where the row has them, at 320."""
-    top1, top5 = (PAPER[name][key].split(' / ') for key in ('top1', 'top5'))
-    return list(zip(top1, top5, strict=True))
-
-
-def numbers(text):
-    return re.findall(r'\d+\.\d\d', text)
-
-
-@pytest.mark.parametrize('name', ROWS)
-def test_the_comment_and_the_readme_state_the_papers_errors(name):
-    comment = (ROOT / 'train_configs' / f'{name}.yaml').read_text().split('\n\n')[0].replace('\n# ', ' ')
-    shown = re.search(r'Paper: top-1 error (.+?)\(', comment).group(1)
-    assert numbers(shown) == list(sum(errors_of(name), ()))
-    assert 'ot re-measured here' in comment
-    readme = (ROOT / 'train_configs' / 'README.md').read_text()
-    row = re.search(rf'^\| `{name}` \|.*$', readme, re.MULTILINE).group(0)
-    assert numbers(row) == list(sum(zip(*errors_of(name), strict=True), ()))
-
-
-def options_of(row):
-    """Options of a row of the table for small images, as YAML has them."""
-    return {key: yaml.safe_load(value) for key, _, value in (of.partition('=') for of in row['options'].split())}
-
-
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', ['harm_wrn28_10_cifar100', 'harm_wrn16_8_stl10'])
 def test_small_images(name):
-    """The network of the row, the authors' recipe, and their figures in the comment."""
-    config, row, dataset = load(name), SMALL[name], name.rpartition('_')[2]
-    assert config['device_modules'] == ['timm_harmonic']
+    """The network of the row, and the authors' recipe."""
+    config, row, args = load(name), SMALL[name], arguments(name)
+    words = (word.partition('=') for word in row['options'].split())
     assert config['model'] == row['model']
-    assert config['model_kwargs'] == options_of(row)
+    assert config['model_kwargs'] == {key: yaml.safe_load(value) for key, _, value in words}
+    expected = dict(device_modules=['timm_harmonic'], num_classes=100, img_size=32, epochs=200, batch_size=128)
+    milestones = [60, 120, 160]
+    if name.endswith('stl10'):
+        expected |= dict(num_classes=10, img_size=96, epochs=1000, batch_size=32)
+        milestones = [300, 400, 600, 800]
+    assert {key: getattr(args, key) for key in expected} == expected
     model = timm.create_model(config['model'], num_classes=config['num_classes'], **config['model_kwargs'])
-    assert config['num_classes'] == (100 if dataset == 'cifar100' else 10)
-    size = 96 if dataset == 'stl10' else 32
-    assert config['img_size'] == size
-    epochs = dict(stl10=(1000, [300, 400, 600, 800])).get(dataset, (200, [60, 120, 160]))
-    args = arguments(name)
-    assert (args.epochs, args.decay_milestones) == epochs
-    assert args.batch_size == (32 if dataset == 'stl10' else 128)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
-    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
-    for group in optimizer.param_groups:
-        assert (group['momentum'], group['nesterov'], group['weight_decay']) == (0.9, False, 5e-4)
+    check_optimizer(optimizer, model, momentum=0.9, nesterov=False, weight_decay=5e-4)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
     for epoch in range(1, args.epochs):
         scheduler.step(epoch)
-        steps = sum(epoch + 1 >= milestone for milestone in epochs[1])  # at the start of the 60th epoch, as the authors
+        steps = sum(
+            epoch + 1 >= milestone for milestone in milestones
+        )  # at the start of the 60th epoch, as the authors
         assert optimizer.param_groups[0]['lr'] == pytest.approx(0.1 * 0.2**steps)
-    comment = (ROOT / 'train_configs' / f'{name}.yaml').read_text().replace('\n# ', ' ')
-    figures = [row['stl10'], row['stl10_folds']] if dataset == 'stl10' else [row[dataset]]
-    plain = next(
-        r for r in PAPER_SMALL if r['model'] == row['model'].replace('harm_', 'harm0_') and r['title'] != row['title']
-    )
-    figures += [plain['stl10'], plain['stl10_folds']] if dataset == 'stl10' else [plain[dataset]]
-    stated = re.search(r'Paper: test (.+?)Not re-measured here', comment).group(1)
-    assert numbers(stated) == numbers(' '.join(figures))
 
 
-def test_the_file_of_the_twin_states_the_errors_of_the_baseline():
-    """Of the one row without a file."""
-    comment = (
-        (ROOT / 'train_configs' / 'harm_seresnext101_32x4d.yaml').read_text().split('\n\n')[0].replace('\n# ', ' ')
-    )
-    shown = re.search(r'Its baseline in the paper, (.+?)--model harm0_seresnext101_32x4d', comment).group(1)
-    assert numbers(shown) == list(sum(errors_of('harm0_seresnext101_32x4d'), ()))
-
-
-@pytest.mark.parametrize('name', SGD_ROWS)
-def test_the_rows_share_the_published_recipe(name):
+def test_the_rows_share_the_published_recipe():
     own = ('model', 'model_kwargs', 'drop')
-    recipe = {key: value for key, value in load(name).items() if key not in own}
-    assert recipe == {key: value for key, value in load('harm_resnet50').items() if key not in own}
-    assert load(name)['drop'] == (0.5 if 'vgg' in name else 0.0)
+    shared = {key: value for key, value in load('harm_resnet50').items() if key not in own}
+    for name in SGD_ROWS:
+        assert {key: value for key, value in load(name).items() if key not in own} == shared
+        assert load(name)['drop'] == (0.5 if 'vgg' in name else 0.0)
 
 
 def test_the_published_recipe_gives_the_papers_optimizer_and_rates():
@@ -283,10 +199,7 @@ def test_the_published_recipe_gives_the_papers_optimizer_and_rates():
     model = timm.create_model(args.model, layers=(1, 1, 1, 1), num_classes=2)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
     assert type(optimizer) is torch.optim.SGD
-    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
-    for group in optimizer.param_groups:
-        assert (group['momentum'], group['nesterov'], group['dampening']) == (0.9, False, 0)
-        assert group['weight_decay'] == 1e-4
+    check_optimizer(optimizer, model, momentum=0.9, nesterov=False, dampening=0, weight_decay=1e-4)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
     assert epochs == 100
     for epoch in range(epochs):
@@ -298,15 +211,14 @@ def test_the_published_recipe_gives_the_papers_optimizer_and_rates():
         assert optimizer.param_groups[0]['lr'] == pytest.approx(0.1 * 0.1 ** (epoch // 30))
 
 
+@pytest.mark.slow
 def test_the_truncated_network_is_what_the_comment_makes(tmp_path, monkeypatch):
     """The command of the comment writes the folder that the file reads. Here, of another network without a download."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / 'train_configs' / 'finetune_truncated.yaml').read_text()
     command = re.search(r'^#   timm-harmonic (compress .+)$', text, re.MULTILINE).group(1).split()
-    assert (
-        cli.main(['resnet18' if part == 'resnet50.a1_in1k' else part for part in command if part != '--pretrained'])
-        == 0
-    )
+    command = ['resnet18' if part == 'resnet50.a1_in1k' else part for part in command if part != '--pretrained']
+    assert cli.main(command) == 0
     config = load('finetune_truncated')
     model = timm.create_model(config['model'], pretrained=config['pretrained'])
     assert sum(p.numel() for p in model.parameters()) <= 0.75 * 11_689_512
@@ -368,9 +280,7 @@ def test_gems_protocol():
     model = timm.create_model(args.model, num_classes=5, **args.model_kwargs)
     assert isinstance(model.maxpool, torch.nn.MaxPool2d)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
-    assert sum(len(group['params']) for group in optimizer.param_groups) == len(list(model.parameters()))
-    for group in optimizer.param_groups:
-        assert (group['momentum'], group['nesterov'], group['weight_decay']) == (0.9, False, args.weight_decay)
+    check_optimizer(optimizer, model, momentum=0.9, nesterov=False, weight_decay=args.weight_decay)
     scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=20)
     assert epochs == 500
     for update in (0, 1, 5000, 9999):
@@ -379,7 +289,7 @@ def test_gems_protocol():
         assert optimizer.param_groups[0]['lr'] == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize('name', ['ciFAIR-10', 'CUB', 'ISIC 2018', 'CLaMM'])
+@pytest.mark.parametrize('name', GEM)
 def test_options_of_gems_sets(name):
     """train.py has them, and the network can be made with them."""
     options, found = json.loads(SNAPSHOT.read_text())['options'], {}
@@ -388,22 +298,16 @@ def test_options_of_gems_sets(name):
             values = found.setdefault(word[2:].replace('-', '_'), [])
         else:
             values.append(yaml.safe_load(word))
-    given = {}
-    for key, values in found.items():
-        if key == 'model_kwargs':
-            given[key] = dict(word.split('=') for word in values)
-            given[key] = {option: yaml.safe_load(value) for option, value in given[key].items()}
-        else:
-            given[key] = values if options[key]['nargs'] else values[0]
+    given = {key: values if options[key]['nargs'] else values[0] for key, values in found.items()}
+    if 'model_kwargs' in found:
+        words = (word.split('=') for word in found['model_kwargs'])
+        given['model_kwargs'] = {option: yaml.safe_load(value) for option, value in words}
     assert problems(given, options) == {}
     config = load('gem') | given
     channels = dict(in_chans=config['in_chans']) if 'in_chans' in config else {}
-    model = timm.create_model(
-        config['model'], num_classes=config['num_classes'], **config['model_kwargs'], **channels, device='meta'
-    )
-    assert (
-        model.num_classes == dict(zip(['ciFAIR-10', 'CUB', 'ISIC 2018', 'CLaMM'], [10, 200, 7, 12], strict=True))[name]
-    )
+    classes = dict(num_classes=config['num_classes'])
+    model = timm.create_model(config['model'], **classes, **config['model_kwargs'], **channels, device='meta')
+    assert model.num_classes == GEM[name]
 
 
 def test_a_quarter_of_each_class_is_split_off(tmp_path):

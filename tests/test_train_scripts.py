@@ -13,9 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import reference
 import timm
 import torch
 from PIL import Image
@@ -23,28 +25,19 @@ from test_train_configs import gem_rows
 
 import timm_harmonic
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get('TIMM_SCRIPTS'),
-    reason='TIMM_SCRIPTS names no checkout of pytorch-image-models; its scripts are in no package',
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not os.environ.get('TIMM_SCRIPTS'),
+        reason='TIMM_SCRIPTS names no checkout of pytorch-image-models; its scripts are in no package',
+    ),
+]
 
 CONFIG = Path(__file__).resolve().parents[1] / 'train_configs' / 'harm_resnet50.yaml'
 TIMEOUT = 240  # seconds, for each process
-VALIDATION_PER_CLASS = 5  # of those that the quickstart exports, because validation would take most of the time
+PER_CLASS = dict(train=8, validation=5)  # images of those that the quickstart exports
 LR = 0.1 * 16 / 256
 SMALL = ('--model-kwargs', 'layers=(1,1,1,1)')
-
-# timm's training task names its device to DistributedDataParallel, which torch refuses for the CPU. Without that,
-# train.py runs in two processes on a CPU.
-_TWO_PROCESSES_ON_CPU = """
-import runpy, sys
-from torch.nn.parallel import DistributedDataParallel as DDP
-
-init = DDP.__init__
-DDP.__init__ = lambda self, module, device_ids=None, **kwargs: init(self, module, **kwargs)
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
 
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -68,31 +61,45 @@ class Workplace:
         for name in ('train.py', 'validate.py', 'benchmark.py', 'inference.py', 'onnx_export.py'):
             shutil.copy(Path(os.environ['TIMM_SCRIPTS']) / name, self.scripts / name)
         run(sys.executable, '-m', 'timm_harmonic', 'quickstart', '--export', self.images, cwd=folder)
-        classes = list((self.images / 'validation').iterdir())
+        for split, count in PER_CLASS.items():
+            classes = list((self.images / split).iterdir())
+            for patch in (patch for folder in classes for patch in sorted(folder.iterdir())[count:]):
+                patch.unlink()
         self.num_classes = len(classes)
-        for patch in (patch for folder in classes for patch in sorted(folder.iterdir())[VALIDATION_PER_CLASS:]):
-            patch.unlink()
 
     def run(self, script: str, *options: object) -> subprocess.CompletedProcess:
         """Runs one of the scripts as it is. Only autoloading lets timm know the models."""
         return run(sys.executable, self.scripts / script, *options, cwd=self.folder)
 
-    def train(self, name: str, *options: object, launcher: tuple = (sys.executable,)) -> list[dict]:
-        """Rows of summary.csv of a run of train.py, its checkpoints are in `self.folder / name`."""
-        common = f'--num-classes {self.num_classes} --img-size 64 --epochs 1 --workers 0 --device cpu'
-        # The config's rate is for 256 images a step.
-        common += f' --batch-size 16 --lr {LR}'
-        paths = ('-c', CONFIG, '--data-dir', self.images, '--output', self.folder, '--experiment', name)
-        run(*launcher, self.scripts / 'train.py', *paths, *common.split(), *options, cwd=self.folder)
+    def common(self) -> list[str]:
+        options = f'--num-classes {self.num_classes} --img-size 64 --workers 0 --device cpu --batch-size 16'
+        return [*options.split(), '--data-dir', str(self.images)]
+
+    def summary(self, name: str, epoch: int = 0) -> dict[str, float]:
+        """Checks that a run wrote one row of sound numbers, and returns them."""
         with (self.folder / name / 'summary.csv').open() as file:
-            return list(csv.DictReader(file))
+            (row,) = csv.DictReader(file)
+        numbers = {key: float(value) for key, value in row.items()}
+        assert numbers['epoch'] == epoch
+        assert 0 < numbers['train_loss'] < 20
+        assert 0 < numbers['eval_loss'] < 100
+        assert 0 <= numbers['eval_top1'] <= numbers['eval_top5'] <= 100
+        return numbers
+
+    def output(self, name: str) -> tuple:
+        return ('--output', self.folder, '--experiment', name, '--epochs', 1)
+
+    def train(self, name: str, *options: object, epoch: int = 0) -> dict:
+        """Numbers of a run of train.py, its checkpoints are in `self.folder / name`."""
+        # The config's rate is for 256 images a step.
+        rest = ('-c', CONFIG, *self.output(name), *self.common(), '--lr', LR, *options)
+        self.run('train.py', *rest)
+        return self.summary(name, epoch)
 
     def validate(self, name: str, *options: object) -> dict:
         """Result of validate.py for the last checkpoint of a run, with the mean loss of its log."""
-        common = f'--num-classes {self.num_classes} --batch-size 16 --workers 0 --device cpu --split validation'
-        paths = ('--data-dir', self.images, '--checkpoint', self.folder / name / 'last.pth.tar')
-        options = ('--model', 'harm_resnet50', *paths, *common.split(), '--log-freq', 1, *options)
-        result = self.run('validate.py', *options)
+        paths = ('--split', 'validation', '--checkpoint', self.folder / name / 'last.pth.tar')
+        result = self.run('validate.py', '--model', 'harm_resnet50', *paths, *self.common(), '--log-freq', 1, *options)
         loss = re.findall(r'Loss: +\S+ \( *([\d.]+)\)', result.stderr)[-1]
         return dict(json.loads(result.stdout.split('--result\n')[1]), loss=float(loss))
 
@@ -114,16 +121,6 @@ def small_run(workplace):
     return workplace.train('small', *SMALL)
 
 
-def check_summary(rows: list[dict], epoch: int = 0) -> dict[str, float]:
-    """Checks that a run wrote one row of sound numbers, and returns them."""
-    assert [int(row['epoch']) for row in rows] == [epoch]
-    numbers = {key: float(value) for key, value in rows[0].items()}
-    assert 0 < numbers['train_loss'] < 20
-    assert 0 < numbers['eval_loss'] < 100
-    assert 0 <= numbers['eval_top1'] <= numbers['eval_top5'] <= 100
-    return numbers
-
-
 def check_validated(validated: dict, trained: dict[str, float], images: float, loss: float) -> None:
     """Checks that validate.py finds what train.py found, within a percentage of the images and a share of the loss.
 
@@ -141,12 +138,12 @@ def test_the_scripts_use_the_installed_timm(workplace):
 
 
 def test_one_epoch_of_harm_resnet50_then_validation(workplace):
-    trained = check_summary(workplace.train('full'))
+    trained = workplace.train('full')
     model = timm.create_model('harm_resnet50', num_classes=workplace.num_classes)
     model.load_state_dict(workplace.checkpoint('full')['state_dict'])
-    plain = workplace.validate('full', '--img-size', 64)
+    plain = workplace.validate('full')
     check_validated(plain, trained, images=1e-3, loss=1e-3)
-    fused = workplace.validate('full', '--img-size', 64, '--reparam')
+    fused = workplace.validate('full', '--reparam')
     # Rounding may move an image across a decision.
     check_validated(fused, trained, images=1.01 * workplace.one_image(), loss=1e-3)
     assert fused['param_count'] == pytest.approx(plain['param_count'], abs=0.01)
@@ -157,24 +154,42 @@ def test_the_run_kept_the_options_of_the_config(workplace, small_run):
     assert (args.opt, args.weight_decay, args.sched, args.smoothing) == ('momentum', 1e-4, 'step', 0.0)
     groups = workplace.checkpoint('small')['optimizer']['param_groups']
     assert [(group['weight_decay'], group['nesterov']) for group in groups] == [(1e-4, False)]
-    assert float(small_run[0]['lr']) == pytest.approx(LR)
+    assert small_run['lr'] == pytest.approx(LR)
 
 
-def test_resume_for_a_second_epoch(workplace, small_run):
-    check_summary(small_run)
-    last = workplace.folder / 'small' / 'last.pth.tar'
-    check_summary(workplace.train('resumed', *SMALL, '--resume', last, '--epochs', 2), epoch=1)
-    assert workplace.checkpoint('resumed')['epoch'] == 1
+def test_killed_in_the_second_epoch_and_resumed(workplace, small_run):
+    """The run that was killed goes on as the one that ended after its first epoch does: the same bits."""
+    command = (sys.executable, workplace.scripts / 'train.py', '-c', CONFIG, *workplace.output('killed'))
+    command += (*workplace.common(), '--lr', LR, *SMALL, '--epochs', 2, '--log-interval', 1)
+    env = dict(os.environ, OMP_NUM_THREADS='2', CUDA_VISIBLE_DEVICES='')
+    log = workplace.folder / 'killed.log'
+    with log.open('w') as file:
+        process = subprocess.Popen(list(map(str, command)), stderr=file, stdout=file, cwd=workplace.folder, env=env)
+    try:
+        deadline = time.monotonic() + TIMEOUT
+        while 'Train: 1 [   3/' not in log.read_text():
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    for name, source in (('resumed', 'killed'), ('regular', 'small')):
+        last = workplace.folder / source / 'last.pth.tar'
+        workplace.train(name, *SMALL, '--resume', last, '--epochs', 2, epoch=1)
+    one, other = (workplace.checkpoint(name) for name in ('resumed', 'regular'))
+    assert (one['epoch'], other['epoch']) == (1, 1)
+    for part in ('state_dict', 'optimizer'):
+        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
 
 
 def test_averaged_weights_and_gradient_checkpointing(workplace):
     options = ('--model-ema', '--model-ema-decay', 0.5, '--grad-checkpointing')
-    trained = check_summary(workplace.train('averaged', *SMALL, *options))
+    trained = workplace.train('averaged', *SMALL, *options)
     checkpoint = workplace.checkpoint('averaged')
     assert checkpoint['state_dict'].keys() == checkpoint['state_dict_ema'].keys()
     # train.py reports the averaged network where there is one.
-    validated = workplace.validate('averaged', *SMALL, '--img-size', 64, '--use-ema')
-    check_validated(validated, trained, images=1e-3, loss=1e-3)
+    check_validated(workplace.validate('averaged', *SMALL, '--use-ema'), trained, images=1e-3, loss=1e-3)
 
 
 def test_larger_images_with_test_time_pooling(workplace, small_run):
@@ -184,65 +199,16 @@ def test_larger_images_with_test_time_pooling(workplace, small_run):
     assert 0 <= result['top1'] <= result['top5'] <= 100
 
 
-def authors_checkpoint(path: Path) -> dict:
-    """Writes a small harm_resnet50 as the authors' main.py would have; returns its state dict in our layout."""
-    torch.manual_seed(0)
-    model = timm.create_model('harm_resnet50', layers=(1, 1, 1, 1), num_classes=1000)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.9, 1.1)
-    harmonic = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, (timm_harmonic.HarmonicConv2d, timm_harmonic.HarmonicBlock2d))
-    }
-    theirs = {}
-    for key, value in model.state_dict().items():
-        name, _, attribute = key.rpartition('.')
-        if name in harmonic and attribute == 'weight':
-            # The stem has (O, I * P, 1, 1), in the order c * P + n. The others have (O, I, P, 1, 1).
-            value = value.flatten(1)[:, :, None, None] if name == 'conv1' else value[..., None]
-        layer = next((layer for layer in harmonic if key.startswith(f'{layer}.')), None)
-        if layer is not None:
-            key = key.replace('conv', 'harm', 1)
-        theirs[f'module.{key}'] = value
-    wrapped = dict(epoch=1, arch='resnet50', state_dict=theirs, best_acc1=torch.tensor(1.0), optimizer={'state': {}})
-    torch.save(wrapped, path)
-    return model.state_dict()
-
-
-@pytest.mark.parametrize('channels', [1, 3])
-def test_fine_tuning_from_a_file_in_the_authors_layout(workplace, channels):
-    path = workplace.folder / f'authors_{channels}.pth.tar'
-    ours = authors_checkpoint(path)
+def test_fine_tuning_from_a_file_in_the_authors_layout(workplace):
+    path, theirs = workplace.folder / 'authors.pth.tar', reference.generated_state_dict('harm_resnet50')
+    torch.save(dict(epoch=1, arch='resnet50', state_dict={f'module.{k}': v for k, v in theirs.items()}), path)
     # With so small a rate the weights stay those that were loaded. 0 would stand for timm's default.
-    start = ('--pretrained', '--pretrained-path', path, '--in-chans', channels, '--lr', 1e-12)
-    check_summary(workplace.train(f'tuned_{channels}', *SMALL, *start))
-    tuned = workplace.checkpoint(f'tuned_{channels}')['state_dict']
+    workplace.train('tuned_authors', '--pretrained', '--pretrained-path', path, '--lr', 1e-12)
+    tuned = workplace.checkpoint('tuned_authors')['state_dict']
     assert tuned['fc.weight'].shape[0] == workplace.num_classes
-    for key in ('layer1.0.conv2.weight', 'layer4.0.conv2.weight', 'layer2.0.conv1.weight'):
-        torch.testing.assert_close(tuned[key], ours[key], rtol=0, atol=1e-6)
-    assert tuned['conv1.weight'].shape == (64, channels, 49, 1)
-    if channels == 3:
-        torch.testing.assert_close(tuned['conv1.weight'], ours['conv1.weight'], rtol=0, atol=1e-6)
-    else:
-        # All statistics are near 1 here, and so the sum over channels is near the adapted weight.
-        similarity = torch.cosine_similarity(
-            tuned['conv1.weight'].flatten(), ours['conv1.weight'].sum(1).flatten(), dim=0
-        )
-        assert similarity > 0.99
-
-
-def test_two_processes(workplace):
-    wrapper = workplace.scripts / 'two_processes_on_cpu.py'
-    wrapper.write_text(_TWO_PROCESSES_ON_CPU)
-    torchrun = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2)
-    trained = check_summary(workplace.train('two', *SMALL, launcher=(*torchrun, wrapper)))
-    assert all(torch.isfinite(value).all() for value in workplace.checkpoint('two')['state_dict'].values())
-    # If the number of images is odd, one of them counts twice.
-    validated = workplace.validate('two', *SMALL, '--img-size', 64)
-    check_validated(validated, trained, images=2 * workplace.one_image(), loss=0.05)
+    for key, authors_key in (('conv1', 'harm1'), ('layer1.0.conv2', 'layer1.0.harm2'), ('layer2.0.conv1',) * 2):
+        expected = theirs[f'{authors_key}.weight'].reshape(tuned[f'{key}.weight'].shape)
+        torch.testing.assert_close(tuned[f'{key}.weight'], expected, rtol=0, atol=1e-6)
 
 
 def test_benchmark(workplace):
@@ -250,8 +216,7 @@ def test_benchmark(workplace):
     result = workplace.run('benchmark.py', '--model', 'harm_resnet50', *SMALL, *common.split())
     figures = json.loads(result.stdout.split('--result\n')[1])
     assert figures['model'] == 'harm_resnet50'
-    assert figures['infer_samples_per_sec'] > 0
-    assert figures['train_samples_per_sec'] > 0
+    assert all(figures[f'{mode}_samples_per_sec'] > 0 for mode in ('infer', 'train'))
 
 
 def test_inference(workplace, small_run):
@@ -262,7 +227,7 @@ def test_inference(workplace, small_run):
     workplace.run('inference.py', '--model', 'harm_resnet50', *SMALL, *paths, *common.split(), *results)
     with (workplace.folder / 'predictions' / 'harm_resnet50-64.csv').open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == VALIDATION_PER_CLASS * workplace.num_classes
+    assert len(rows) == PER_CLASS['validation'] * workplace.num_classes
     assert all(0 <= int(row['index']) < workplace.num_classes and 0 < float(row['prob']) <= 1 for row in rows)
 
 
@@ -286,7 +251,7 @@ def test_a_run_becomes_a_hub_folder(workplace, small_run):
     command = (sys.executable, '-m', 'timm_harmonic', 'convert', checkpoint, '--model', 'harm_resnet50', '--out', out)
     run(*command, cwd=workplace.folder)
     assert (out / 'train_hparams.yaml').read_text() == (workplace.folder / 'small' / 'args.yaml').read_text()
-    assert f'eval_loss: {float(small_run[0]["eval_loss"]):.3f}' in (out / 'README.md').read_text()
+    assert f'eval_loss: {float(small_run["eval_loss"]):.3f}' in (out / 'README.md').read_text()
     model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
     assert tuple(model.pretrained_cfg['input_size']) == (3, 64, 64)
     trained = timm.create_model('harm_resnet50', layers=(1, 1, 1, 1), num_classes=workplace.num_classes).eval()
@@ -310,23 +275,19 @@ def test_truncate_fine_tune_validate_fuse_export(workplace, small_run):
     command_line(workplace, 'compress', 'harm_resnet50', '--checkpoint', last, *options, '--out', 'truncated')
     record = json.loads((workplace.folder / 'truncated' / 'compression.json').read_text())
     assert record['report']['parameters'] <= 0.75 * record['report']['parameters_before']
-    assert record['accuracy']['before']['top1'] == pytest.approx(float(small_run[0]['eval_top1']), abs=1e-3)
+    assert record['accuracy']['before']['top1'] == pytest.approx(float(small_run['eval_top1']), abs=1e-3)
 
-    common = f'--num-classes {workplace.num_classes} --workers 0 --device cpu --batch-size 16'
-    tune = f'{common} --epochs 1 --amp-dtype bfloat16'  # in float16, a CPU takes minutes
-    paths = ('-c', TRUNCATED, '--data-dir', workplace.images, '--output', workplace.folder, '--experiment', 'tuned')
-    workplace.run('train.py', *paths, *tune.split())
-    with (workplace.folder / 'tuned' / 'summary.csv').open() as file:
-        trained = check_summary(list(csv.DictReader(file)))
+    tune = (*workplace.common(), '--amp-dtype', 'bfloat16')  # in float16, a CPU takes minutes
+    workplace.run('train.py', '-c', TRUNCATED, *workplace.output('tuned'), *tune)
+    trained = workplace.summary('tuned')
     state = workplace.checkpoint('tuned')['state_dict']
     assert sum(value.numel() for key, value in state.items() if not key.endswith('num_batches_tracked')) < 20e6
 
     checkpoint = workplace.folder / 'tuned' / 'last.pth.tar'
-    paths = ('--data-dir', workplace.images, '--split', 'validation', '--model', 'local-dir:truncated')
+    paths = ('--split', 'validation', '--model', 'local-dir:truncated', '--checkpoint', checkpoint)
     for reparam in ((), ('--reparam',)):
-        result = workplace.run('validate.py', *paths, '--checkpoint', checkpoint, *common.split(), *reparam)
+        result = workplace.run('validate.py', *paths, *workplace.common(), *reparam)
         found = json.loads(result.stdout.split('--result\n')[1])
-        assert found['img_size'] == 64  # as the network was saved
         # Trained in bfloat16, validated in float32.
         assert found['top1'] == pytest.approx(trained['eval_top1'], abs=2.01 * workplace.one_image())
 
@@ -349,24 +310,19 @@ def test_distillation_from_the_uncut_network(workplace):
     for name, model in (('teacher', teacher), ('student', student)):
         timm.models.save_for_hf(model, workplace.folder / name)
     config = CONFIG.with_name('distill_truncated.yaml')
-    paths = ('-c', config, '--data-dir', workplace.images, '--output', workplace.folder, '--experiment', 'distilled')
     networks = ('--model', 'local-dir:student', '--kd-model-name', 'local-dir:teacher')
-    common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu --batch-size 16'
-    workplace.run('train.py', *paths, *networks, *common.split(), '--epochs', 1, '--amp-dtype', 'bfloat16')
-    with (workplace.folder / 'distilled' / 'summary.csv').open() as file:
-        check_summary(list(csv.DictReader(file)))
+    options = (*workplace.output('distilled'), *networks, *workplace.common(), '--amp-dtype', 'bfloat16')
+    workplace.run('train.py', '-c', config, *options)
+    workplace.summary('distilled')
     assert workplace.checkpoint('distilled')['state_dict']['layer4.1.conv2.weight'].shape == (512, 512, 3, 1)
 
 
 def test_harmonized_by_its_options(workplace):
     """train.py builds and truncates the network, and validate.py takes the same options."""
     kwargs = ('--model-kwargs', 'base_model=mobilenetv3_small_050', 'level=3', "levels={'blocks.4.*':2}")
-    common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu --batch-size 16'
-    paths = ('--data-dir', workplace.images, '--model', 'harmonized', *kwargs, *common.split())
-    outputs = ('--output', workplace.folder, '--experiment', 'harmonized', '--epochs', 1)
-    workplace.run('train.py', *paths, *outputs, '--model-ema', '--model-ema-decay', 0.5)
-    with (workplace.folder / 'harmonized' / 'summary.csv').open() as file:
-        trained = check_summary(list(csv.DictReader(file)))
+    paths = ('--model', 'harmonized', *kwargs, *workplace.common())
+    workplace.run('train.py', *paths, *workplace.output('harmonized'), '--model-ema', '--model-ema-decay', 0.5)
+    trained = workplace.summary('harmonized')
     state = workplace.checkpoint('harmonized')['state_dict']
     assert state['blocks.3.0.conv_dw.weight'].shape[2:] == (6, 1)
     assert state['blocks.4.0.conv_dw.weight'].shape[2:] == (3, 1)
@@ -376,64 +332,27 @@ def test_harmonized_by_its_options(workplace):
     assert found['top1'] == pytest.approx(trained['eval_top1'], abs=1e-3)
 
 
-def test_harmonized_from_weights_of_the_plain_base(workplace):
-    """The scripts take weights in two ways. Both project the base's."""
-    torch.manual_seed(0)
-    base = timm.create_model('mobilenetv3_small_050', num_classes=workplace.num_classes)
-    torch.save(base.state_dict(), workplace.folder / 'base.pth')
-    common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu --batch-size 16'
-    options = ('--model', 'harmonized', '--model-kwargs', 'base_model=mobilenetv3_small_050', 'level=3')
-    expected = timm_harmonic.harmonize(base, level=3)
-    for name, weights in (('path', ('--pretrained', '--pretrained-path')), ('initial', ('--initial-checkpoint',))):
-        paths = ('--data-dir', workplace.images, '--output', workplace.folder, '--experiment', f'from_{name}')
-        still = ('--epochs', 1, '--lr', 1e-12, '--opt', 'momentum', '--weight-decay', 0, '--warmup-epochs', 0)
-        weights = (*weights, workplace.folder / 'base.pth')
-        workplace.run('train.py', *options, *paths, *common.split(), *still, *weights)
-        found = workplace.checkpoint(f'from_{name}')['state_dict']
-        for key, value in expected.named_parameters():
-            if key.endswith('conv_dw.weight'):
-                torch.testing.assert_close(found[key], value.detach(), rtol=0, atol=1e-6)
-
-
 def test_recipe_for_few_images(workplace):
     """The recommended network in one epoch of train.py, then validate.py, as it is and fused."""
-    common = f'--num-classes {workplace.num_classes} --img-size 64 --workers 0 --device cpu'
-    paths = ('-c', CONFIG.with_name('small_data.yaml'), '--data-dir', workplace.images)
-    run_options = (
-        '--output',
-        workplace.folder,
-        '--experiment',
-        'few',
-        '--epochs',
-        1,
-        '--warmup-epochs',
-        0,
-        '--lr',
-        1e-4,
-    )
-    workplace.run('train.py', *paths, *run_options, *common.split())
-    with (workplace.folder / 'few' / 'summary.csv').open() as file:
-        trained = check_summary(list(csv.DictReader(file)))
+    options = (*workplace.output('few'), *workplace.common(), '--warmup-epochs', 0, '--lr', 1e-4)
+    workplace.run('train.py', '-c', CONFIG.with_name('small_data.yaml'), *options)
+    trained = workplace.summary('few')
     network = '--model harm_resnet18 --model-kwargs smoothness=1.0 stem_pool=max --crop-pct 1.0 --split validation'
-    paths = ('--data-dir', workplace.images, '--checkpoint', workplace.folder / 'few' / 'last.pth.tar')
+    options = (*network.split(), *workplace.common(), '--checkpoint', workplace.folder / 'few' / 'last.pth.tar')
     for reparam in ((), ('--reparam',)):
-        result = workplace.run('validate.py', *paths, *network.split(), *common.split(), *reparam)
+        result = workplace.run('validate.py', *options, *reparam)
         found = json.loads(result.stdout.split('--result\n')[1])
         assert found['top1'] == pytest.approx(trained['eval_top1'], abs=1.01 * workplace.one_image())
 
 
-@pytest.mark.parametrize('name', ['ciFAIR-10', 'CUB', 'ISIC 2018', 'CLaMM'])
-def test_gems_sets(workplace, name):
-    """The options of each set train the network for an epoch, on pictures of two classes."""
-    config, options = CONFIG.with_name('gem.yaml'), gem_rows()[name]
+def test_gems_sets(workplace):
+    """The options of a set train the network for an epoch, on pictures of two classes."""
     folder = workplace.folder / 'two'
     for split, label, number in itertools.product(('train', 'validation'), range(2), range(4)):
         path = folder / split / str(label) / f'{number}.png'
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.effect_noise((40, 40), 50 + 50 * label).convert('RGB').save(path)
-    few = '--num-classes 2 --epochs 1 --batch-size 4 --workers 0 --device cpu'
-    run_options = ('--output', workplace.folder, '--experiment', f'gem_{name}', *few.split())
-    workplace.run('train.py', '-c', config, '--data-dir', folder, *options, *run_options)
-    with (workplace.folder / f'gem_{name}' / 'summary.csv').open() as file:
-        check_summary(list(csv.DictReader(file)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 40), 50 + 50 * label).convert('RGB').save(path)
+    few = '--num-classes 2 --batch-size 4 --workers 0 --device cpu'
+    paths = (*workplace.output('gem'), '--data-dir', folder)
+    workplace.run('train.py', '-c', CONFIG.with_name('gem.yaml'), *gem_rows()['ciFAIR-10'], *paths, *few.split())
+    workplace.summary('gem')

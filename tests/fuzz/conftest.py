@@ -1,18 +1,23 @@
-"""The search for faults: how long it lasts, and what it has tried."""
+"""The search for faults, which is slow: how long it lasts, and what it has tried."""
 
 import itertools
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-_SECONDS = 4  # of each search in the usual run of the tests
+_SECONDS = 4  # of each search without --fuzz
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by marker
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker('slow')
     config.stash[_SEARCHES] = sum('search' in getattr(item, 'fixturenames', ()) for item in items)
 
 
@@ -24,12 +29,7 @@ class Search:
 
     def __init__(self, seconds, first_seed, phases):
         self.seconds, self.first_seed, self.tried = seconds, first_seed, 0
-        self.options = dict(
-            deadline=None,
-            database=None,
-            phases=phases,
-            suppress_health_check=list(HealthCheck),
-        )
+        self.options = dict(deadline=None, database=None, phases=phases, suppress_health_check=list(HealthCheck))
 
     def rounds(self):
         """Seeds, until the time is over."""
@@ -63,7 +63,7 @@ class Search:
 
 @pytest.fixture
 def search(request):
-    """A search, by the same examples each time in the usual run of the tests, by others with --fuzz."""
+    """A search, by the same examples each time, by others with --fuzz."""
     minutes = request.config.getoption('--fuzz')
     if minutes is None:
         found = Search(_SECONDS, 0, [Phase.generate])

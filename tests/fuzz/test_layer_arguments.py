@@ -47,18 +47,14 @@ def by_definition(layer, x, options):
     """Every response by the slow functions of tests/reference.py, mixed."""
     k = layer.kernel_size[0]
     functions = reference.dct_functions(k, options['level'], layer.dc, layer.normalization, layer.smoothness)
-    padding = options['padding']
-    pads = padding if isinstance(padding, str) else layer.padding
-    if isinstance(pads, tuple):
-        height, width = pads
-        x = nn.functional.pad(
-            x, (width, width, height, height), mode='constant' if layer.padding_mode == 'zeros' else layer.padding_mode
-        )
-        pads = 0
-    elif pads == 'same':
+    pads = layer.padding
+    if pads == 'same':
         reach = [d * (k - 1) for d in layer.dilation[::-1]]
         sides = [side for total in reach for side in (total // 2, total - total // 2)]
-        x = nn.functional.pad(x, sides, mode='constant' if layer.padding_mode == 'zeros' else layer.padding_mode)
+    else:
+        height, width = (0, 0) if pads == 'valid' else pads
+        sides = [width, width, height, height]
+    x = nn.functional.pad(x, sides, mode='constant' if layer.padding_mode == 'zeros' else layer.padding_mode)
     filtered = reference.responses(x, functions, layer.stride, 0, layer.dilation)
     return reference.mix(filtered, layer.weight, layer.bias, layer.groups)
 

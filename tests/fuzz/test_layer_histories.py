@@ -12,8 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import nn
 from torch.nn.utils import prune
 
-from timm_harmonic import HarmonicConv2d
-from timm_harmonic.conversion.energy import at_level
+from timm_harmonic import HarmonicConv2d, truncate
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -22,23 +21,20 @@ IMAGES = torch.randn(2, 4, 9, 8, dtype=torch.float64, generator=torch.Generator(
 RATE = 0.01
 
 
-def unit_functions(layer):
-    """The functions that a layer keeps, each of norm 1, by their formula: (P, k, k)."""
-    return reference.dct_functions(layer.kernel_size[0], layer.level, layer.dc, 'ortho')
+def functions_of(layer):
+    """The functions that a layer keeps, by their formula: (P, k, k)."""
+    return reference.dct_functions(layer.kernel_size[0], layer.level, layer.dc, layer.normalization, layer.smoothness)
 
 
 def projected(filters, layer):
     """The nearest filters that a layer can have."""
-    functions = unit_functions(layer)
+    functions = reference.dct_functions(layer.kernel_size[0], layer.level, layer.dc, 'ortho')
     return torch.einsum('oixy,nxy,nuv->oiuv', filters, functions, functions)
 
 
 def by_definition(layer):
     """A layer's filters, function by function."""
-    functions = reference.dct_functions(
-        layer.kernel_size[0], layer.level, layer.dc, layer.normalization, layer.smoothness
-    )
-    return torch.einsum('oin,nxy->oixy', layer.weight.detach().double().squeeze(-1), functions)
+    return torch.einsum('oin,nxy->oixy', layer.weight.detach().double().squeeze(-1), functions_of(layer))
 
 
 class History(RuleBasedStateMachine):
@@ -93,20 +89,14 @@ class History(RuleBasedStateMachine):
         )
         return HarmonicConv2d(4, 8, layer.kernel_size, **{**options, **changed})
 
-    @rule(dtype=st.sampled_from(list(TOLERANCE)), by=st.sampled_from(['to', 'inference', 'named']))
-    def cast(self, dtype, by):
-        if by == 'inference' and not self.pruned:
-            with torch.inference_mode():
-                self.layer = self.layer.to(dtype)
-            # Parameters that were made there cannot be trained: as in any network, they are copied out.
-            for name, parameter in list(self.layer.named_parameters()):
-                setattr(self.layer, name, nn.Parameter(parameter.clone()))
-        elif by == 'named':
-            self.layer = {torch.float64: nn.Module.double, torch.float32: nn.Module.float}.get(
-                dtype, nn.Module.bfloat16
-            )(self.layer)
-        else:
+    @rule(dtype=st.sampled_from(list(TOLERANCE)), inference=st.booleans())
+    def cast(self, dtype, inference):
+        with torch.inference_mode(inference and not self.pruned):
             self.layer = self.layer.to(dtype)
+        # Parameters that were made there cannot be trained: as in any network, they are copied out.
+        for name, parameter in list(self.layer.named_parameters()):
+            if parameter.is_inference():
+                setattr(self.layer, name, nn.Parameter(parameter.clone()))
         self.follow()
 
     @rule()
@@ -116,10 +106,6 @@ class History(RuleBasedStateMachine):
     @rule()
     def to_channels_last(self):
         self.layer = self.layer.to(memory_format=torch.channels_last)
-
-    @rule()
-    def share_memory(self):
-        self.layer.share_memory()
 
     @rule()
     def move_through_meta(self):
@@ -163,13 +149,16 @@ class History(RuleBasedStateMachine):
     def other_bases_are_refused(self, normalization, smoothness):
         if not self.pruned:
             other = self.new(normalization=normalization, smoothness=smoothness)
-            before = copy.deepcopy(other.state_dict())
-            if other.named_basis() != self.layer.named_basis():
-                with pytest.raises(RuntimeError, match='refer to the basis'):
-                    other.load_state_dict(self.layer.state_dict(), strict=False)
-                assert torch.equal(other.weight, before['weight'])
-            else:
+            before = other.weight.detach().clone()
+            bases = [
+                layer.normalization if layer.smoothness is None else layer.smoothness for layer in (self.layer, other)
+            ]
+            if bases[0] == bases[1]:
                 other.load_state_dict(self.layer.state_dict())
+                return
+            with pytest.raises(RuntimeError, match='refer to the basis'):
+                other.load_state_dict(self.layer.state_dict(), strict=False)
+            assert torch.equal(other.weight, before)
 
     @rule(normalization=st.sampled_from(['l1', 'ortho']), smoothness=st.sampled_from([None, 0, 1, 3]))
     def convert(self, normalization, smoothness):
@@ -183,17 +172,14 @@ class History(RuleBasedStateMachine):
 
     @rule(level=st.integers(1, 9))
     def cut(self, level):
-        if self.pruned:
-            with pytest.raises(ValueError, match='its weight is computed'):
-                at_level(self.layer, 1)
-            return
-        full = 2 * self.layer.kernel_size[0] - 1
-        if level > full:
-            with pytest.raises(ValueError, match='level'):
-                at_level(self.layer, level)
+        network = nn.Sequential(self.layer)
+        problem = 'its weight is computed' if self.pruned else 'level'
+        if self.pruned or level > 2 * self.layer.kernel_size[0] - 1:
+            with pytest.raises(ValueError, match=problem):
+                truncate(network, level=1 if self.pruned else level)
             return
         lower = level < self.layer.level
-        self.layer = at_level(self.layer, level)
+        (self.layer,) = truncate(network, level=level)
         if lower:
             self.filters = projected(self.filters, self.layer)
 
@@ -226,13 +212,7 @@ class History(RuleBasedStateMachine):
                 parameter -= RATE * parameter.grad
         self.filters.requires_grad_(True)
         gradient = torch.autograd.grad((self.plain(IMAGES) * target).sum(), self.filters)[0]
-        functions = reference.dct_functions(
-            self.layer.kernel_size[0],
-            self.layer.level,
-            self.layer.dc,
-            self.layer.normalization,
-            self.layer.smoothness,
-        )
+        functions = functions_of(self.layer)
         moved = torch.einsum('oixy,nxy,nuv->oiuv', gradient, functions, functions)
         self.filters = (self.filters - RATE * moved).detach()
         if self.bias is not None:

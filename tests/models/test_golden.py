@@ -9,7 +9,6 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import timm_harmonic  # noqa: F401  registers the models
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 
 # The authors' network and ours.
@@ -34,44 +33,27 @@ WIDE = {
     'harm1_wrn16_8': dict(harmonic_blocks=False),
     'harm_wrn16_8_stl': dict(stem_stride=2),
 }
+# What runs in the fast tests: a network of each family.
+FAST = ('harm_resnet50_avgpool_levels_NN32', 'harm_vgg11', 'harm_wrn16_8')
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 LAYERS = json.loads((reference.DATA / 'layers.json').read_text())
 
 
-def test_every_file_is_used():
-    names = {path.stem for path in reference.DATA.glob('*.npz')}
-    assert names == {*NETWORKS, *WIDE, 'layers', 'train_harm_resnet50_avgpool', 'train_harm_resnet50_levels_NN32'}
-
-
-def from_golden(name, **kwargs):
-    """Our network with the golden parameters, loaded as the authors' checkpoint would be."""
-    overlay = dict(state_dict=reference.generated_state_dict(name))
-    return timm.create_model(NETWORKS[name], pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-
-
-@pytest.mark.parametrize('name', NETWORKS)
-def test_network(name):
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in (*NETWORKS, *WIDE)]
+)
+def test_network(name, tmp_path):
+    """Loaded as the authors' checkpoint would be; a wide network from a file as their training saves it."""
     spec = json.loads((reference.DATA / f'{name}.json').read_text())
     expected = torch.from_numpy(np.load(reference.DATA / f'{name}.npz')['logits'])
-    x = reference.generated_images(spec['seed'], spec['input_shape'])
-    model = from_golden(name).eval()
-    assert sum(p.numel() for p in model.parameters()) == spec['trainable_parameters']
-    with torch.inference_mode():
-        for dtype, tolerance in TOLERANCE.items():
-            error = reference.relative_error(model.to(dtype)(x.to(dtype)), expected)
-            assert error < tolerance, f'{dtype}: {error}'
-
-
-@pytest.mark.parametrize('name', WIDE)
-def test_wide_network(name, tmp_path):
-    """From a file as the authors' training saves it."""
-    spec = json.loads((reference.DATA / f'{name}.json').read_text())
-    expected = torch.from_numpy(np.load(reference.DATA / f'{name}.npz')['logits'])
-    path = tmp_path / 'model.pt7'
-    torch.save(dict(params=reference.generated_state_dict(name), epoch=7, optimizer=dict(state={})), path)
-    classes = dict(num_classes=spec['num_classes'])
-    overlay = dict(file=str(path), **classes)
-    model = timm.create_model('harm_wrn16_8', True, pretrained_cfg_overlay=overlay, **classes, **WIDE[name]).eval()
+    state = reference.generated_state_dict(name)
+    if name in WIDE:
+        torch.save(dict(params=state, epoch=7, optimizer=dict(state={})), tmp_path / 'model.pt7')
+        architecture, kwargs = 'harm_wrn16_8', dict(num_classes=spec['num_classes'], **WIDE[name])
+        overlay = dict(file=str(tmp_path / 'model.pt7'), num_classes=spec['num_classes'])
+    else:
+        architecture, kwargs, overlay = NETWORKS[name], {}, dict(state_dict=state)
+    model = timm.create_model(architecture, True, pretrained_cfg_overlay=overlay, **kwargs).eval()
     assert sum(p.numel() for p in model.parameters()) == spec['trainable_parameters']
     x = reference.generated_images(spec['seed'], spec['input_shape'])
     with torch.inference_mode():
@@ -118,6 +100,7 @@ def test_layer(case, dtype):
         assert reference.relative_error(value, golden[key]) < tolerance, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'model_name', 'kwargs'),
     [

@@ -1,6 +1,6 @@
 """timm's own model tests, from the source distribution of the installed version, on our models.
 
-A selection that covers every class by default; `pytest tests/models/test_timm_suite.py --every-model` runs all models.
+A selection that covers every class; with --every-model all of them.
 """
 
 import importlib.util
@@ -11,27 +11,18 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import smooth_models  # noqa: F401  registers networks with smoothness
+import smooth_models  # noqa: F401  registers a network with a smoothness
 import timm
 
 import timm_harmonic  # noqa: F401  registers the models
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
+
 MODELS = timm.list_models('harm*')
-SMOOTH = timm.list_models('smooth*')
-# Every kind of block, stem and normalisation: basic blocks and bottlenecks, grouped, with attention, with levels.
+# Basic blocks and bottlenecks, grouped, with attention, with levels, with a smoothness.
 SELECTION = [
-    'harm_resnet18',
-    'harm_resnet50_avgpool',
-    'harm_resnet50_progressive',
-    'harm1_resnet50',
-    'harm0_resnet50',
-    'harm_resnext50_32x4d',
-    'harm_seresnext50_32x4d',
-    'harm_vgg11_bn',
-    'harm_wrn16_8',
-    'harm0_wrn16_8',
-    'harmonized',
-    *SMOOTH,
+    *('harm_resnet18', 'harm_resnet50_progressive', 'harm_seresnext50_32x4d', 'harm_vgg11_bn', 'harm_wrn16_8'),
+    *('harmonized', 'smooth_resnet18'),
 ]
 # What timm tests on every model of its own, and the arguments after the model's name.
 EVERY_MODEL = {
@@ -68,7 +59,7 @@ def pytest_generate_tests(metafunc):
     if 'timm_test' not in metafunc.fixturenames:
         return
     cases = []
-    for model in [*MODELS, *SMOOTH] if metafunc.config.getoption('--every-model') else SELECTION:
+    for model in [*MODELS, 'smooth_resnet18'] if metafunc.config.getoption('--every-model') else SELECTION:
         tests = EVERY_MODEL if 'vgg' in model else {**EVERY_MODEL, **RESNETS_ONLY}
         if 'wrn' in model:
             tests = {test: args for test, args in tests.items() if test not in NOT_PREACTIVATED}
@@ -117,12 +108,7 @@ def test_as_a_timm_model(timm_tests, timm_test, args):
     getattr(timm_tests, timm_test)(*args)
 
 
-def test_selection_is_registered():
-    assert len(SMOOTH) == 4
-    assert set(SELECTION) <= {*MODELS, *SMOOTH}
-
-
-@pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50_avgpool', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])
+@pytest.mark.parametrize('name', ['harm_resnet18', 'harm_vgg11_bn', 'harm_wrn16_8'])
 def test_meta_then_to_empty_then_load(timm_tests, name, monkeypatch):
     """timm's test for models with buffers that are in no state dict. timm runs it on named models."""
     monkeypatch.setattr(timm_tests, '_SWIN_KWARGS', {})
