@@ -27,11 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
-from timm_harmonic.conversion.costs import count_macs
-from timm_harmonic.conversion.costs import times_of
-from timm_harmonic.small_data.tasks import load_photographs
-from timm_harmonic.small_data.training import Images, batches, evaluate, fit, one_thread
-from timm_harmonic_cli.quickstart import RECIPE, patches
+from timm_harmonic.conversion.costs import count_macs, times_of
+from timm_harmonic.small_data.tasks import Images, load_photographs, patches
+from timm_harmonic.small_data.training import Recipe, batches, evaluate, fit, one_thread
 
 from .environment import environment
 from .files import write
@@ -117,11 +115,11 @@ def one_seed(seed: int, normalization: str) -> list[dict[str, Any]]:
     ).items():
         random_seed(seed)
         trained[name] = network(classes, **options)
-        fit(trained[name], train, dataclasses.replace(RECIPE, epochs=EPOCHS), seed)
+        fit(trained[name], train, Recipe(epochs=EPOCHS), seed)
         trained[name].eval()
     plain, smooth = copy.deepcopy(trained['plain']), trained['smooth']
     harmonic = harmonize(plain, normalization=normalization)
-    data = [pixels for pixels, _ in batches(train, RECIPE, seed, epoch=0)]
+    data = [pixels for pixels, _ in batches(train, Recipe(), seed, epoch=0)]
     random_seed(seed)
     others = {name: pruned(plain, images, name == 'group') for name in ('magnitude', 'group')}
     others['narrower'] = narrower(classes)
@@ -132,11 +130,11 @@ def one_seed(seed: int, normalization: str) -> list[dict[str, Any]]:
     def note(method: str, axis: str | None, share: float | None, of: Sized, deployed: nn.Module) -> None:
         anew = method == 'narrower'
         model = copy.deepcopy(of.model)
-        epochs, lr = (EPOCHS + MORE, RECIPE.lr) if anew else (MORE, MORE_LR)
+        epochs, lr = (EPOCHS + MORE, Recipe.lr) if anew else (MORE, MORE_LR)
         row = dict(seed=seed, method=method, axis=axis, share=share, time=of.time)
         row.update(parameters=of.parameters / whole.parameters, macs=of.macs / whole.macs)
         row['before'] = None if anew else accuracy_on(model, test)
-        fit(model, train, dataclasses.replace(RECIPE, epochs=epochs, lr=lr), seed)
+        fit(model, train, Recipe(epochs=epochs, lr=lr), seed)
         row['after'] = accuracy_on(model, test)
         row['int8'] = accuracy_in_int8(model.eval() if anew else deployed, data, test)
         rows.append(row)

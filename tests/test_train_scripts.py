@@ -35,7 +35,7 @@ pytestmark = [
 
 CONFIG = Path(__file__).resolve().parents[1] / 'train_configs' / 'harm_resnet50.yaml'
 TIMEOUT = 240  # seconds, for each process
-VALIDATION_PER_CLASS = 5  # of those that the quickstart exports, because validation would take most of the time
+PER_CLASS = dict(train=8, validation=5)  # images of those that the quickstart exports
 LR = 0.1 * 16 / 256
 SMALL = ('--model-kwargs', 'layers=(1,1,1,1)')
 
@@ -61,10 +61,11 @@ class Workplace:
         for name in ('train.py', 'validate.py', 'benchmark.py', 'inference.py', 'onnx_export.py'):
             shutil.copy(Path(os.environ['TIMM_SCRIPTS']) / name, self.scripts / name)
         run(sys.executable, '-m', 'timm_harmonic', 'quickstart', '--export', self.images, cwd=folder)
-        classes = list((self.images / 'validation').iterdir())
+        for split, count in PER_CLASS.items():
+            classes = list((self.images / split).iterdir())
+            for patch in (patch for folder in classes for patch in sorted(folder.iterdir())[count:]):
+                patch.unlink()
         self.num_classes = len(classes)
-        for patch in (patch for folder in classes for patch in sorted(folder.iterdir())[VALIDATION_PER_CLASS:]):
-            patch.unlink()
 
     def run(self, script: str, *options: object) -> subprocess.CompletedProcess:
         """Runs one of the scripts as it is. Only autoloading lets timm know the models."""
@@ -226,7 +227,7 @@ def test_inference(workplace, small_run):
     workplace.run('inference.py', '--model', 'harm_resnet50', *SMALL, *paths, *common.split(), *results)
     with (workplace.folder / 'predictions' / 'harm_resnet50-64.csv').open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == VALIDATION_PER_CLASS * workplace.num_classes
+    assert len(rows) == PER_CLASS['validation'] * workplace.num_classes
     assert all(0 <= int(row['index']) < workplace.num_classes and 0 < float(row['prob']) <= 1 for row in rows)
 
 

@@ -1,31 +1,28 @@
-"""The registered models: what each is, and where its weights are."""
+"""Show the models and where their weights are.
 
-import json
+Example:
+
+  timm-harmonic list --json
+"""
+
+import argparse
 from typing import Any
 
-import timm
-from rich.console import Console
-from rich.table import Table
-from timm.models import get_pretrained_cfg, list_pretrained
 
-from timm_harmonic.conversion.harmonize import ARCHITECTURE
-from timm_harmonic.conversion.swap import harmonic_layers
-from timm_harmonic.layers import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.models.download import pinned_sha256
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `timm-harmonic list`."""
+    parser.add_argument('--json', action='store_true', help='print JSON')
 
 
-def inventory() -> list[dict[str, Any]]:
-    """One entry per registered model, except `harmonized`, which is any model: size, stem, levels, and its weights.
+def run(args: argparse.Namespace) -> None:
+    """Runs `timm-harmonic list`: prints the registered models as a table, or as JSON."""
+    import json
 
-    Levels are None where all frequencies are kept, and empty if only the stem is harmonic, or nothing.
-    """
-    return [_entry(name) for name in timm.list_models('harm*', exclude_filters=ARCHITECTURE)]
+    from rich.console import Console
+    from rich.table import Table
 
-
-def print_inventory(as_json: bool = False) -> None:
-    """Prints the registered models as a table, or as JSON."""
     entries = inventory()
-    if as_json:
+    if args.json:
         print(json.dumps(entries, indent=2))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -43,26 +40,42 @@ def print_inventory(as_json: bool = False) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        '\nstem: kernel/stride and pool. Its responses are normalised unless it is plain.\n'
+        '\nstem: kernel size/stride, pooling; "plain" if it does not normalise responses.\n'
         'levels: one per stage. Level L keeps the frequencies with i + j < L.\n'
-        f'{ARCHITECTURE}: any convolutional network of timm, by base_model=NAME and level= or levels=.\n'
+        'harmonized: any convolutional network of timm, with base_model=NAME and level= or levels=.\n'
     )
     for weights in (w for entry in entries for w in entry['weights']):
-        pinned = ', pinned' if weights['pinned'] else ''
-        console.print(f'{weights["name"]}\n  {weights["hub"]} on the Hugging Face Hub{pinned},', soft_wrap=True)
-        console.print(f'  else {weights["url"]}', soft_wrap=True)
+        source = f'{weights["hub"]} on the Hugging Face Hub' if weights['hub'] else weights['url']
+        console.print(f'{weights["name"]}\n  {source}', soft_wrap=True)
+
+
+def inventory() -> list[dict[str, Any]]:
+    """One entry per registered model: size, stem, levels and weights. `harmonized` has none, as it is any model.
+
+    Levels are None if all frequencies are kept, and empty if nothing but the stem is harmonic.
+    """
+    import timm
+
+    return [_entry(name) for name in timm.list_models('harm*', exclude_filters='harmonized')]
 
 
 def _entry(name: str) -> dict[str, Any]:
+    import timm
+    from timm.models import get_pretrained_cfg, list_pretrained
+
+    from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
+
     model = timm.create_model(name, device='meta')
-    harmonic = any(isinstance(layer, HarmonicConv2d) for layer in harmonic_layers(model).values())
-    weights = []
-    for tagged in list_pretrained(f'{name}.*'):
-        cfg = get_pretrained_cfg(tagged)
-        weights.append(dict(name=tagged, hub=cfg.hf_hub_id, url=cfg.url, pinned=pinned_sha256(cfg.notes) is not None))
-    parameters, levels = sum(p.numel() for p in model.parameters()), list(model.levels) if harmonic else []
+    harmonic = any(isinstance(module, HarmonicConv2d) for module in model.modules())
+    configs = {tagged: get_pretrained_cfg(tagged) for tagged in list_pretrained(f'{name}.*')}
+    parameters, levels = sum(p.numel() for p in model.parameters()), [*model.levels] if harmonic else []
     first = model.get_submodule(model.pretrained_cfg['first_conv'])
     pool = {'MaxPool2d': ' max', 'AvgPool2d': ' avg'}.get(type(getattr(model, 'maxpool', None)).__name__, '')
     plain = '' if isinstance(first, HarmonicBlock2d) else ' plain'
-    stem = f'{first.kernel_size[0]}x{first.kernel_size[1]}/{first.stride[0]}{pool}{plain}'
-    return dict(model=name, parameters=parameters, stem=stem, levels=levels, weights=weights)
+    return dict(
+        model=name,
+        parameters=parameters,
+        stem=f'{first.kernel_size[0]}x{first.kernel_size[1]}/{first.stride[0]}{pool}{plain}',
+        levels=levels,
+        weights=[dict(name=tagged, hub=cfg.hf_hub_id, url=cfg.url) for tagged, cfg in configs.items()],
+    )

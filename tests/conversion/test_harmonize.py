@@ -567,7 +567,7 @@ def test_wrapped_networks_are_refused():
 
 @pytest.mark.parametrize('call', [harmonize, lambda name: truncate(name, level=2), harmonic_report])
 def test_a_name_is_no_network(call):
-    with pytest.raises(TypeError, match="expected a network .* got 'resnet18'"):
+    with pytest.raises(TypeError, match=r"expected a network .* got 'resnet18'"):
         call('resnet18')
 
 

@@ -357,7 +357,7 @@ def test_data_without_an_end():
     small = weakened(truncate(model, level=2))
     endless = itertools.repeat(smooth(8))
     assert not same(refit(model, small, endless, batches=2), small)
-    with pytest.raises(ValueError, match='more than 2 GiB of images, stay in memory'):
+    with pytest.raises(ValueError, match='more than 2 GiB of images, which stay in memory'):
         refit(model, small, itertools.repeat(torch.zeros(1).expand(64, 3, 1024, 1024)))
 
 
@@ -398,7 +398,7 @@ def test_networks_that_do_not_fit():
     for other in (copy.deepcopy(model).to('meta'), copy.deepcopy(model).double()):
         with pytest.raises(ValueError, match='on one device and of one dtype'):
             refit(other, small, [smooth()])
-    with pytest.raises(ValueError, match='has a lower level in the complete network'):
+    with pytest.raises(ValueError, match='keeps fewer frequencies in the complete network'):
         refit(small, model, [smooth()])
     other = trained_like('resnet18')
     other.reset_classifier(5)

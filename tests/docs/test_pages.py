@@ -133,7 +133,7 @@ def commands(page):
 def parse(words):
     """The parser's result. pytest would take its SystemExit for the end of the run."""
     try:
-        return cli._parser().parse_args(words)
+        return cli.build_parser().parse_args(words)
     except SystemExit as error:
         pytest.fail(f'timm-harmonic {shlex.join(words)}: {error}')
 
@@ -146,7 +146,7 @@ def test_commands_parse(page):
 
 def subcommands():
     """The parser of each command by name."""
-    (action,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (action,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return action.choices
 
 

@@ -1,4 +1,4 @@
-"""The same search for every network, then the same number of seeds: the protocol of a comparison."""
+"""How networks are compared: the same search for each, then the same number of seeds. All results go into a file."""
 
 import dataclasses
 import hashlib
@@ -13,78 +13,44 @@ from typing import Any
 import numpy as np
 import torch
 from timm.models import reparameterize_model
-from torch import nn
 
-from ..common import InputError
-from .tasks import stratified
-from .training import Images, Network, Recipe, evaluate, fit
+from ..common import InputError, explained
+from .tasks import Images, stratified
+from .training import Network, Recipe, evaluate, fit
 
+# Log-uniform ranges of learning rate and weight decay, by timm's name of the optimizer.
+RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    'adamw': ((5e-4, 2e-2), (1e-3, 1.0)),
+    'momentum': ((3e-3, 3e-1), (1e-5, 1e-2)),
+}
+INNER_SPLITS = 2  # a setting is judged by its mean over these
+INNER_SHARE = 0.25  # share of the training images that judges
+_SAFETY = 0.85  # share of a time limit that is planned
 _POINTS = 15  # of a learning curve
 _START = '{"settings":'  # of a file of runs
 
-
-def curve_epochs(epochs: int) -> list[int]:
-    """Epochs after which accuracy is measured, the last one included."""
-    return sorted({max(1, round(epochs * i / _POINTS)) for i in range(1, _POINTS + 1)})
-
-
-def run(
-    network: Network,
-    train: Images,
-    test: Images,
-    num_classes: int,
-    recipe: Recipe,
-    seed: int,
-    after_epoch: Callable[[int], object] = lambda epoch: None,
-    device: torch.device | str = 'cpu',
-    curve: bool = True,
-) -> tuple[dict[str, Any], nn.Module]:
-    """Trains a new network, and measures it on the test images. Returns what was measured, and the network.
-
-    Accuracies are percentages of the test images. Without `curve` they are measured at the end only. Everything random
-    follows from the seed.
-    """
-    model = network.build(num_classes, train.pixels.shape[1], seed)
-    model = model.to(device).to(memory_format=torch.channels_last)  # on a CPU, twice as fast
-    train, test = train.to(device), test.to(device)
-    points: list[float] = []
-    wanted = curve_epochs(recipe.epochs) if curve else []
-
-    def after(epoch: int) -> None:
-        if epoch in wanted[:-1]:
-            points.append(evaluate(model, test)[0])
-        after_epoch(epoch)
-
-    seconds = fit(model, train, recipe, seed, after)
-    accuracy, loss = evaluate(model, test)
-    points += [accuracy] if curve else []
-    fused = reparameterize_model(model)
-    measured = dict(
-        accuracy=accuracy,
-        loss=loss,
-        fused_accuracy=evaluate(fused, test)[0],
-        curve=points,
-        parameters=sum(p.numel() for p in model.parameters()),
-        seconds=seconds,
-    )
-    return measured, fused
+Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
 
 
 class Store:
-    """Results by key, in a file of one JSON object a line. It is complete up to the last line after an interruption.
+    """Results by key, in a file with one JSON object per line. After an interruption all complete lines count.
 
-    The first line holds the settings that the results depend on. Raises InputError if the file is of others.
+    The first line holds the settings that the results depend on. Without a path results stay in memory. Raises
+    InputError if the file has other settings, or cannot be written.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
         self.path = path
         self.results: dict[str, Any] = {}
-        settings = json.loads(json.dumps(settings))
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(dict(settings=settings))
+        if path is None:
             return
-        text = path.read_text(errors='replace')
+        settings = json.loads(json.dumps(settings))
+        with explained(f'cannot use {path}', OSError):
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._append(dict(settings=settings))
+                return
+            text = path.read_text(errors='replace')
         lines = text.split('\n')
         try:
             if not text.startswith(_START[: len(text)]):
@@ -93,27 +59,31 @@ class Store:
             self.results = {line['key']: line['result'] for line in rest}
             changed = [key for key in settings if before['settings'].get(key) != settings[key]]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f'{path} is no file of runs: name another --out, or delete it.') from error
-        if lines[-1]:  # the line that was being written
-            path.write_text(text[: len(text) - len(lines[-1])])
+            raise InputError(f'{path} is not a file of runs: name another --out, or delete it.') from error
         if changed and self.results.keys() - {'probe'}:
             raise InputError(
                 f'{path} has runs with other settings ({", ".join(changed)}): name another --out, or delete it.'
             )
-        if changed:  # and nothing was trained
-            path.unlink()
-            self.results = {}
-            self._append(dict(settings=settings))
+        with explained(f'cannot use {path}', OSError):
+            if lines[-1]:  # an interruption cut this line
+                path.write_text(text[: len(text) - len(lines[-1])])
+            if changed:  # nothing has been trained yet
+                path.unlink()
+                self.results = {}
+                self._append(dict(settings=settings))
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """The result of a key, made and kept if it is not there."""
+        """The result of a key; made and stored unless it exists."""
         if key not in self.results:
-            # As it will be read again, so that a resumed comparison gives the same.
+            # The round trip gives what a resumed comparison will read.
             self.results[key] = json.loads(json.dumps(make()))
-            self._append(dict(key=key, result=self.results[key]))
+            with explained(f'cannot write {self.path}', OSError):
+                self._append(dict(key=key, result=self.results[key]))
         return self.results[key]
 
     def _append(self, line: dict[str, Any]) -> None:
+        if self.path is None:
+            return
         with open(self.path, 'a') as file:
             file.write(json.dumps(line) + '\n')
             file.flush()
@@ -128,22 +98,53 @@ def fingerprint(images: Images) -> str:
     return digest.hexdigest()[:16]
 
 
-# Log-uniform ranges of learning rate and weight decay, by timm's name of the optimizer.
-RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
-    'adamw': ((5e-4, 2e-2), (1e-3, 1.0)),
-    'momentum': ((3e-3, 3e-1), (1e-5, 1e-2)),
-}
-INNER_SPLITS = 2  # a setting is judged by its mean over these
-INNER_SHARE = 0.25  # of the training images that judge
-_SAFETY = 0.85  # share of a time limit that is planned
+def curve_epochs(epochs: int) -> list[int]:
+    """Epochs at whose end accuracy is measured, the last one included."""
+    return sorted({max(1, round(epochs * i / _POINTS)) for i in range(1, _POINTS + 1)})
 
-Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
+
+def run(
+    network: Network,
+    train: Images,
+    test: Images,
+    num_classes: int,
+    recipe: Recipe,
+    seed: int,
+    after_epoch: Callable[[int], object] = lambda epoch: None,
+    device: torch.device | str = 'cpu',
+    curve: bool = True,
+) -> dict[str, Any]:
+    """Trains a new network and measures it on the test images; accuracies are in percent.
+
+    Without `curve`, accuracy is measured at the end only. The seed determines everything random.
+    """
+    model = network.build(num_classes, train.pixels.shape[1], seed)
+    model = model.to(device).to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    train, test = train.to(device), test.to(device)
+    points: list[float] = []
+    wanted = curve_epochs(recipe.epochs) if curve else []
+
+    def after(epoch: int) -> None:
+        if epoch in wanted[:-1]:
+            points.append(evaluate(model, test)[0])
+        after_epoch(epoch)
+
+    seconds = fit(model, train, recipe, seed, after)
+    accuracy, loss = evaluate(model, test)
+    return dict(
+        accuracy=accuracy,
+        loss=loss,
+        fused_accuracy=evaluate(reparameterize_model(model), test)[0],
+        curve=[*points, accuracy] if curve else [],
+        parameters=sum(p.numel() for p in model.parameters()),
+        seconds=seconds,
+    )
 
 
 def setting(recipe: Recipe, trial: int) -> Recipe:
-    """The recipe of a trial. The first is the recipe itself; learning rate and weight decay of the others are random.
+    """The recipe of a trial: the recipe itself in the first, then random learning rates and weight decays.
 
-    They depend on the trial alone: all networks try the same ones.
+    They depend on the trial alone, so that all networks try the same settings.
     """
     if trial == 0:
         return recipe
@@ -154,10 +155,10 @@ def setting(recipe: Recipe, trial: int) -> Recipe:
 
 @dataclasses.dataclass
 class Protocol:
-    """What is compared and how: every network gets `trials` settings on inner splits, then `seeds` runs of the best.
+    """A comparison: every network tries `trials` settings on inner splits, then trains `seeds` times with its best one.
 
-    `draw` gives the training and the test images of a seed. The search sees the training images of seed 0 only.
-    Everything that is finished is in `store`, and not made again: more trials and seeds can follow.
+    `draw` gives the training and test images of a seed. The search only sees the training images of seed 0. Finished
+    runs are in `store` and never repeated, so that more trials and seeds can follow.
     """
 
     draw: Draw
@@ -168,14 +169,14 @@ class Protocol:
     seeds: int
     store: Store
     device: torch.device | str = 'cpu'
-    curves: bool = True  # whether test accuracy is measured during the final runs as well
+    curves: bool = True  # whether the final runs measure test accuracy during training
     validation: Images | None = None  # judges settings in place of inner splits
-    deadline: float | None = None  # by time.monotonic(); set by fit_into
+    deadline: float | None = None  # by time.monotonic(), set by fit_into
     describe: Callable[[str], None] = lambda text: None
     after_epoch: Callable[[int], object] = lambda epoch: None
 
     def inner(self, split: int) -> tuple[Images, Images]:
-        """Images to try a setting on, and those that judge it."""
+        """Images to train a setting on, and images to judge it by."""
         train, _ = self.draw(0)
         if self.validation is not None:
             return train, self.validation
@@ -184,11 +185,18 @@ class Protocol:
 
     @property
     def splits(self) -> int:
-        """Inner splits that judge a setting."""
+        """Number of inner splits that judge a setting."""
         return 1 if self.validation is not None else INNER_SPLITS
 
+    @property
+    def epochs_left(self) -> int:
+        """Epochs still to be trained."""
+        done = sum(key.startswith(('search', 'final')) for key in self.store.results)
+        runs = len(self.networks) * (self.trials * self.splits + self.seeds)
+        return max(0, runs - done) * self.recipe.epochs
+
     def trial(self, network: Network, trial: int) -> tuple[float, float]:
-        """Mean accuracy of a setting on the inner splits, and minus its mean cross-entropy."""
+        """Mean accuracy of a setting on the inner splits, and its negated mean cross-entropy."""
         found = []
         for split in range(self.splits):
             self.describe(f'search {trial + 1}/{self.trials} {network.name}')
@@ -197,32 +205,37 @@ class Protocol:
         return tuple(np.mean(found, 0).tolist())
 
     def _judge(self, network: Network, trial: int, split: int) -> tuple[float, float]:
-        images, recipe = self.inner(split), setting(self.recipe, trial)
-        measured, _ = self._run(network, *images, recipe, split, curve=False)
+        measured = self._run(network, *self.inner(split), setting(self.recipe, trial), split, curve=False)
         return measured['accuracy'], -measured['loss']
 
     def _run(self, network: Network, train: Images, test: Images, recipe: Recipe, seed: int, curve: bool) -> Any:
         return run(network, train, test, len(self.classes), recipe, seed, self.after_epoch, self.device, curve)
 
     def best(self, network: Network) -> int:
-        """The trial with the highest accuracy; of equal ones that with the lowest cross-entropy."""
-        return max(range(self.trials), key=lambda trial: self.trial(network, trial))
+        """The trial with the highest accuracy, or of equal ones the lowest cross-entropy; 0 without a search."""
+        return max(range(self.trials), key=lambda trial: self.trial(network, trial), default=0)
+
+    def chosen(self, network: Network) -> dict[str, Any]:
+        """The best setting, and all that were tried with their accuracy."""
+        best = setting(self.recipe, self.best(network))
+        tried = [(setting(self.recipe, trial), self.trial(network, trial)[0]) for trial in range(self.trials)]
+        trials = [dict(lr=of.lr, weight_decay=of.weight_decay, accuracy=judged) for of, judged in tried]
+        return dict(lr=best.lr, weight_decay=best.weight_decay, trials=trials)
 
     def final(self, network: Network, seed: int) -> dict[str, Any]:
-        """One run by the best setting on all training images of a seed."""
-        best = self.best(network) if self.trials else 0
-        recipe = setting(self.recipe, best)
+        """One run with the best setting, on all training images of a seed."""
+        best = self.best(network)
         self.describe(f'seed {seed + 1}/{self.seeds} {network.name}')
         return self.store.get(
             f'final {network.name} {best} {seed}',
-            lambda: self._run(network, *self.draw(seed), recipe, seed, self.curves)[0],
+            lambda: self._run(network, *self.draw(seed), setting(self.recipe, best), seed, self.curves),
         )
 
     def run_all(self) -> dict[str, list[dict[str, Any]]]:
-        """Searches, then trains by the best settings: the runs of each network, one a seed.
+        """Searches, then trains with the best settings. Returns the runs of each network, one per seed.
 
-        If the next round would end after the deadline there is none, but for one trial and two seeds. `trials` and
-        `seeds` are then what was done.
+        Stops before a round that would end after the deadline, but not before one trial and two seeds; `trials` and
+        `seeds` become what was done.
         """
         for trial in range(self.trials):
             started = time.monotonic()
@@ -242,24 +255,24 @@ class Protocol:
         return runs
 
     def _late(self, ahead: float) -> bool:
-        """Whether the deadline is less than so many seconds ahead."""
+        """Whether fewer seconds than `ahead` are left."""
         return self.deadline is not None and time.monotonic() + ahead > self.deadline
 
     def _time(self, network: Network) -> tuple[float, float]:
-        """Seconds of an epoch of training, and of measuring the test accuracy."""
+        """Seconds for an epoch of training, and for measuring the test accuracy."""
         train, test = (images.to(self.device) for images in self.draw(0))
         model = network.build(len(self.classes), train.pixels.shape[1], 0).to(self.device)
         model = model.to(memory_format=torch.channels_last)
-        fit(model, train, dataclasses.replace(self.recipe, epochs=1), 0)  # the first is slower than the others
+        fit(model, train, dataclasses.replace(self.recipe, epochs=1), 0)  # the first epoch is slower than the others
         epoch = fit(model, train, dataclasses.replace(self.recipe, epochs=2), 0) / 2
         started = time.monotonic()
         evaluate(model, test)
         return epoch, time.monotonic() - started
 
     def fit_into(self, seconds: float) -> None:
-        """Lowers trials and seeds so that the comparison takes about so long, by the time of one epoch of each network.
+        """Times an epoch of each network, and lowers trials and seeds so that the comparison takes about this long.
 
-        Raises InputError if not even one trial and two seeds fit.
+        Raises InputError if one trial and two seeds already take longer.
         """
         started = time.monotonic()
         self.deadline = started + seconds
