@@ -258,7 +258,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
                     (100 * row[size], row[when]) for row in rows if row['method'] == method and row[when] is not None
                 )
                 if line:
-                    axes.plot(*zip(*line, strict=True), color=colour, marker=marker, linewidth=1.2, label=METHODS[method])
+                    axes.plot(
+                        *zip(*line, strict=True), color=colour, marker=marker, linewidth=1.2, label=METHODS[method]
+                    )
             axes.set(xlabel=f'{size}, % of the plain network', xlim=(0, 100), title=title)
             axes.grid(color='0.92')
             axes.set_axisbelow(True)
