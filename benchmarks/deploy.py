@@ -82,7 +82,7 @@ def variants(name: str, images: Tensor) -> tuple[dict[str, nn.Module], dict[str,
     found = {'plain': whole}
     for key, levels in choices.items():
         found[key] = truncate(whole, levels=levels)
-        set_forms(found[key], {layer: costs.forms[layer][level] for layer, level in levels.items()})
+        set_forms(found[key], {layer: costs.of[layer][level].form for layer, level in levels.items()})
     return found, impossible
 
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 # By name, as a module called `list` must not become a global of this one.
 COMMANDS = ('quickstart', 'compare', 'predict', 'compress', 'convert', 'list')
@@ -30,20 +29,12 @@ def natural(text: str) -> int:
 
 def share(text: str) -> float:
     """A number above 0 and at most 1."""
-    number = positive_number(text)
-    if number > 1:
-        raise argparse.ArgumentTypeError(f'must be above 0 and at most 1, got {text!r}')
-    return number
-
-
-def positive_number(text: str) -> float:
-    """A finite number above 0."""
     try:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0 < number < float('inf'):
-        raise argparse.ArgumentTypeError(f'must be a number above 0, got {text!r}')
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f'must be above 0 and at most 1, got {text!r}')
     return number
 
 
@@ -81,17 +72,16 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='images per batch (default: 32)')
 
 
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The command's own options by name, with files read and NAME=VALUE split. Raises InputError if that fails."""
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Reads the files that arguments name, and splits NAME=VALUE. Raises InputError if that fails."""
     from timm_harmonic.common import explained, parse_option
 
-    options = {name: value for name, value in vars(args).items() if name not in ('run', 'quiet')}
-    if 'model_kwargs' in options:
-        options['model_kwargs'] = dict(map(parse_option, args.model_kwargs))
-    if options.get('class_names') is not None:
+    if 'model_kwargs' in args:
+        args.model_kwargs = dict(map(parse_option, args.model_kwargs))
+    if getattr(args, 'class_names', None) is not None:
         with explained(f'cannot read {args.class_names}', OSError, UnicodeDecodeError):
-            options['class_names'] = args.class_names.read_text(encoding='utf-8').splitlines()
-    return options
+            args.class_names = args.class_names.read_text(encoding='utf-8').splitlines()
+    return args
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -120,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         if args.quiet or not sys.stderr.isatty():
             os.environ.setdefault('TQDM_DISABLE', '1')  # progress bars are for people
-        args.run(args)
+        args.run(resolve(args))
         sys.stdout.flush()
     except KeyboardInterrupt:
         print('\nstopped', file=sys.stderr)

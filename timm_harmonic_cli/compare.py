@@ -8,22 +8,20 @@ of validation/, else a quarter of each class. If there are both, validation/ jud
 whatever Pillow opens, TIFF with any bands or pages, and .npy (H, W, C). Prints a table, and writes
 results.json and compare.png. After an interruption the same command continues where it stopped. Examples:
 
-  timm-harmonic compare images/ --augment zoom --time-limit 30
+  timm-harmonic compare images/ --augment zoom
   timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=1 --img-size 96
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_models, options_of, positive, positive_number
+from . import add_batch_size, add_models, positive
 
 MODELS = ('harm0', 'harm', 'smooth')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `timm-harmonic compare`."""
     add = parser.add_argument
     folder = 'image folder: train/ and validation/ or test/, or class folders alone'
     add('folder', type=Path, metavar='DIR', help=folder)
@@ -39,39 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--opt', choices=('adamw', 'momentum'), default='adamw', help="optimizer, by timm's name (default: adamw)")
     size = "side of the images (default: the images' own, at most 64)"
     add('--img-size', type=positive, metavar='N', help=size)
-    limit = 'lower --trials and --seeds to finish in about this time'
-    add('--time-limit', type=positive_number, metavar='MINUTES', help=limit)
     add('--device', default='cpu', help='device to train on (default: cpu)')
     add('--skip-bad', action='store_true', help='leave out unreadable files')
 
 
-def run(args: argparse.Namespace) -> None:
-    """Runs `timm-harmonic compare`."""
-    compare(**options_of(args))
-
-
-def compare(
-    folder: Path,
-    out: Path,
-    models: Sequence[str] = MODELS,
-    *,
-    trials: int = 8,
-    seeds: int = 5,
-    epochs: int = 60,
-    batch_size: int = 32,
-    augment: str = 'shift',
-    flip: bool = True,
-    opt: str = 'adamw',
-    img_size: int | None = None,
-    time_limit: float | None = None,
-    device: str = 'cpu',
-    skip_bad: bool = False,
-) -> dict[str, Any]:
-    """Searches settings and trains every network on the images of a folder, prints a table, writes results.
-
-    Options are those of `timm-harmonic compare`. Returns what results.json holds. Raises InputError if the images or
-    a network cannot be used, the comparison does not fit into the time, or `out` has another comparison.
-    """
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Searches settings, trains every network, prints a table, and returns what results.json holds."""
     import dataclasses
 
     from timm_harmonic.common import require
@@ -80,50 +51,46 @@ def compare(
     from timm_harmonic.small_data import protocol, results, tasks, training
 
     require(matplotlib='matplotlib', scipy='scipy')
-    networks = [training.network(text) for text in dict.fromkeys(models)]
-    place = usable_device(device)
-    images = tasks.read_folder(folder, img_size, skip_bad, but=out)
-    task = tasks.task_of(images)
+    networks = [training.network(text) for text in dict.fromkeys(args.models)]
+    place = usable_device(args.device)
+    task = tasks.read_folder(args.folder, args.img_size, args.skip_bad, but=args.out)
     channels, size = task.train.pixels.shape[1], task.train.pixels.shape[-1]
-    baseline = training.baseline(networks, len(images.classes), channels, size)
-    recipe = training.Recipe(epochs=epochs, batch_size=batch_size, opt=opt, augment=augment, flip=flip)
+    baseline = training.baseline(networks, len(task.classes), channels, size)
+    recipe = training.Recipe(
+        epochs=args.epochs, batch_size=args.batch_size, opt=args.opt, augment=args.augment, flip=args.flip
+    )
     settings = dict(
         recipe=dataclasses.asdict(recipe),
         networks={net.name: [net.model, net.options] for net in networks},
         images=[protocol.fingerprint(of) for of in (task.train, task.test, task.validation) if of is not None],
     )
-    results.open_folder(out)
+    results.open_folder(args.out)
     with progress(unit='epoch', smoothing=0.05) as bar:
         comparison = protocol.Protocol(
             lambda seed: (task.train, task.test),
             networks,
-            images.classes,
+            task.classes,
             recipe,
-            trials,
-            seeds,
-            protocol.Store(out / 'runs.jsonl', settings),
+            args.trials,
+            args.seeds,
+            protocol.Store(args.out / 'runs.json', settings),
             place,
             validation=task.validation,
             describe=bar.set_description,
             after_epoch=lambda epoch: bar.update(),
         )
-        if time_limit is not None:
-            comparison.fit_into(60 * time_limit)
         bar.reset(comparison.epochs_left)
         runs = comparison.run_all()
-    lr, weight_decay = protocol.RANGES[opt]
     inner = f'{protocol.INNER_SPLITS} inner splits of the training images'
     found = dict(
         note='Measured by this run on this machine; accuracies are percentages of the test images.',
-        folder=str(folder),
+        folder=str(args.folder),
         recipe=dataclasses.asdict(recipe),
         search=dict(
-            lr=lr,
-            weight_decay=weight_decay,
+            ranges=dict(zip(('lr', 'weight_decay'), protocol.RANGES[args.opt], strict=True)),
             judged_by=inner if task.validation is None else 'validation/',
-            trials=comparison.trials,
-            seeds=comparison.seeds,
-            left_out=dict(trials=trials - comparison.trials, seeds=seeds - comparison.seeds),
+            trials=args.trials,
+            seeds=args.seeds,
         ),
         environment=results.environment(),
         data=dict(
@@ -132,13 +99,13 @@ def compare(
             channels=channels,
             img_size=size,
             chance=100 * max(task.test.labels.bincount().tolist()) / len(task.test),
-            classes=images.classes,
+            classes=task.classes,
             mean=task.mean,
             std=task.std,
-            skipped=images.skipped,
+            skipped=task.skipped,
         ),
         baseline=baseline,
-        curve_epochs=protocol.curve_epochs(epochs),
+        curve_epochs=protocol.curve_epochs(args.epochs),
         networks={
             net.name: dict(
                 results.summarise(runs[net.name], runs[baseline]),
@@ -150,8 +117,10 @@ def compare(
         },
     )
     _print(found)
-    title = f'{len(task.train)} training and {len(task.test)} test images of {len(images.classes)} classes'
-    results.write_results(out, 'compare.png', found, lambda path: results.draw(found, title, path, differences=True))
+    title = f'{len(task.train)} training and {len(task.test)} test images of {len(task.classes)} classes'
+    results.write_results(
+        args.out, 'compare.png', found, lambda path: results.draw(found, title, path, differences=True)
+    )
     return found
 
 
@@ -173,6 +142,3 @@ def _print(found: dict[str, Any]) -> None:
         f'learning rate and weight decay are the best of {search["trials"]} settings for each network'
     )
     console.print(table(found, title, caption))
-    left = search['left_out']
-    if any(left.values()):
-        console.print(f'Left out for the time limit: {left["trials"]} trials and {left["seeds"]} seeds per network.')

@@ -9,13 +9,11 @@ makes the plain network from it, each layer in the form that the folder records.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_weights, natural, options_of, positive, share
+from . import add_batch_size, add_weights, natural, positive, share
 
-_BATCHES = 8  # of --data
 _DEPLOYED = dict(
     bytes=('ONNX file, bytes', ',d'),
     parameters=('parameters', ',d'),
@@ -26,7 +24,6 @@ _DEPLOYED = dict(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `timm-harmonic compress`."""
     add_weights(parser)
     add = parser.add_argument
     add('--out', type=Path, required=True, metavar='DIR', help='folder to write, new or empty')
@@ -38,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--cost', choices=('parameters', 'macs', 'time'), default='parameters', help=costs)
     data = 'image folder (labels are ignored): weigh frequencies by how much they change the outputs on its images'
     add('--data', type=Path, metavar='DIR', help=data)
-    add('--batches', type=positive, metavar='N', help=f'batches drawn from --data (default: {_BATCHES})')
+    add('--batches', type=positive, default=8, metavar='N', help='batches drawn from --data (default: 8)')
     refit = 'fit the remaining coefficients to the outputs of the complete network on --data'
     add('--refit', action='store_true', help=refit)
     add('--evaluate', type=Path, metavar='DIR', help='image folder: measure accuracy before and after')
@@ -63,47 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--std', type=float, nargs='+', metavar='S', help='standard deviation of the images, one value per channel')
 
 
-def run(args: argparse.Namespace) -> None:
-    """Runs `timm-harmonic compress`."""
-    compress(**options_of(args))
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes a network harmonic, truncates it, writes a folder, and returns what compression.json holds.
 
-
-def compress(
-    model: str,
-    out: Path,
-    *,
-    checkpoint: Path | None = None,
-    pretrained: bool = False,
-    model_kwargs: dict[str, Any] | None = None,
-    level: int | None = None,
-    energy: float | None = None,
-    ratio: float | None = None,
-    cost: str = 'parameters',
-    data: Path | None = None,
-    batches: int | None = None,
-    refit: bool = False,
-    evaluate: Path | None = None,
-    split: str = 'validation',
-    deploy: bool = False,
-    channels_last: bool = False,
-    device: str | None = None,
-    batch_size: int = 32,
-    workers: int = 0,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    normalization: str = 'l1',
-    smoothness: float | None = None,
-    repo: str = '',
-    license: str = '',
-    img_size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> dict[str, Any]:
-    """Makes a network harmonic, truncates it, writes a folder with a report, and prints the report.
-
-    Options are those of `timm-harmonic compress`. Multiply-adds and times are those of one random image. Returns what
-    compression.json holds. Raises InputError if options contradict each other, the network cannot be compressed or
-    the folder cannot be written, CheckpointError if the checkpoint does not fit.
+    Multiply-adds and times are those of one random image.
     """
     import importlib.util
     import json
@@ -113,9 +73,8 @@ def compress(
     import torch
     from timm.models import reparameterize_model
 
-    from timm_harmonic import deploy as make_plain
-    from timm_harmonic import harmonic_report, harmonize, truncate
-    from timm_harmonic.common import InputError
+    from timm_harmonic import deploy, harmonic_report, harmonize, truncate
+    from timm_harmonic.common import InputError, require
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import check_new
     from timm_harmonic.common.images import Batches, ImageFolder, Preparation
@@ -124,76 +83,59 @@ def compress(
     from timm_harmonic.conversion.harmonize import record_options
     from timm_harmonic.conversion.report import draw_truncation
     from timm_harmonic.export.folder import STEPS, load_network, next_step, write_folder
-    from timm_harmonic.export.onnx import check_packages, write_deployed
+    from timm_harmonic.export.onnx import write_deployed
 
-    check_new(out)
-    for option, given in (('--refit', refit), ('--batches', batches is not None)):
-        if given and data is None:
-            raise InputError(f'{option} needs --data, an image folder. Labels are not used.')
-    if level is not None and data is not None and not refit:
-        raise InputError('--data is for --refit, --energy and --ratio: with --level nothing is chosen.')
-    if cost != 'parameters' and ratio is None:
-        raise InputError('--cost needs --ratio, the share of the cost to keep.')
-    if (model_kwargs or {}).get('features_only'):
-        raise InputError('compress writes complete networks: pass features_only to timm.create_model later.')
-    for folder in (data, evaluate):
-        if folder is not None and not folder.is_dir():
-            raise InputError(f'{str(folder)!r} is not an image folder.')
-    place, batches = usable_device(device), batches or _BATCHES
-    if deploy:
-        check_packages()
+    _check_options(args)
+    check_new(args.out)
+    place = usable_device(args.device)
+    if args.deploy:
+        require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
     with progress(total=7, desc='build', **STEPS) as steps:
-        source, plain = load_network(model, checkpoint, pretrained, model_kwargs, random_weights=True)
+        source, plain = load_network(
+            args.model, args.checkpoint, args.pretrained, args.model_kwargs, random_weights=True
+        )
         next_step(steps, 'harmonize')
-        basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
-        whole = harmonize(plain, include=include, exclude=exclude, **basis)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        basis = dict(normalization=args.normalization, smoothness=args.smoothness)
+        whole = harmonize(plain, include=args.include, exclude=args.exclude, **basis)
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
         whole.to(place).to(memory_format=layout)
         next_step(steps, 'truncate')
-        own = dict(img_size=img_size, mean=mean, std=std)
-        prepare = Preparation(whole, {**source.run, **{key: of for key, of in own.items() if of is not None}})
+        own = {key: value for key in ('img_size', 'mean', 'std') if (value := getattr(args, key)) is not None}
+        prepare = Preparation(whole, {**source.run, **own})
         example = torch.randn(1, *prepare.config['input_size']).to(place, memory_format=layout)
         _check_size(whole, example)
         images = None
-        if data is not None:
-            images = progress(
-                Batches(ImageFolder(data, 'train', prepare), batch_size, workers, batches),
-                desc='weigh',
-                unit='batch',
-                leave=False,
-            )
-        costs: dict[str, Any] = {} if cost == 'parameters' else dict(cost=cost, images=example)
-        small = truncate(whole, level=level, energy=energy, ratio=ratio, **costs, data=images, refit=refit)
-        if deploy and cost == 'parameters':  # otherwise truncate has chosen the forms
+        if args.data is not None:
+            drawn = Batches(ImageFolder(args.data, 'train', prepare), args.batch_size, args.workers, args.batches)
+            images = progress(drawn, desc='weigh', unit='batch', leave=False)
+        amount = {key: value for key in ('level', 'energy', 'ratio') if (value := getattr(args, key)) is not None}
+        counted = None if args.cost == 'parameters' else example
+        small = truncate(whole, **amount, cost=args.cost, images=counted, data=images, refit=args.refit)
+        if args.deploy and counted is None:  # otherwise truncate has chosen the forms
             set_forms(small, forms_by_time(small, example))
             record_options(small)
         next_step(steps, 'evaluate')
         measured = {}
-        if evaluate is not None:
-            judging = ImageFolder(evaluate, split, prepare)
+        if args.evaluate is not None:
+            judging = ImageFolder(args.evaluate, args.split, prepare)
             if len(judging.classes) != whole.num_classes:
-                raise InputError(
-                    f'{str(evaluate)!r} has {len(judging.classes)} classes, the network {whole.num_classes}.'
-                )
-            loader = Batches(judging, batch_size, workers)
+                raise InputError(f'{args.evaluate} has {len(judging.classes)} classes, not {whole.num_classes}.')
+            loader = Batches(judging, args.batch_size, args.workers)
             measured = {when: _evaluate(of, loader, place) for when, of in (('before', whole), ('after', small))}
         report = harmonic_report(small, example)
-        amount = dict(level=level, energy=energy, ratio=ratio)
-        options: dict[str, Any] = {name: value for name, value in amount.items() if value is not None}
-        options |= {**(dict(cost=cost) if cost != 'parameters' else {}), **(dict(refit=True) if refit else {})}
+        drawn_images = f'outputs on {args.batches} batches of {args.batch_size} images'
         record: dict[str, Any] = dict(
             timm_harmonic=version('timm-harmonic'),
             torch=torch.__version__,
             timm=timm.__version__,
             source=source.file or source.base,
-            options=options,
-            weighed_by='filters' if data is None else f'outputs on {batches} batches of {batch_size} images',
-            timed=f'one image, {place.type}, {"channels_last" if channels_last else "contiguous"}, '
-            f'{torch.get_num_threads()} threads',
+            options={**amount, 'cost': args.cost, **(dict(refit=True) if args.refit else {})},
+            weighed_by='filters' if args.data is None else drawn_images,
+            timed=f'one image, {place.type}, {str(layout)[6:]}, {torch.get_num_threads()} threads',
             accuracy=measured,
             report=report.to_dict(),
         )
-        networks = (make_plain(whole, form='dense'), reparameterize_model(small.eval())) if deploy else ()
+        networks = (deploy(whole, form='dense'), reparameterize_model(small.eval())) if args.deploy else ()
 
         def add_report(folder: Path) -> None:
             if networks:
@@ -203,14 +145,32 @@ def compress(
             if importlib.util.find_spec('matplotlib') is not None:
                 draw_truncation(folder / 'compression.png', whole, small)
 
-        license = license or plain.pretrained_cfg.get('license') or ''
-        about: dict[str, Any] = dict(repo_id=repo, license=license)
+        license = args.license or plain.pretrained_cfg.get('license') or ''
+        about: dict[str, Any] = dict(repo_id=args.repo, license=license)
         for parameter in small.parameters():  # .to(memory_format=...) would leave (O, I, P, 1) as it is
             parameter.data = parameter.data.contiguous()  # safetensors needs it
-        write_folder(small.cpu(), out, source, steps, data_config=prepare.config, add=add_report, **about)
-    print('\n\n'.join([_fitting(str(report), out / 'compression.md'), *_tables(record)]))
-    print(f'\nWrote {out}: timm.create_model("local-dir:{out}", pretrained=True)')
+        write_folder(small.cpu(), args.out, source, steps, data_config=prepare.config, add=add_report, **about)
+    print('\n\n'.join([report.summary(), *_tables(record)]))
+    print(f'\nWrote {args.out}, layer by layer in {args.out / "compression.md"}. To load it:')
+    print(f'timm.create_model("local-dir:{args.out}", pretrained=True)')
     return record
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises InputError if options contradict each other, or a folder of images does not exist."""
+    from timm_harmonic.common import InputError
+
+    if args.refit and args.data is None:
+        raise InputError('--refit needs --data, an image folder. Labels are ignored.')
+    if args.level is not None and args.data is not None and not args.refit:
+        raise InputError('--data is for --refit, --energy and --ratio: with --level nothing is chosen.')
+    if args.cost != 'parameters' and args.ratio is None:
+        raise InputError('--cost needs --ratio, the share of the cost to keep.')
+    if (args.model_kwargs or {}).get('features_only'):
+        raise InputError('compress writes complete networks: pass features_only to timm.create_model later.')
+    for folder in (args.data, args.evaluate):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f'{str(folder)!r} is not an image folder.')
 
 
 def _check_size(network: Any, image: Any) -> None:
@@ -268,14 +228,3 @@ def _page(record: dict[str, Any], report: Any) -> str:
         f'one image; milliseconds were measured here, for {record["timed"]}. No fine-tuning.'
     )
     return '\n\n'.join([f'# Compression of {report.model}', about, *_tables(record), report.to_markdown()])
-
-
-def _fitting(report: str, file: Path) -> str:
-    """A report for standard output. A terminal too narrow for its table gets the last line, and where the rest is."""
-    import shutil
-    import sys
-
-    lines = report.splitlines()
-    if not sys.stdout.isatty() or max(map(len, lines[:-1]), default=0) <= shutil.get_terminal_size().columns:
-        return report
-    return f'{lines[-1]}\nLayer by layer: {file}'

@@ -10,11 +10,10 @@ The folder is loaded again, and must give the same outputs as the checkpoint on 
 import argparse
 from pathlib import Path
 
-from . import add_class_names, add_model_kwargs, options_of
+from . import add_class_names, add_model_kwargs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `timm-harmonic convert`."""
     add = parser.add_argument
     add('checkpoint', type=Path, metavar='CHECKPOINT', help='the file: .pth, .pth.tar or .safetensors')
     add('--model', required=True, metavar='NAME', help='architecture, see `timm-harmonic list`')
@@ -29,13 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `timm-harmonic convert`."""
     from timm_harmonic.export.folder import convert
 
-    options = options_of(args)
-    files = convert(
-        options.pop('checkpoint'), options.pop('model'), options.pop('out'), repo_id=options.pop('repo'), **options
-    )
+    card = dict(repo_id=args.repo, class_names=args.class_names, license=args.license, dataset=args.dataset)
+    network = dict(use_ema=args.use_ema, model_kwargs=args.model_kwargs)
+    files = convert(args.checkpoint, args.model, args.out, **network, **card)
     print(f'{args.out} gives the outputs of {args.checkpoint}:')
     for path in files:
         print(f'  {path.name:<19} {path.stat().st_size:>13,} bytes')

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import add_batch_size, add_class_names, add_weights, options_of, positive
+from . import add_batch_size, add_class_names, add_weights, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `timm-harmonic predict`."""
     add_weights(parser)
     add = parser.add_argument
     add('images', nargs='+', type=Path, metavar='IMAGES', help='files, or folders of files')
@@ -32,43 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs `timm-harmonic predict`."""
     from timm_harmonic.common import InputError
     from timm_harmonic.common.files import write_whole
 
-    options = options_of(args)
-    out, form = options.pop('out'), options.pop('format')
+    out = args.out
     if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
         raise InputError(f'--out {out} must be a file in an existing folder.')
-    rows = predict(**options)
+    rows = predict(args)
     if out is None:
-        write_predictions(rows, form, sys.stdout)
+        write_predictions(rows, args.format, sys.stdout)
         return
 
     def write(path: Path) -> None:
         with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:  # as names of files may be
-            write_predictions(rows, form, file)
+            write_predictions(rows, args.format, file)
 
     write_whole(out, write)
 
 
-def predict(
-    model: str,
-    images: Sequence[Path],
-    *,
-    checkpoint: Path | None = None,
-    pretrained: bool = False,
-    model_kwargs: dict[str, Any] | None = None,
-    class_names: Sequence[str] | None = None,
-    topk: int = 5,
-    batch_size: int = 32,
-    device: str | None = None,
-    skip_bad: bool = False,
-) -> list[dict[str, Any]]:
+def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Classifies images. Returns a row for each: its file, and its likeliest classes with their probabilities.
 
-    Options are those of `timm-harmonic predict`. With `skip_bad`, the row of an unreadable file has an `error`. Raises
-    InputError if a file cannot be read or does not fit the network, or the network or a class name is missing.
+    With --skip-bad, the row of an unreadable file has an `error`. Raises InputError if a file cannot be read or does
+    not fit the network, or the network or a class name is missing.
     """
     from timm_harmonic.common import InputError
     from timm_harmonic.common.device import usable_device
@@ -76,19 +61,19 @@ def predict(
     from timm_harmonic.common.progress import progress
     from timm_harmonic.export.folder import load_network
 
-    source, network = load_network(model, checkpoint, pretrained, model_kwargs)
+    source, network = load_network(args.model, args.checkpoint, args.pretrained, args.model_kwargs)
     classes = getattr(network, 'num_classes', 0)
     if not classes:
-        raise InputError(f'{model} returns features, not classes.')
-    names = list(class_names or _label_names(network) or map(str, range(classes)))
+        raise InputError(f'{args.model} has no classifier.')
+    names = list(args.class_names or _label_names(network) or map(str, range(classes)))
     if len(names) != classes:
-        raise InputError(f'got {len(names)} class names, the network has {classes} classes.')
-    if missing := [str(path) for path in images if not path.exists()]:
+        raise InputError(f'got {len(names)} class names for {classes} classes.')
+    if missing := [str(path) for path in args.images if not path.exists()]:
         raise InputError(f'{missing[0]!r} does not exist.')
-    files = [file for path in images for file in (image_files(path) if path.is_dir() else [path])]
+    files = [file for path in args.images for file in (image_files(path) if path.is_dir() else [path])]
     if not files:
-        raise InputError(f'no files in {", ".join(map(str, images))}.')
-    network.to(usable_device(device))
+        raise InputError(f'no files in {", ".join(map(str, args.images))}.')
+    network.to(usable_device(args.device))
     prepare = Preparation(network, source.run)
     rows: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], Any]] = []
@@ -99,11 +84,11 @@ def predict(
             waiting.append((row, prepare(read_image(path))))
         except InputError as error:
             row['error'] = str(error)
-        if len(waiting) == batch_size or (waiting and path is files[-1]):
-            _classify(network, waiting, names, topk)
+        if len(waiting) == args.batch_size or (waiting and path is files[-1]):
+            _classify(network, waiting, names, args.topk)
             waiting = []
     bad = [f'{row["file"]}: {row["error"]}' for row in rows if 'error' in row]
-    if bad and not skip_bad:
+    if bad and not args.skip_bad:
         raise unreadable(bad)
     return rows
 
@@ -134,7 +119,6 @@ def _classify(network: Any, waiting: list[tuple[dict[str, Any], Any]], names: Se
 
 
 def write_predictions(rows: list[dict[str, Any]], form: str, file: TextIO) -> None:
-    """Writes rows as 'table', 'csv' or 'json'."""
     import csv
     import json
 

@@ -12,17 +12,15 @@ Prints a table, and writes results.json and quickstart.png. Takes two minutes on
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import add_models, options_of, positive
+from . import add_models, positive
 
 MODELS = ('harm0', 'harm1', 'harm', 'smooth')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `timm-harmonic quickstart`."""
     add = parser.add_argument
     add('--seeds', type=positive, default=3, metavar='N', help='runs per network (default: 3)')
     add('--epochs', type=positive, default=30, metavar='N', help='epochs per run (default: 30)')
@@ -38,31 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--export', type=Path, metavar='DIR', help=export)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Runs `timm-harmonic quickstart`."""
-    options = options_of(args)
-    folder = options.pop('export')
-    if folder is None:
-        quickstart(**options)
-    else:
-        export(folder, args.train_per_class)
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Trains every network with every seed, prints a table, and returns what results.json holds."""
+    if args.export is not None:
+        export(args.export, args.train_per_class)
+        return None
 
-
-def quickstart(
-    *,
-    out: Path,
-    seeds: int = 3,
-    epochs: int = 30,
-    train_per_class: int = 10,
-    models: Sequence[str] = MODELS,
-    test_per_class: int = 24,
-) -> dict[str, Any]:
-    """Trains every network with every seed, prints a table, writes results.json and quickstart.png.
-
-    The seed determines everything random: training patches, initial weights, order and shifts. Returns what
-    results.json holds. Raises InputError if a package or a photograph is missing, a photograph has too few patches, a
-    network is unknown, or the folder cannot be written.
-    """
     import dataclasses
     from functools import cache
 
@@ -73,23 +52,23 @@ def quickstart(
     from timm_harmonic.small_data import protocol, results, tasks, training
 
     require(matplotlib='matplotlib', scipy='scipy', skimage='scikit-image', sklearn='scikit-learn')
-    networks = [training.network(name) for name in dict.fromkeys(models)]
+    networks = [training.network(name) for name in dict.fromkeys(args.models)]
     photographs = tasks.load_photographs()
-    if train_per_class * len(photographs) < 2:
+    if args.train_per_class * len(photographs) < 2:
         raise InputError('at least two training patches are needed.')
-    recipe = training.Recipe(epochs=epochs)
-    draw = cache(lambda seed: tasks.patches(photographs, train_per_class, seed, test_per_class))
+    recipe = training.Recipe(epochs=args.epochs)
+    draw = cache(lambda seed: tasks.patches(photographs, args.train_per_class, seed))
     train, test = draw(0)
-    with training.one_thread(), progress(total=seeds * len(networks) * epochs, unit='epoch') as bar:
+    with training.one_thread(), progress(total=args.seeds * len(networks) * args.epochs, unit='epoch') as bar:
         baseline = training.baseline(networks, len(photographs), 1, tasks.PATCH_SIZE)
-        results.open_folder(out)
+        results.open_folder(args.out)
         comparison = protocol.Protocol(
             draw,
             networks,
             list(photographs),
             recipe,
             trials=0,
-            seeds=seeds,
+            seeds=args.seeds,
             store=protocol.Store(None, {}),
             describe=bar.set_description,
             after_epoch=lambda epoch: bar.update(),
@@ -108,33 +87,27 @@ def quickstart(
             chance=100 / len(photographs),
         ),
         baseline=baseline,
-        curve_epochs=protocol.curve_epochs(epochs),
+        curve_epochs=protocol.curve_epochs(args.epochs),
         networks={net.name: results.summarise(runs[net.name], runs[baseline]) for net in networks},
     )
     counts = f'{len(train)} training and {len(test)} test patches'
-    title = f'Measured here: {seeds} seed{"s" * (seeds > 1)}, {counts}, chance {100 / len(photographs):.1f} %'
+    title = f'Measured here: {args.seeds} seed{"s" * (args.seeds > 1)}, {counts}, chance {100 / len(photographs):.1f} %'
     caption = 'mean ± standard deviation; differences are paired by seed, with their 95 % interval'
-    Console().print(results.table(found, title, caption if seeds > 1 else 'one seed', fused=True))
+    Console().print(results.table(found, title, caption if args.seeds > 1 else 'one seed', fused=True))
     question = f'Which of {len(photographs)} photographs is a patch from?\n{counts}'
-    results.write_results(out, 'quickstart.png', found, lambda path: results.draw(found, question, path))
+    results.write_results(args.out, 'quickstart.png', found, lambda path: results.draw(found, question, path))
     return found
 
 
-def export(folder: Path, train_per_class: int = 10) -> None:
+def export(folder: Path, train_per_class: int) -> None:
     """Writes the patches of the first seed as an image folder, and prints a train.py command for it."""
     from timm_harmonic.small_data.tasks import PATCH_SIZE, export_patches, load_photographs
-    from timm_harmonic.small_data.training import NAMED, Recipe
 
-    photographs, recipe = load_photographs(), Recipe()
+    photographs = load_photographs()
     counts = export_patches(folder, photographs, train_per_class)
-    options = [f'"{key}={str(value).replace(" ", "")}"' for key, value in NAMED['smooth'].items()]
     print(
-        f'Wrote {counts["train"]} training and {counts["validation"]} test patches to {folder}. Train on them:\n'
-        f'python train.py --data-dir "{folder}" --device-modules timm_harmonic --model harm_resnet18 '
-        f'--model-kwargs {" ".join(options)} '
-        f'--num-classes {len(photographs)} --in-chans 1 --input-size 1 {PATCH_SIZE} {PATCH_SIZE} '
-        f'--mean 0.449 --std 0.226 --crop-pct 1 --batch-size {recipe.batch_size} '
-        f'--opt {recipe.opt} --lr {recipe.lr} --weight-decay {recipe.weight_decay} '
-        f'--sched cosine --epochs {recipe.epochs} --warmup-epochs {recipe.epochs // 10} --smoothing 0 '
-        f'--scale 1 1 --ratio 1 1 --color-jitter 0 --workers 2 --device cpu'
+        f'Wrote {counts["train"]} training and {counts["validation"]} test patches to {folder}. Train on them, in a '
+        f'clone of timm-harmonic with train.py of timm:\n'
+        f'python train.py -c train_configs/small_data.yaml --data-dir "{folder}" --num-classes {len(photographs)} '
+        f'--in-chans 1 --input-size 1 {PATCH_SIZE} {PATCH_SIZE} --mean 0.449 --std 0.226 --device cpu'
     )

@@ -19,7 +19,7 @@ from timm_harmonic.conversion.refit import (
     by_batch,
     by_group,
     estimate_statistics,
-    losses_after_refit,
+    losses_on_images,
     norms_behind,
     norms_of,
     output_error,
@@ -369,7 +369,7 @@ def test_data_without_an_end():
         ([smooth(), smooth() * float('nan')], 'batch 1 of data has values that are not finite'),
         ([smooth()[0]], r'batch 0 of data must be images \(B, C, H, W\), got \(3, 32, 32\)'),
         (['images'], 'batch 0 of data must be images .* got str'),
-        ([smooth(7)], 'at least 8 images, data hold 7'),
+        ([smooth(7)], 'data hold 7 images: at least 8'),
     ],
 )
 def test_bad_data_change_nothing(data, words):
@@ -541,7 +541,7 @@ def test_losses_are_what_refitting_leaves_over():
     model = harmonize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 5, groups=2)).eval())
     data = smooth(64, size=16)
     parts = read_images([data], data)
-    losses = losses_after_refit(model, parts)
+    losses = losses_on_images(model, parts, refit=True)
     assert {name: list(of) for name, of in losses.items()} == {'0': [5, 4, 3, 2, 1], '1': [9, 8, 7, 6, 5, 4, 3, 2, 1]}
     for of in losses.values():
         assert of[max(of)] == 0
@@ -559,7 +559,7 @@ def test_truncate_refits(tmp_path):
     model, images = tiny()
     data = [images]
     small = truncate(model, ratio=0.5, data=data, refit=True)
-    losses = losses_after_refit(model, read_images(data, data[0]))
+    losses = losses_on_images(model, read_images(data, data[0]), refit=True)
     costs = costs_of(model, 'parameters', None)
     levels = choose_levels(losses_by_filters(model) | losses, costs, 0.5 * costs.present)
     by_hand = refit(model, truncate(model, levels=levels), data)

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
-from timm_harmonic.conversion.costs import Costs, costs_of
+from timm_harmonic.conversion.costs import Cost, Costs, costs_of
+from timm_harmonic.conversion.refit import losses_on_images, read_images
 from timm_harmonic.conversion.swap import harmonic_layers
-from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters, losses_by_images
+from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters
 from timm_harmonic.layers.dct import NORMALIZATIONS, dct_frequencies
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -104,7 +105,7 @@ def test_budget_is_kept(network):
         low = truncate(network, ratio=ratio)
         assert count(low) <= ratio * present
         chosen, of = levels(low), costs_of(network, 'parameters', None).of
-        raises = [of[n][lv + 1] - of[n][lv] for n, lv in chosen.items() if lv < 5]
+        raises = [of[n][lv + 1].cost - of[n][lv].cost for n, lv in chosen.items() if lv < 5]
         assert count(low) + min(raises) > ratio * present  # nothing more fits
         assert harmonic_report(low).parameters == count(low)
 
@@ -138,10 +139,9 @@ def problems(draw):
         if draw(st.booleans()):
             lost = [0.0, *draw(st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.8]), min_size=top - 1, max_size=top - 1))]
         losses[name] = {top - i: float(value) for i, value in enumerate(lost)}
-        of[name] = {level: float(draw(st.integers(1, 50))) for level in losses[name]}
+        of[name] = {level: Cost(float(draw(st.integers(1, 50)))) for level in losses[name]}
     costs = Costs('ms', 7.0, of)
-    least = costs.rest + sum(min(costs_of.values()) for costs_of in of.values())
-    return losses, costs, least + draw(st.floats(0, 1)) * (costs.total({n: max(v) for n, v in of.items()}) - least)
+    return losses, costs, costs.least + draw(st.floats(0, 1)) * (costs.present - costs.least)
 
 
 @settings(max_examples=100, deadline=None)
@@ -161,7 +161,7 @@ def exact(harms, costs, budget):
     """The least harm within a budget, by integer programming."""
     places = [(name, level) for name, of in harms.items() for level in of]
     rows = [[float(name == of) for of, _ in places] for name in harms]
-    cost = [costs.of[name][level] / (budget - costs.rest) for name, level in places]
+    cost = [costs.of[name][level].cost / (budget - costs.rest) for name, level in places]
     limits = LinearConstraint([*rows, cost], [1] * len(harms) + [-np.inf], [1] * len(harms) + [1])
     harm = [harms[name][level] for name, level in places]
     options = dict(mip_rel_gap=1e-6)
@@ -192,7 +192,7 @@ def test_the_choice_is_near_the_best_of_random_instances(seed):
         lost = np.sort(random.random(4) ** 3)
         losses[name] = dict(zip((5, 4, 3, 2, 1), [0.0, *map(float, lost)], strict=True))
         of[name] = {
-            level: float(share * random.integers(1, 100))
+            level: Cost(float(share * random.integers(1, 100)))
             for level, share in zip(losses[name], (9, 8, 6, 3, 1), strict=True)
         }
     costs = Costs('ms', 10.0, of)
@@ -203,6 +203,10 @@ def smooth(batches=2, channels=3, size=32):
     generator = torch.Generator().manual_seed(0)
     for _ in range(batches):
         yield nn.functional.avg_pool2d(torch.randn(4, channels, size + 6, size + 6, generator=generator), 7, 1)
+
+
+def losses_by_images(model, data):
+    return losses_on_images(model, read_images(data, next(model.parameters())), refit=False)
 
 
 def test_losses_by_images_are_errors_of_the_output():
@@ -355,7 +359,7 @@ def test_multiply_adds_are_counted(network):
         low = truncate(network, level=level)
         chosen = levels(low)
         for name, layer in harmonic_layers(low).items():
-            layer.form = costs.forms[name][chosen[name]]
+            layer.form = costs.of[name][chosen[name]].form
         with FlopCounterMode(display=False) as counter:
             reparameterize_model(low)(images)
         assert costs.total(chosen) == pytest.approx(counter.get_total_flops() / 4, rel=1e-6)
@@ -369,7 +373,7 @@ def test_a_budget_of_multiply_adds(network, ratio):
     low = truncate(network, ratio=ratio, cost='macs', images=images)
     assert costs.total(levels(low)) <= ratio * costs.total(levels(network))
     assert {n: layer.form for n, layer in harmonic_layers(low).items()} == {
-        name: costs.forms[name][level] for name, level in levels(low).items()
+        name: costs.of[name][level].form for name, level in levels(low).items()
     }
     report = harmonic_report(low, images)
     assert sum(conv.macs or 0 for conv in report.convolutions) + costs.rest == pytest.approx(costs.total(levels(low)))
@@ -386,7 +390,8 @@ def test_a_budget_of_time(network, monkeypatch):
     images = torch.randn(1, 3, 64, 64)
     costs = costs_of(network, 'time', images)
     assert costs.rest == 20 - 17
-    assert costs.of['layer1.0.conv1'] == {5: 1.0, 4: 1.0, 3: 0.25, 2: 0.25, 1: 0.25}  # at 4 it saves nothing
+    found = {level: of.cost for level, of in costs.of['layer1.0.conv1'].items()}
+    assert found == {5: 1.0, 4: 1.0, 3: 0.25, 2: 0.25, 1: 0.25}  # at 4 it saves nothing
     low = truncate(network, ratio=0.7, cost='time', images=images)
     assert costs.total(levels(low)) <= 14
     lowered = [layer for layer in harmonic_layers(low).values() if layer.form == 'separable']
@@ -402,8 +407,8 @@ def test_time_is_measured(network):
     images = torch.randn(1, 3, 32, 32)
     costs = costs_of(network, 'time', images)
     assert costs.rest >= 0
-    assert all(ms > 0 for of in costs.of.values() for ms in of.values())
-    assert all(of[level] <= of[max(of)] for of in costs.of.values() for level in of)
+    assert all(of.cost > 0 for by_level in costs.of.values() for of in by_level.values())
+    assert all(of[level].cost <= of[max(of)].cost for of in costs.of.values() for level in of)
     assert not any(module._forward_hooks for module in network.modules())
 
 

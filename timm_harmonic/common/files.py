@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import InputError, first_line
+from . import InputError, explained
 
 _PREFIX = '.timm-harmonic-'  # of temporary folders; a killed process leaves one behind
 
@@ -16,7 +16,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     Devices and pipes such as /dev/stdout are written directly. Raises InputError if the file cannot be written.
     """
-    with _input_errors(path):
+    with explained(f'{str(path)!r} cannot be written', OSError):
         if path.exists() and (not path.is_file() or path.is_relative_to('/dev')):
             write(path)
             return
@@ -43,7 +43,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     A folder that cannot be replaced (the working directory, a mount point) is filled by moving the files instead.
     Raises InputError if `out` is not empty or cannot be written.
     """
-    with _input_errors(out):
+    with explained(f'{str(out)!r} cannot be written', OSError):
         check_new(out)
         out = out.resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,11 +59,3 @@ def new_folder(out: Path) -> Iterator[Path]:
             if out.is_dir():
                 out.rmdir()  # Windows renames nothing onto a folder
             folder.rename(out)
-
-
-@contextmanager
-def _input_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f'{str(path)!r} cannot be written: {first_line(error)}') from error

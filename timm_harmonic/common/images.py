@@ -132,14 +132,9 @@ class Preparation:
     """Prepares images as a network's validation does: scale, resize, crop, normalise.
 
     8-bit gray and colour images for networks of one or three channels go through timm's transform. All others are
-    scaled, resized (bilinear), cut in the centre and normalised channel by channel.
-
-    Args:
-        model: A network of timm, whose config says how.
-        given: Options by timm's names that replace the config's, see `data_config`.
-
-    Raises:
-        InputError: If the options do not fit the network, or its config makes no sense.
+    scaled, resized (bilinear), cut in the centre and normalised channel by channel. `given` are options by timm's names
+    that replace those of the network's config, see `data_config`. Raises InputError if they do not fit the network, or
+    its config makes no sense.
     """
 
     def __init__(self, model: nn.Module, given: dict[str, Any] | None = None) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +17,30 @@ from .swap import harmonic_layers, in_fusing_blocks, make_plain
 
 Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the first pattern that matches counts
 
-# The rule without a measurement: the separable form may take this share of the dense form's multiply-adds, and needs
-# this many channels in each group of its 1 x 1 convolution, unless the layer keeps the constant function alone.
+# `forms_by_rule`: the share of the dense form's multiply-adds, and the channels in each group of the 1 x 1 convolution.
 _SHARE, _CHANNELS = 0.5, 64
-
 _ROUNDS, _ROUND = 9, 3e-3  # rounds of timing, and the least seconds of one
+
+
+class Cost(NamedTuple):
+    """What a layer costs at a level, in its cheaper form. Parameters do not depend on the form."""
+
+    cost: float
+    form: str = 'dense'
+    milliseconds: dict[str, float] | None = None  # by form, if they were measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Costs of a network's harmonic layers, by name and level, and of everything else in it.
-
-    A layer costs what its cheaper form costs, which `forms` names. Parameters do not depend on the form.
-    """
+    """Costs of a network's harmonic layers, by name and level, and of everything else in it."""
 
     unit: str
     rest: float
-    of: dict[str, dict[int, float]]
-    forms: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
-    milliseconds: dict[str, dict[int, dict[str, float]]] = dataclasses.field(default_factory=dict)  # by form
+    of: dict[str, dict[int, Cost]]
 
     def total(self, levels: Mapping[str, int]) -> float:
         """Returns the cost of the network with each layer at a level."""
-        return self.rest + sum(self.of[name][level] for name, level in levels.items())
+        return self.rest + sum(self.of[name][level].cost for name, level in levels.items())
 
     @property
     def present(self) -> float:
@@ -49,72 +50,44 @@ class Costs:
     @property
     def least(self) -> float:
         """Cost with every layer at its cheapest level."""
-        return self.rest + sum(min(of.values()) for of in self.of.values())
+        return self.rest + sum(min(of.cost for of in by_level.values()) for by_level in self.of.values())
 
     def text(self, cost: float) -> str:
         """Formats a cost with its unit."""
         return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'
 
 
-def costs_of(model: nn.Module, cost: str, images: Tensor | None) -> Costs:
-    """Returns the costs of a network in 'parameters', 'macs' (multiply-adds) or 'time', for example images."""
+def costs_of(model: nn.Module, cost: str, images: Tensor | None = None) -> Costs:
+    """Returns the costs of a network in 'parameters', 'macs' (multiply-adds) or 'time', for example images.
+
+    Multiply-adds are those of the fused network for one image. Times are those of evaluation on all images, fused, on
+    the network's device, see `_time_levels`. The rest is the whole dense network less its dense layers. It includes
+    layers in blocks that fuse their own convolutions: their levels do not change what the block costs.
+    """
+    layers = harmonic_layers(model)
     if cost == 'parameters':
-        return _parameter_costs(model)
+        size = {name: layer.weight.numel() // layer.weight.shape[2] for name, layer in layers.items()}
+        of = {n: {level: Cost(size[n] * _functions(x, level)) for level in x.levels()} for n, x in layers.items()}
+        present = sum(p.numel() for p in model.parameters())
+        return Costs('parameters', present - sum(costs[max(costs)].cost for costs in of.values()), of)
     assert images is not None
-    return _mac_costs(model, images) if cost == 'macs' else _time_costs(model, images)
-
-
-def _parameter_costs(model: nn.Module) -> Costs:
-    of: dict[str, dict[int, float]] = {}
-    for name, layer in harmonic_layers(model).items():
-        filters = layer.weight.numel() // layer.weight.shape[2]
-        of[name] = {level: filters * _functions(layer, level) for level in layer.levels()}
-    present = sum(p.numel() for p in model.parameters())
-    return Costs('parameters', present - sum(sizes[max(sizes)] for sizes in of.values()), of)
-
-
-def _mac_costs(model: nn.Module, images: Tensor) -> Costs:
-    """Counts multiply-adds for one image of the fused network by running images through it.
-
-    The rest is the dense network's count less that of its dense layers. It includes layers in blocks that fuse their
-    own convolutions: their levels do not change what the block costs.
-    """
     uses, within = uses_of(model, images), in_fusing_blocks(model)
-    of: dict[str, dict[int, float]] = {}
-    forms: dict[str, dict[int, str]] = {}
-    rest = float(count_macs(make_plain(model, {}), images))
-    for name, layer in harmonic_layers(model).items():
-        if name in within:
-            of[name], forms[name] = dict.fromkeys(layer.levels(), 0.0), dict.fromkeys(layer.levels(), 'dense')
-            continue
-        positions = sum(use.positions for use in uses[name])
-        rest -= multiply_adds(layer, layer.level, 'dense', positions) / len(images)
-        forms[name] = {level: 'separable' if _saves(layer, level) else 'dense' for level in layer.levels()}
-        of[name] = {lv: multiply_adds(layer, lv, form, positions) / len(images) for lv, form in forms[name].items()}
-    return Costs('multiply-adds', rest, of, forms)
-
-
-def _time_costs(model: nn.Module, images: Tensor) -> Costs:
-    """Times the layers for a batch of images, in evaluation, fused, on the network's device, see `_time_levels`.
-
-    The rest is the time of the whole dense network less that of its dense layers, as in `_mac_costs`.
-    """
-    layers, uses, within = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
-    used = {n: (layer, list(layer.levels())) for n, layer in layers.items() if uses[n] and n not in within}
-    measured = _time_levels(used, uses)
-    of: dict[str, dict[int, float]] = {}
-    forms: dict[str, dict[int, str]] = {}
-    milliseconds: dict[str, dict[int, dict[str, float]]] = {}
-    for name, layer in layers.items():
-        if name not in measured:
-            of[name], forms[name] = dict.fromkeys(layer.levels(), 0.0), dict.fromkeys(layer.levels(), 'dense')
-            continue
-        milliseconds[name] = {level: times for level, (times, _) in measured[name].items()}
-        forms[name] = {level: better for level, (_, better) in measured[name].items()}
-        of[name] = {level: times[better] for level, (times, better) in measured[name].items()}
-    whole = statistics.median(times_of({'plain': make_plain(model, {})}, images)['plain'])
-    inside = sum(times[max(times)]['dense'] for times in milliseconds.values())
-    return Costs('ms', max(0.0, whole - inside), of, forms, milliseconds)
+    of = {name: {level: Cost(0.0) for level in layer.levels()} for name, layer in layers.items()}
+    used = {name: layer for name, layer in layers.items() if uses[name] and name not in within}
+    plain = make_plain(model, {})
+    if cost == 'macs':
+        rest = float(count_macs(plain, images))
+        for name, layer in used.items():
+            positions = sum(use.positions for use in uses[name])
+            rest -= multiply_adds(layer, layer.level, 'dense', positions) / len(images)
+            for level in layer.levels():
+                form = 'separable' if _saves(layer, level) else 'dense'
+                of[name][level] = Cost(multiply_adds(layer, level, form, positions) / len(images), form)
+        return Costs('multiply-adds', rest, of)
+    of |= _time_levels({name: (layer, list(layer.levels())) for name, layer in used.items()}, uses)
+    inside = sum((costs[max(costs)].milliseconds or {})['dense'] for name, costs in of.items() if name in used)
+    whole = statistics.median(times_of({'plain': plain}, images)['plain'])
+    return Costs('ms', max(0.0, whole - inside), of)
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
@@ -170,24 +143,20 @@ def forms_by_time(model: nn.Module, images: Tensor) -> dict[str, str]:
     found = dict.fromkeys(layers, 'dense')
     able = [name for name, layer in layers.items() if uses[name] and name not in dense and _saves(layer, layer.level)]
     for name, times in _time_levels({name: (layers[name], [layers[name].level]) for name in able}, uses).items():
-        layers[name].milliseconds, found[name] = times[layers[name].level]
+        _, found[name], layers[name].milliseconds = times[layers[name].level]
     return found
-
-
-# By level: milliseconds by form, and the better form.
-_LevelTimes = dict[int, tuple[dict[str, float], str]]
 
 
 def _time_levels(
     layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]]
-) -> dict[str, _LevelTimes]:
+) -> dict[str, dict[int, Cost]]:
     """Times layers at levels, in both forms where the separable one takes fewer multiply-adds, on their own inputs.
 
     The dense form takes the same time at all levels. Equal layers with equal inputs are timed once. Times are those of
     all uses of a layer, which are taken to be alike.
     """
-    done: dict[tuple[object, ...], _LevelTimes] = {}
-    found: dict[str, _LevelTimes] = {}
+    done: dict[tuple[object, ...], dict[int, Cost]] = {}
+    found: dict[str, dict[int, Cost]] = {}
     for name, (layer, levels) in layers.items():
         use, number = uses[name][0], len(uses[name])
         key = (type(layer), layer.extra_repr(), tuple(levels), use, number)
@@ -200,8 +169,10 @@ def _time_levels(
             for level in levels:
                 other = f'separable {level}'
                 by_form = {'dense': middle['dense']} | ({'separable': middle[other]} if other in times else {})
-                better = other in times and _faster(times[other], times['dense'])
-                done[key][level] = by_form, 'separable' if better else 'dense'
+                ratios = [a / b for a, b in zip(times.get(other, ()), times['dense'], strict=False)]
+                better = ratios and statistics.quantiles(ratios, n=4)[2] < 1  # by more than the noise
+                form = 'separable' if better else 'dense'
+                done[key][level] = Cost(by_form[form], form, by_form)
         found[name] = done[key]
     return found
 
@@ -229,12 +200,6 @@ def times_of(modules: Mapping[str, Callable[[Tensor], Any]], x: Tensor) -> dict[
             for name, timer in timers.items():
                 found[name].append(1e3 * timer.timeit(number[name]).mean)
     return found
-
-
-def _faster(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Tells whether the first times are shorter than the others of the same rounds by more than the noise."""
-    ratios = [a / b for a, b in zip(one, other, strict=True)]
-    return statistics.quantiles(ratios, n=4)[2] < 1
 
 
 def forms_by_names(names: Sequence[str], form: Form) -> dict[str, str]:

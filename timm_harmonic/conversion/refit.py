@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,42 +34,36 @@ class Moments:
     Least squares needs nothing else, whatever the number of images.
     """
 
-    def __init__(self, features: int, sums: Tensor | None = None) -> None:
+    def __init__(self, features: int, sums: Tensor) -> None:
         self.features, self.sums = features, sums
 
     def add(self, features: Tensor, outputs: Tensor) -> None:
         """Adds rows: features (groups, N, F) and outputs (groups, N, o) in float64."""
         both = torch.cat([features, outputs, torch.ones_like(outputs[..., :1])], 2)
-        products = both.transpose(1, 2) @ both
-        self.sums = products if self.sums is None else self.sums.add_(products)
+        self.sums += both.transpose(1, 2) @ both
 
     @property
     def rows(self) -> float:
         """Number of rows added."""
-        return 0.0 if self.sums is None else float(self.sums[0, -1, -1])
+        return float(self.sums[0, -1, -1])
 
     def plus(self, other: 'Moments') -> 'Moments':
         """Returns the sums over the rows of both."""
-        assert self.sums is not None
-        assert other.sums is not None
         return Moments(self.features, self.sums + other.sums)
 
     def of(self, kept: Tensor) -> 'Moments':
         """Returns the sums for some of the features, by their places."""
-        assert self.sums is not None
         places = torch.cat([kept, torch.arange(self.features, self.sums.shape[1])]).to(self.sums.device)
         return Moments(len(kept), self.sums[:, places][:, :, places])
 
     def variance(self) -> Tensor:
         """Returns the variance of the outputs, (groups, o)."""
-        assert self.sums is not None
         means = self.sums[:, self.features : -1, -1] / self.rows
         squares = self.sums.diagonal(dim1=1, dim2=2)[:, self.features : -1] / self.rows
         return (squares - means.square()).clamp_min(0)
 
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Returns the mean squared error (groups, o) of weights (groups, F, o) and biases (groups, o)."""
-        assert self.sums is not None
         identity = torch.eye(weight.shape[2]).to(weight).expand(len(weight), -1, -1)
         residual = torch.cat([-weight, identity, -bias[:, None]], 1)
         return (residual * (self.sums @ residual)).sum(1).clamp_min(0) / self.rows
@@ -80,7 +73,6 @@ class Moments:
 
         The ridge pulls the weights towards `start`, by this share of each feature's energy.
         """
-        assert self.sums is not None
         count = self.features
         ff, fy = self.sums[:, :count, :count].clone(), self.sums[:, :count, count:-1].clone()
         f, y = self.sums[:, :count, -1:], self.sums[:, count:-1, -1:]
@@ -119,17 +111,18 @@ class Samples:
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         self.layer: Any = layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
         count = layer.in_channels // layer.groups * len(layer.basis)
-        self.fit, self.test = Moments(count), Moments(count)
+        size = count + layer.out_channels // layer.groups + 1
+        device = 'cpu' if layer.weight.device.type == 'mps' else layer.weight.device
+        sums = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=device)
+        self.fit, self.test = Moments(count, sums), Moments(count, sums.clone())
         self.share = min(1.0, max(_POSITIONS * count, _FEWEST) / positions)
         self.generator = torch.Generator().manual_seed(0)
 
     def check(self, name: str) -> None:
         """Raises InputError, with the layer's name, if its inputs or outputs are not finite."""
         for moments in (self.fit, self.test):
-            if moments.sums is not None and not moments.sums.isfinite().all():
-                raise InputError(
-                    f'{name} has inputs or outputs that are not finite on the data: it cannot be refitted.'
-                )
+            if not moments.sums.isfinite().all():
+                raise InputError(f'{name} has inputs or outputs that are not finite on the data.')
 
     def add(self, x: Tensor, outputs: Tensor, held_out: Tensor) -> None:
         """Adds inputs (B, C, H, W) and outputs (B, O, H', W'); `held_out` (B,) marks the held-out images."""
@@ -159,9 +152,8 @@ def refit(
     is the best on the held-out images of three: the truncated network, the same with re-estimated statistics, and the
     refitted one.
 
-    The images stay in memory, 2 GiB at most. The sums of one layer at a time are float64: for F features and o outputs
-    of a group 16 (F + o)^2 bytes, 196 MiB for 512 channels at level 3 of 3 x 3, and about as much again while they are
-    added up and solved.
+    The images stay in memory, 2 GiB at most. One layer at a time needs sums of 16 (F + o)^2 bytes for F features and o
+    outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3, and about as much again to solve them.
 
     Args:
         model: Complete network. Layers that are harmonic in `small` may be plain in it.
@@ -226,59 +218,71 @@ def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -
                 f'data hold more than {_BYTES / 2**30:g} GiB of images, which stay in memory: limit batches.'
             )
     if (count := sum(map(len, read))) < 2 * _HELD_OUT:
-        raise InputError(f'refitting needs at least {2 * _HELD_OUT} images, data hold {count}.')
+        raise InputError(f'data hold {count} images: at least {2 * _HELD_OUT} are needed.')
     parts = Parts()
     for size in dict.fromkeys(images.shape[1:] for images in read):
         alike = torch.cat([images for images in read if images.shape[1:] == size])
         if len(alike) == 1:
-            raise InputError(
-                f'data hold a single image of size {tuple(size)}: refitting needs at least two of each size.'
-            )
+            raise InputError(f'data hold a single image of size {tuple(size)}: two or more of each size are needed.')
         # Shuffled, always in the same way: folders come class by class, and every batch should resemble all images.
         order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
         parts += alike[order.to(alike.device)].tensor_split(-(-len(alike) // _BATCH))
     return parts
 
 
-def losses_after_refit(model: nn.Module, parts: Sequence[Tensor]) -> dict[str, dict[int, float]]:
-    """Returns the share of each harmonic layer's output that refitting leaves over at each level, on held-out images.
+def losses_on_images(model: nn.Module, parts: Sequence[Tensor], refit: bool) -> dict[str, dict[int, float]]:
+    """Returns the share of each harmonic layer's output that becomes error at each level, on images of `read_images`.
 
-    Every layer has its complete input. The mean squared error is divided by the output's variance and averaged over
-    output channels. One run gives the sums for all levels of a layer. Runs repeat so that the sums stay below 1 GiB, or
-    hold one layer. `parts` are images of `read_images`; layers that none of them reaches are left out.
+    Every layer gets its complete input. With the error e and the complete output y, E[e^2] / Var[y] is averaged over
+    output channels, because normalisation divides each by its own deviation. With `refit` that is what refitting the
+    layer leaves over, on the held-out images; else the ratio is mapped into [0, 1) as ratio / (1 + ratio). Runs repeat
+    so that the sums stay below 1 GiB, or hold one layer. Layers that no image reaches are left out. Raises InputError
+    if outputs are not finite.
     """
     layers, found = harmonic_layers(model), {}
+    samples: dict[str, Samples] = {}
+
+    def add(name: str, layer: HarmonicLayer, x: Tensor, output: Tensor) -> None:
+        samples[name].add(x, output, held_out)
+
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
         for names in _batches_of_layers({name: layers[name] for name in uses if uses[name]}):
-            samples = {name: Samples(layers[name], _positions(uses[name], parts)) for name in names}
-            for part, held_out in _with_held_out(parts):
-                with watching(model, partial(_add, samples, held_out), names):
+            samples |= {name: Samples(layers[name], _positions(uses[name], parts)) for name in names}
+            for part, mask in _with_held_out(parts):
+                held_out = mask
+                with watching(model, add, names):
                     model(part)
             for name in names:
                 samples[name].check(name)
+                fit, test = samples[name].fit, samples.pop(name).test
                 intercept = layers[name].bias is not None or name in norms
-                found[name] = _losses_of(layers[name], samples.pop(name), intercept)
+                moments = (fit, test, intercept) if refit else (None, fit.plus(test))
+                found[name] = _losses_of(layers[name], *moments)
     return found
 
 
-def _add(
-    samples: dict[str, Samples], held_out: Tensor, name: str, layer: HarmonicLayer, x: Tensor, output: Tensor
-) -> None:
-    samples[name].add(x, output, held_out)
-
-
-def _losses_of(layer: HarmonicLayer, samples: Samples, intercept: bool) -> dict[int, float]:
+def _losses_of(layer: HarmonicLayer, fit: Moments | None, test: Moments, intercept: bool = False) -> dict[int, float]:
+    """Returns the losses of a layer's levels on moments `test`, refitted on `fit` or as truncated."""
     side, channels = layer.kernel_size[0], layer.in_channels // layer.groups
     present = dct_frequencies(side, layer.level, layer.dc)
     lost = {layer.level: 0.0}
     for level in layer.levels()[1:]:
         kept = torch.tensor([present.index(pair) for pair in dct_frequencies(side, level, layer.dc)])
         places = (len(present) * torch.arange(channels)[:, None] + kept).flatten()
-        start = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
-        fit, test = samples.fit.of(places), samples.test.of(places)
-        lost[level] = min(1.0, _relative(test, *fit.solve(start, _RIDGE, intercept)))
+        weight = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
+        if fit is None:
+            ratio = _relative(test.of(places), weight, _bias_of(layer, weight))
+            lost[level] = ratio / (1 + ratio)
+        else:
+            lost[level] = min(1.0, _relative(test.of(places), *fit.of(places).solve(weight, _RIDGE, intercept)))
     return lost
+
+
+def _bias_of(layer: HarmonicLayer, weight: Tensor) -> Tensor:
+    """Returns a layer's bias beside weights (groups, F, o): (groups, o)."""
+    nothing = weight.new_zeros(layer.groups, weight.shape[2])
+    return nothing if layer.bias is None else layer.bias.to(nothing).reshape(nothing.shape)
 
 
 def _batches_of_layers(layers: dict[str, HarmonicLayer]) -> Iterator[list[str]]:
@@ -311,12 +315,10 @@ def _refit_layer(
             samples.add(x, output, held_out)
     samples.check(name)
     start = by_group(layer.weight, layer.groups)
-    nothing = start.new_zeros(layer.groups, start.shape[2])
-    present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
     intercept = layer.bias is not None or norm is not None
     errors = {ridge: _relative(samples.test, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
-    if errors[best] >= _relative(samples.test, start, present):
+    if errors[best] >= _relative(samples.test, start, _bias_of(layer, start)):
         return
     # On all images, unless that increases the error on the held-out ones.
     solved = [moments.solve(start, best, intercept) for moments in (samples.fit.plus(samples.test), samples.fit)]

@@ -1,25 +1,22 @@
 """What is harmonic in a network and what it costs, as a table; what a truncation keeps, as a picture."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from .costs import costs_of, multiply_adds
+from .costs import multiply_adds
 from .running import uses_of
 from .swap import harmonic_layers, reasons_to_skip
-from .truncate import Losses, choose_levels, losses_by_filters
+from .truncate import losses_by_filters
 
 _CAPTION = (
-    'Frequency i + j: how often a DCT function changes sign, down and across. Energy: the sum of the squared '
-    'coefficients\nof all filters of a layer. A layer at level L keeps the frequencies i + j < L, left of the line. '
-    'Dark cells right of it cost little.'
+    'A layer at level L keeps the frequencies i + j < L, left of the line. Frequency: sign changes of a DCT function, '
+    'down\nand across. Energy: the sum of squared coefficients. Dark cells right of the line cost little.'
 )
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
-_POINTS = 40  # of the curve of parameters against energy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +56,13 @@ class HarmonicReport:
 
     def to_markdown(self) -> str:
         """Returns the report as a Markdown table."""
-        return '\n'.join([self._summary(), '', *self._lines(box='MARKDOWN'), ''])
+        return '\n'.join([self.summary(), '', *self._lines(box='MARKDOWN'), ''])
 
     def __str__(self) -> str:
-        return '\n'.join([*self._lines(pad_edge=False, padding=(0, 2, 0, 0)), self._summary()])
+        return '\n'.join([*self._lines(pad_edge=False, padding=(0, 2, 0, 0)), self.summary()])
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """Returns one sentence: how much is harmonic, and the parameters."""
         harmonic = sum(conv.level is not None for conv in self.convolutions)
         return (
             f'{self.model}: {harmonic} of {len(self.convolutions)} convolutions are harmonic, {self.parameters:,} of '
@@ -165,69 +163,34 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
 
 
 def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
-    """Draws a PNG of a truncation: each layer's energy by frequency with its level, and a curve.
-
-    The curve shows the mean share of energy kept against the network's parameters, for budgets over all layers
-    together, with a point for the truncated network.
-    """
+    """Draws a PNG of a truncation: the energy of each layer by frequency, and the level that it keeps."""
     import matplotlib
+    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    losses, costs, report = losses_by_filters(model), costs_of(model, 'parameters', None), harmonic_report(small)
-
-    def point(levels: Mapping[str, int]) -> tuple[int, float]:
-        """Parameters of the network at these levels, and the mean share of energy kept."""
-        kept = 1 - sum(losses[name][level] for name, level in levels.items()) / len(levels)
-        return round(costs.total(levels)), kept
-
+    losses, report = losses_by_filters(model), harmonic_report(small)
     levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
-    step = (costs.present - costs.least) / (_POINTS - 1)
-    curve = sorted({point(choose_levels(losses, costs, costs.least + step * i)) for i in range(_POINTS)})
-    chosen = report.parameters, point(levels)[1]
-
-    title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
-    with matplotlib.rc_context(_FONTS):
-        height = max(4.2, 1.9 + 0.16 * len(losses))  # room for every layer's name
-        figure = Figure(figsize=(12, height), layout='constrained')
-        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
-        figure.suptitle(title, x=0.01, ha='left', fontsize=11)
-        figure.supxlabel(_CAPTION, x=0.01, ha='left', fontsize=8, color='0.35')
-        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-        _draw_energy(left, losses, levels)
-        _draw_curve(right, curve, chosen)
-        figure.savefig(path, format='png', dpi=130)
-
-
-def _draw_energy(axes: Any, losses: Losses, levels: Mapping[str, int]) -> None:
-    import numpy as np
-    from matplotlib.colors import LogNorm
-
     names, top = list(losses), max(max(of) for of in losses.values())
     shares = np.full((len(names), top), np.nan)
     for row, name in enumerate(names):
         lost = {0: 1.0, min(losses[name]) - 1: 1.0, **losses[name]}
         for total in range(max(losses[name])):
             shares[row, total] = 100 * (lost.get(total, 1.0) - lost[total + 1]) if total + 1 in lost else np.nan
-    norm = LogNorm(vmin=0.05, vmax=100, clip=True)
-    image = axes.imshow(shares, aspect='auto', cmap='viridis', norm=norm, interpolation='nearest')
-    edges = np.array([levels[name] - 0.5 for name in names])
-    axes.step([*edges, edges[-1]], np.arange(len(names) + 1) - 0.5, where='pre', color='#D55E00', linewidth=2)
-    axes.set_yticks(range(len(names)), [f'{name}  L={levels[name]}' for name in names])
-    axes.set_xticks(range(top))
-    axes.set(xlabel='frequency i + j', title="energy of each layer's filters, and the level kept (line)")
-    axes.tick_params(length=2)
-    axes.figure.colorbar(image, ax=axes, label='share of energy (%)', shrink=0.8, pad=0.02)
-
-
-def _draw_curve(axes: Any, curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> None:
-    millions, kept = [count / 1e6 for count, _ in curve], [100 * share for _, share in curve]
-    axes.plot(millions, kept, color='#0072B2', marker='.', label='best levels for each number of parameters')
-    label = f'this network: {chosen[0] / 1e6:.2f} M, {chosen[1]:.2%}'
-    axes.plot(chosen[0] / 1e6, 100 * chosen[1], color='#D55E00', marker='o', markersize=8, linestyle='', label=label)
-    axes.set(xlabel='parameters of the network (millions)', ylabel='energy kept, mean over layers (%)', xlim=(0, None))
-    axes.set_title('energy kept at each size: top left is better')
-    axes.grid(color='0.92')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(loc='lower right', frameon=False)
+    with matplotlib.rc_context(_FONTS):
+        figure = Figure(figsize=(8, max(4.2, 1.9 + 0.16 * len(names))), layout='constrained')  # room for every name
+        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
+        axes = figure.subplots()
+        norm = LogNorm(vmin=0.05, vmax=100, clip=True)
+        image = axes.imshow(shares, aspect='auto', cmap='viridis', norm=norm, interpolation='nearest')
+        edges = np.array([levels[name] - 0.5 for name in names])
+        axes.step([*edges, edges[-1]], np.arange(len(names) + 1) - 0.5, where='pre', color='#D55E00', linewidth=2)
+        axes.set_yticks(range(len(names)), [f'{name}  L={levels[name]}' for name in names])
+        axes.set_xticks(range(top))
+        axes.tick_params(length=2)
+        axes.set_xlabel('frequency i + j')
+        axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
+        figure.colorbar(image, ax=axes, label="share of the energy of a layer's filters (%)", shrink=0.8, pad=0.02)
+        figure.supxlabel(_CAPTION, x=0.01, ha='left', fontsize=8, color='0.35')
+        figure.savefig(path, format='png', dpi=130)

@@ -26,12 +26,9 @@ _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 # Classes that wrap a network, and what to pass instead.
-_WRAPPERS = dict(
-    DistributedDataParallel='change network.module before you wrap it',
-    FullyShardedDataParallel='change the network before you wrap it',
-    DataParallel='change network.module before you wrap it',
-    OptimizedModule='change the network before you compile it, or network._orig_mod',
-)
+_WRAPPED = 'change network.module before you wrap it'
+_WRAPPERS = dict(DistributedDataParallel=_WRAPPED, FullyShardedDataParallel=_WRAPPED, DataParallel=_WRAPPED)
+_WRAPPERS |= dict(OptimizedModule='change the network before you compile it, or network._orig_mod')
 # The attributes in which torch keeps a module's hooks.
 _HOOKS = (
     '_forward_hooks',

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..common import InputError
-from ..layers import HarmonicLayer, dct_frequencies
+from ..layers import dct_frequencies
 from .costs import Costs, costs_of
 from .harmonize import PatternLevels, plan, record_options
-from .refit import Parts, losses_after_refit, read_images, refitted
-from .running import check_changeable, evaluating, images_in, trainable, watching
+from .refit import Parts, losses_on_images, read_images, refitted
+from .running import check_changeable, trainable
 from .swap import check_unwrapped, harmonic_layers, replace_layers
 
 _COSTS = ('parameters', 'macs', 'time')
@@ -46,7 +46,7 @@ def truncate(
     level that keeps this share of its energy. With `ratio`, the levels of all layers are chosen together, so that the
     network meets the budget and loses as little energy as possible, see `choose_levels`.
 
-    Energy is that of the filters or, with `data`, of the layers' outputs on these images, see `losses_by_images`. Each
+    Energy is that of the filters or, with `data`, of the layers' outputs on these images, see `losses_on_images`. Each
     layer counts its share of its own energy, because a normalisation after it removes its scale.
 
     With 'macs' or 'time' as the cost, each layer counts in its cheaper form, and takes that form: timm's
@@ -84,17 +84,15 @@ def truncate(
     by_hand = level is not None or levels is not None
     _check_amount(dict(level=level, levels=levels, energy=energy, ratio=ratio))
     _check_cost(cost, images, ratio)
-    parts: Parts | None = None
-    if refit:
-        if data is None:
-            raise InputError('refit needs data: batches of images.')
-        data = parts = read_images(data, next(model.parameters()), batches)
+    if refit and data is None:
+        raise InputError('refit needs data: batches of images.')
+    if by_hand and data is not None and not refit:
+        raise InputError('data serve to choose levels or to refit: with given levels, pass refit=True or no data.')
+    parts = None if data is None else read_images(data, next(model.parameters()), batches)
     if by_hand:
-        if data is not None and not refit:
-            raise InputError('data serve to choose levels or to refit: with given levels, pass refit=True or no data.')
         chosen = plan(model, level=level, levels=levels, include=lambda name, layer: name in layers)
     elif energy is not None:
-        losses = _losses(model, data, batches)
+        losses = _losses(model, parts, refit)
         chosen = {
             name: min((lv for lv, lost in of.items() if lost <= 1 - energy), default=max(of))
             for name, of in losses.items()
@@ -103,15 +101,15 @@ def truncate(
         assert ratio is not None
         costs = costs_of(model, cost, images)
         budget = _budget(costs, ratio)
-        chosen = choose_levels(_losses(model, data, batches), costs, budget)
+        chosen = choose_levels(_losses(model, parts, refit), costs, budget)
     lower = {name: layer.at_level(chosen[name]) for name, layer in layers.items()}
     if cost != 'parameters':
         for name, layer in lower.items():
-            layer.form = costs.forms[name][chosen[name]]
-            layer.milliseconds = costs.milliseconds.get(name, {}).get(chosen[name])
+            _, layer.form, layer.milliseconds = costs.of[name][chosen[name]]
     small = copy.deepcopy(model) if refit or not inplace else model
     replace_layers(small, lower)
-    if parts is not None:
+    if refit:
+        assert parts is not None
         small = refitted(model, small, parts)
     if inplace and small is not model:
         replace_layers(model, harmonic_layers(small))
@@ -155,12 +153,9 @@ def _budget(costs: Costs, ratio: float) -> float:
     return ratio * costs.present
 
 
-def _losses(model: nn.Module, data: Iterable[Any] | None, batches: int | None) -> Losses:
-    if data is None:
-        return losses_by_filters(model)
-    if isinstance(data, Parts):  # a layer that no image reaches is judged by its filters
-        return losses_by_filters(model) | losses_after_refit(model, data)
-    return losses_by_images(model, data, batches)
+def _losses(model: nn.Module, parts: Parts | None, refit: bool) -> Losses:
+    by_filters = losses_by_filters(model)  # also judges layers that no image reaches
+    return by_filters if parts is None else by_filters | losses_on_images(model, parts, refit)
 
 
 def losses_by_filters(model: nn.Module) -> Losses:
@@ -178,66 +173,6 @@ def losses_by_filters(model: nn.Module) -> Losses:
             name, {level: part / total if total else float(level < layer.level) for level, part in lost.items()}
         )
     return found
-
-
-def losses_by_images(model: nn.Module, data: Iterable[Any], batches: int | None = None) -> Losses:
-    """Returns the share of each harmonic layer's output on images that becomes error, at each level.
-
-    Each layer gets its complete input, so this is the error that the layer itself makes. A frequency that is rare in
-    the input, or that cancels between channels, counts for little. With the error e and the complete output y, the
-    ratio E[e^2] / Var[y] is averaged over output channels, because normalisation divides each by its own deviation, and
-    mapped into [0, 1) as ratio / (1 + ratio). The network is in evaluation meanwhile. A layer that no image reaches is
-    judged by its filters.
-
-    `data` and `batches` are those of `truncate`. Raises TypeError and InputError as `images_in` does, or InputError if
-    outputs are not finite.
-    """
-    layers, found = harmonic_layers(model), losses_by_filters(model)
-    lower: dict[str, dict[int, HarmonicLayer]] = {
-        name: {level: layers[name].at_level(level).eval() for level in of if level < layers[name].level}
-        for name, of in found.items()
-    }
-    outputs = {name: _Moments() for name in layers}
-    errors = {name: {level: _Moments() for level in of} for name, of in lower.items()}
-
-    def watch(name: str, layer: HarmonicLayer, x: Tensor, output: Tensor) -> None:
-        outputs[name].add(output)
-        for level, truncated in lower[name].items():
-            errors[name][level].add(output - truncated(x))
-
-    parameter = next(model.parameters())
-    with evaluating(model), watching(model, watch), torch.no_grad():
-        for images in images_in(data, parameter, batches):
-            model(images)
-    for name, output in outputs.items():
-        if not output.count:
-            continue
-        variance = output.variance()
-        alive = variance > 1e-12 * variance.max()  # a constant channel has nothing to lose
-        for level, error in errors[name].items() if alive.any() else ():
-            ratio = float((error.square[alive] / variance[alive]).mean())
-            found[name][level] = ratio / (1 + ratio)
-        _check_finite(name, {**found[name], 0: float(variance.max())})
-    return found
-
-
-class _Moments:
-    """Mean and mean square of each channel, (C,) in float64, over everything added so far."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, responses: Tensor) -> None:
-        values = responses.transpose(0, 1).flatten(1)  # (C, B * H * W)
-        variance, mean = torch.var_mean(values.to(torch.promote_types(values.dtype, torch.float32)), 1, correction=0)
-        variance, mean = variance.cpu().double(), mean.cpu().double()
-        self.count += values.shape[1]
-        share = values.shape[1] / self.count
-        self.mean = self.mean + (mean - self.mean) * share
-        self.square = self.square + (variance + mean.square() - self.square) * share
-
-    def variance(self) -> Tensor:
-        return (self.square - self.mean.square()).clamp_min(0)
 
 
 def _check_finite(name: str, losses: dict[int, float]) -> dict[int, float]:
@@ -270,7 +205,7 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]
     if costs.present <= budget:
         return {name: max(of) for name, of in losses.items()}
     layers = {
-        name: [_Option(costs.of[name][lv], -math.log(max(1 - lost, _LEAST)), lv) for lv, lost in of.items()]
+        name: [_Option(costs.of[name][lv].cost, -math.log(max(1 - lost, _LEAST)), lv) for lv, lost in of.items()]
         for name, of in losses.items()
     }
     # The layer whose choice matters most to the budget comes first: the last ones then fill what is left of it.

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import csv
 import dataclasses
 import json
 import re
@@ -76,7 +75,6 @@ class Provenance:
     epoch: int | None = None  # of the training run, counted from 0
     averaged: bool = False  # whether the file's averaged weights were taken
     run: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the training run
-    summary: dict[str, str] = dataclasses.field(default_factory=dict)  # its figures of that epoch, from summary.csv
     base: str = ''  # the network, if its weights did not come from a file
 
 
@@ -90,16 +88,9 @@ def load_network(
 ) -> tuple[Provenance, nn.Module]:
     """Loads a network for a command: its provenance and the network, in evaluation mode.
 
-    Args:
-        model_name: A name of timm, `hf-hub:` and `local-dir:` included, or the path of a folder.
-        checkpoint: A file with its weights.
-        pretrained: Whether to take timm's weights for the name.
-        model_kwargs: Options of the network.
-        random_weights: Whether a name of timm without weights is allowed. It warns.
-
-    Raises:
-        InputError: If the network has no weights or cannot be built.
-        CheckpointError: If the weights cannot be read or do not fit.
+    `model_name` is a name of timm (hf-hub: and local-dir: included) or the path of a folder. Its weights are those of a
+    checkpoint, of the folder or repository, or timm's if `pretrained`; `random_weights` allows none, with a warning.
+    Raises InputError if the network has no weights or cannot be built, CheckpointError if its weights do not fit.
     """
     kwargs = model_kwargs or {}
     if Path(model_name).is_dir() and not timm.is_model(model_name):
@@ -129,13 +120,10 @@ def key_names(model_name: str) -> dict[str, str] | None:
 
 
 def read_source(path: Path, model_name: str, use_ema: bool | None = None) -> tuple[Provenance, StateDict]:
-    """The provenance of a checkpoint, and its state dict under our names of parameters.
+    """Returns the provenance of a checkpoint, and its state dict under our names of parameters.
 
-    A released file is recognised by its hash; otherwise the run that the file lies in is described.
-
-    Raises:
-        CheckpointError: If the file cannot be read.
-        InputError: If it belongs to another architecture, or the files beside it are damaged.
+    A released file is recognised by its hash; otherwise the run that the file lies in is described. Raises
+    CheckpointError if the file cannot be read, InputError if it belongs to another architecture.
     """
     content = read_checkpoint(path)
     state = rename_keys(unwrap(content, use_ema), key_names(model_name) or {})
@@ -148,8 +136,7 @@ def read_source(path: Path, model_name: str, use_ema: bool | None = None) -> tup
         raise InputError(f'{path.name} was trained as {trained}, by the options of its run, not as {model_name}.')
     epoch = content.get('epoch') if isinstance(content.get('epoch'), int) else None
     averaged = bool(use_ema) or ('state_dict_ema' in content and 'state_dict' not in content)
-    summary = _summary(path.parent / 'summary.csv', epoch) if run else {}
-    return Provenance(path.name, digest, epoch=epoch, averaged=averaged, run=run, summary=summary), state
+    return Provenance(path.name, digest, epoch=epoch, averaged=averaged, run=run), state
 
 
 def _released(path: Path, digest: str, model_name: str) -> Provenance | None:
@@ -191,19 +178,6 @@ def options_of_run(source: Provenance) -> dict[str, Any]:
     return {key: value for key, value in options.items() if not str(key).startswith(_SOURCES)}
 
 
-def _summary(path: Path, epoch: int | None) -> dict[str, str]:
-    """The figures of an epoch in summary.csv, by its last row."""
-    if epoch is None or not path.is_file():
-        return {}
-    try:
-        with open(path, newline='', encoding='utf-8') as file:
-            rows = [row for row in csv.DictReader(file) if row.get('epoch') == str(epoch)]
-        figures = {k: v for k, v in (rows or [{}])[-1].items() if k and k.startswith('eval_') and v}
-        return {key: str(float(value)) for key, value in figures.items()}
-    except (csv.Error, OSError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is damaged in epoch {epoch}: {first_line(error)}') from error
-
-
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     """timm.create_model for a name and options from a user or a stranger's config, whatever timm raises for them."""
     try:
@@ -218,11 +192,9 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
-    """A network of timm with the weights of its name, in evaluation mode.
+    """Creates a network of timm with the weights of its name, in evaluation mode.
 
-    Raises:
-        InputError: If the name is unknown, cannot be downloaded, or its config makes no network of these options.
-        CheckpointError: If the weights cannot be read or do not fit.
+    Raises InputError if the name is unknown or its config makes no network, CheckpointError if its weights do not fit.
     """
     model = _create(model_name, dict(kwargs, pretrained=True)).eval()
     theirs, ours = model.pretrained_cfg.get('num_classes'), kwargs.get('num_classes')
@@ -232,17 +204,10 @@ def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
 
 
 def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
-    """A network loaded with parameters, in evaluation mode; their shapes give its classes and channels.
+    """Builds a network and loads parameters into it. Their shapes give its classes and channels.
 
-    Args:
-        model_name: The network.
-        state: Its parameters.
-        source: Where they come from, with the options of the training run.
-        model_kwargs: Options that replace those of the run.
-
-    Raises:
-        CheckpointError: If the parameters do not fit.
-        InputError: If the options contradict them, or the network cannot be built.
+    `model_kwargs` replace the options of the training run in `source`. Raises CheckpointError if the parameters do not
+    fit, InputError if options contradict them or the network cannot be built.
     """
     if given := [key for key in model_kwargs if key.startswith(_SOURCES)]:
         raise InputError(f'{given[0]} is not an option of a network: the weights are those of {source.file}.')
@@ -254,7 +219,6 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     with torch.device('meta'):
         blank = _create(model_name, kwargs)
     if not harmonic_layers(blank):  # timm would say less about a misfit
-        _refuse_coefficients(state, blank, model_name, source.file)
         check_fit(state, blank, blank.pretrained_cfg['classifier'], blank.pretrained_cfg['first_conv'])
     shapes = _shapes(blank, state, f'{source.file} has no {{}}: it is not a {model_name}.')
     for key, value in shapes.items():
@@ -272,20 +236,6 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     model = _create(model_name, dict(kwargs, pretrained=True, pretrained_cfg_overlay=overlay))
     model.pretrained_cfg.pop('state_dict', None)  # timm's own networks keep it
     return model.eval()
-
-
-def _refuse_coefficients(state: StateDict, blank: nn.Module, model_name: str, file: str) -> None:
-    """Raises CheckpointError if a plain network gets the parameters of a harmonic one."""
-    for name, conv in blank.named_modules():
-        weight = state.get(f'{name}.weight')
-        if not isinstance(conv, nn.Conv2d) or weight is None or weight.ndim != 4:
-            continue
-        if weight.shape[3] == 1 != conv.kernel_size[1]:
-            raise CheckpointError(
-                f'{file} holds coefficients of a harmonic network ({name}.weight, {tuple(weight.shape)}), but '
-                f'{model_name} is plain: give the name it was trained as, local-dir: and its folder, or harmonized '
-                f'with --model-kwargs base_model={model_name}.'
-            )
 
 
 def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:
@@ -319,11 +269,8 @@ def convert(
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
 
-    The options are those of `timm-harmonic convert`. Returns the files.
-
-    Raises:
-        InputError: If the options contradict each other, or the folder exists or does not give the same outputs.
-        CheckpointError: If the checkpoint cannot be read or does not fit.
+    The options are those of `timm-harmonic convert`. Returns the files. Raises InputError if they contradict each other
+    or the outputs differ, CheckpointError if the checkpoint cannot be read or does not fit.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
@@ -370,23 +317,10 @@ def write_folder(
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a network, loads it again and compares the outputs.
 
-    Args:
-        model: The network.
-        out: The folder, new or empty. It is written as a whole or not at all.
-        source: Where the weights come from, for the card.
-        steps: A progress bar, which moves by three.
-        repo_id: Where it will be uploaded, for the card.
-        class_names: Names of the classes, in order.
-        license: The Hub's id of the licence.
-        dataset: The Hub's id of the training data.
-        data_config: How to prepare images, by timm's names; None for the training run's options.
-        add: Writes more files into the folder.
-
-    Returns:
-        The files.
-
-    Raises:
-        InputError: If an argument is invalid, or the folder does not give the network's outputs.
+    `out` must be new or empty, and is written as a whole or not at all. `steps` is a progress bar that moves by three.
+    repo_id, license and dataset are ids of the Hub, for the card. `data_config` tells how to prepare images, by timm's
+    names; by default the options of the training run do. `add` writes more files. Returns the files. Raises InputError
+    if an argument is invalid, or the folder does not give the network's outputs.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
@@ -479,7 +413,6 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         classes=model.num_classes,
         features=model.num_features,
         options=_options(args),
-        released=_released_notes(place) if source.url else [],
         channels=channels,
         height=height,
         image_width=width,
@@ -511,13 +444,3 @@ def _layers(model: nn.Module) -> str:
         normalised = ', normalised responses' if isinstance(layer, HarmonicBlock2d) else ''
         found[f'{side} x {side} with {functions} of {side * side} functions ({layer.named_basis()}){normalised}'] += 1
     return '; '.join(f'{number} of {text}' for text, number in found.items())
-
-
-def _released_notes(place: str) -> list[tuple[str, str]]:
-    """The released weights, and what the paper says about each."""
-    cfgs = {name: get_pretrained_cfg(name) for name in list_pretrained('harm*')}
-    return [
-        (f'**{name}**' if place.endswith(f'/{name}') else name, '; '.join(_paper_notes(cfg)))
-        for name, cfg in cfgs.items()
-        if released_digits(cfg.origin_url or '')
-    ]

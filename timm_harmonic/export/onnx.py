@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import importlib.util
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -16,15 +15,7 @@ from ..common import InputError
 from ..conversion.costs import count_macs, times_of
 
 _NAME = 'deployed.onnx'
-_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 _TOLERANCE = 1e-3  # of the largest output
-
-
-def check_packages() -> None:
-    """Raises InputError if a package for ONNX is missing."""
-    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise InputError(f'--deploy needs packages: pip install {" ".join(missing)}')
 
 
 def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: Path) -> dict[str, Any]:
@@ -33,17 +24,7 @@ def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: P
     Times are medians of alternating runs on the batch of images, in milliseconds: in torch on the device of the images,
     and in ONNX Runtime on the CPU.
 
-    Args:
-        plain: The complete network.
-        small: The compressed network.
-        images: A batch.
-        folder: Where deployed.onnx goes.
-
-    Returns:
-        The measurements by network.
-
-    Raises:
-        InputError: If the outputs in ONNX Runtime differ from those in torch.
+    Returns the measurements by network. Raises InputError if the outputs in ONNX Runtime differ from those in torch.
     """
     with tempfile.TemporaryDirectory() as other:
         networks = {'plain': (plain, Path(other) / _NAME), 'compressed': (small, folder / _NAME)}

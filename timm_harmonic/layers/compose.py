@@ -8,10 +8,9 @@ from torch import Tensor
 
 
 def compose(coefficients: Tensor, basis: Tensor, like: Tensor | None = None) -> Tensor:
-    """Composes filters from coefficients: torch.einsum('oinz,nxy->oixy', coefficients, basis).
+    """Composes filters (O, I, k, k) from coefficients: torch.einsum('oinz,nxy->oixy', coefficients, basis).
 
-    The product has the dtype of the basis, whatever autocast says. The filters (O, I, k, k) take the memory format of
-    `like`, a weight, or of the coefficients.
+    They have the dtype of the basis, whatever autocast says, and the memory format of `like` or of the coefficients.
     """
     # Autocast does not touch float64, and TorchScript cannot switch autocast off.
     if basis.dtype == torch.float64 or torch.jit.is_scripting():

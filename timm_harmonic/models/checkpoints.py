@@ -115,14 +115,8 @@ def convert_state_dict(
     (harm1, harm2, classifier.N), shapes and frozen `.dct` tensors. Adapts the statistics of a stem with normalised
     responses to the model's input channels; timm then adapts the stem's weight and drops a classifier of other classes.
 
-    Args:
-        checkpoint: The state dict.
-        model: The model that will load it.
-        names: Regular expressions for the authors' parameter names, with their replacements.
-        norms: Batch-norms that follow a stem without a bias.
-
-    Raises:
-        CheckpointError: If a key or a shape does not fit, a parameter is missing, or the basis differs.
+    `names` are regular expressions for the authors' parameter names, with their replacements; `norms` are the
+    batch-norms that follow a stem without a bias. Raises CheckpointError if a key, a shape or the basis does not fit.
     """
     target, layers = model.state_dict(), harmonic_layers(model)
     stem = model.pretrained_cfg['first_conv']

@@ -29,9 +29,7 @@ class HarmonicVGG(VGG):
         harmonic_stem: See `HarmonicResNet`, also for harmonic_blocks, normalization and smoothness.
         **kwargs: Other options of timm's VGG.
 
-    Raises:
-        InputError: If an option is out of range, naming it.
-        TypeError: If levels or smoothness has another type, or a keyword is unknown.
+    Raises InputError and TypeError as `HarmonicResNet` does.
     """
 
     def __init__(

@@ -44,9 +44,7 @@ class HarmonicWRN(ResNetV2):
         zero_init_last: Whether residual branches start at zero.
         **kwargs: Other options of timm's ResNetV2, except its stem, widths and normalisation.
 
-    Raises:
-        InputError: If an option is out of range, naming it.
-        TypeError: If levels or smoothness has another type, or a keyword is unknown.
+    Raises InputError and TypeError as `HarmonicResNet` does.
     """
 
     def __init__(

@@ -32,8 +32,7 @@ __all__ = ['checkpoint_filter_fn', 'harmonized']
 
 _DEFAULT_BASE = 'resnet50'
 _STAND_IN = 'the config of base_model replaces this one'
-# The authors published no such network: its files have our names of parameters only.
-KEY_NAMES: dict[str, str] = {}
+KEY_NAMES: dict[str, str] = {}  # the authors published no such network
 
 _cfg = get_pretrained_cfg(_DEFAULT_BASE).to_dict(remove_source=True)
 default_cfgs = generate_default_cfgs({ARCHITECTURE: dict(_cfg, architecture=None, tag=None, description=_STAND_IN)})

@@ -52,17 +52,8 @@ def make_network_harmonic(
 ) -> None:
     """Makes a newly built network harmonic, in place, with newly initialised layers.
 
-    Args:
-        model: The network.
-        stem: Name of the first convolution, which becomes a `HarmonicBlock2d`.
-        level_of: Returns a convolution's level for its name.
-        harmonic_stem: Whether the stem becomes harmonic.
-        harmonic_blocks: Whether the other convolutions do.
-        basis: Normalization and smoothness.
-        within: Prefix of the names of the convolutions to replace.
-
-    Raises:
-        TypeError: If a switch is not a bool.
+    `stem` names the first convolution, which becomes a `HarmonicBlock2d`; `level_of` maps the other names to levels.
+    Only names that start with `within` count. Raises TypeError if a switch is not a bool.
     """
     for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
         if not isinstance(value, bool):

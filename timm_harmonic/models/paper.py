@@ -4,9 +4,8 @@ paper.csv, ImageNet-1k: a row is one network of Ulicny, Krylov, Dahyot (arXiv:20
 the validation set, one crop at 224, or at 224 / 320. Multiply-adds (gmacs, in billions, at 224) were counted on the
 authors' networks. `page` is the folder of the authors' repository whose README has the row.
 
-paper_small.csv, small images, from the READMEs in the folders cifar and stl: test errors in percent on CIFAR-10 and
-CIFAR-100, the median of five runs; test accuracies in percent on STL-10, mean and deviation, with ten folds of 1,000
-images and with all 5,000. `options` are ours, `files` are in train_configs/.
+paper_small.csv, from the READMEs in cifar and stl: test errors on CIFAR-10 and CIFAR-100, the median of five runs; test
+accuracies on STL-10, with ten folds of 1,000 images and with all 5,000. `options` are ours, `files` in train_configs/.
 """
 
 import csv

@@ -24,8 +24,7 @@ TAG = 'ulicny_in1k'  # of the weights that the authors released
 ORGANISATION = 'timm-harmonic'  # on the Hugging Face Hub
 WEIGHTS_NAME = 'model.safetensors'
 
-# timm's order of preference in a folder; on the Hub, the first two.
-_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth', '*.safetensors', '*.pth', '*.pth.tar')
+_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin')  # timm's, in its order of preference
 _PIN = re.compile(r'sha-?256\s*[:=]\s*\S*', re.IGNORECASE)  # or what looks like one
 _FROM_A_FILE = 'To load a file that you have, pass pretrained_cfg_overlay=dict(file=PATH).'
 
@@ -54,11 +53,8 @@ def build_model(
     """timm's build_model_with_cfg, with weights found, checked and read by this module.
 
     A config that came with a repository or a folder cannot name other files or vouch for its own weights: only the
-    caller can, by `pretrained_cfg_overlay`.
-
-    Raises:
-        CheckpointError: If the weights do not exist, cannot be downloaded or read, do not match their hash, or do not
-            fit the model.
+    caller can, by `pretrained_cfg_overlay`. Raises CheckpointError if the weights do not exist, cannot be downloaded or
+    read, do not match their hash, or do not fit the model.
     """
     overlay = pretrained_cfg_overlay or {}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
@@ -85,7 +81,8 @@ def _find_weights(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any], cac
     pin = pinned_sha256(overlay.get('notes') or (None if named or cfg.source else cfg.notes))
     if places.get('file'):
         path = Path(places['file'])
-        path = _in_folder(path) if path.is_dir() else path
+        if path.is_dir():
+            path = next((path / name for name in _NAMES if (path / name).is_file()), path / WEIGHTS_NAME)
     elif places.get('hf_hub_id'):
         path = _from_hub(places['hf_hub_id'], cfg.hf_hub_filename, cache_dir)
     elif places.get('url'):
@@ -100,13 +97,6 @@ def _find_weights(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any], cac
         place = path.resolve()
         raise CheckpointError(f'{path} has the SHA-256 {found}, but {pin} is pinned. If it was cached, remove {place}.')
     return path
-
-
-def _in_folder(folder: Path) -> Path:
-    found = next((path for name in _NAMES for path in sorted(folder.glob(name))), None)
-    if found is None:
-        raise CheckpointError(f'{str(folder)!r} contains no weights, such as {WEIGHTS_NAME}.')
-    return found
 
 
 def _from_hub(hub_id: str, filename: str | None, cache_dir: str | Path | None) -> Path:

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from timm.models import reparameterize_model
 
 from ..common import InputError, explained
+from ..common.files import write_whole
 from .tasks import Images, stratified
 from .training import Network, Recipe, evaluate, fit
 
@@ -25,69 +24,40 @@ RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
 }
 INNER_SPLITS = 2  # a setting is judged by its mean over these
 INNER_SHARE = 0.25  # share of the training images that judges
-_SAFETY = 0.85  # share of a time limit that is planned
 _POINTS = 15  # of a learning curve
-_START = '{"settings":'  # of a file of runs
 
 Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
 
 
 class Store:
-    """Results by key, in a file with one JSON object per line. After an interruption all complete lines count.
+    """Results by key, in a JSON file with the settings that they depend on. Without a path they stay in memory.
 
-    The first line holds the settings that the results depend on. Without a path results stay in memory. Raises
-    InputError if the file has other settings, or cannot be written.
+    Raises InputError if the file has other settings, or cannot be written.
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path = path
+        self.path, self.settings = path, json.loads(json.dumps(settings))
         self.results: dict[str, Any] = {}
-        if path is None:
+        if path is None or not path.exists():
             return
-        settings = json.loads(json.dumps(settings))
-        with explained(f'cannot use {path}', OSError):
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._append(dict(settings=settings))
-                return
-            text = path.read_text(errors='replace')
-        lines = text.split('\n')
-        try:
-            if not text.startswith(_START[: len(text)]):
-                raise ValueError
-            before, *rest = [json.loads(line) for line in lines[:-1]] or [dict(settings={})]
-            self.results = {line['key']: line['result'] for line in rest}
-            changed = [key for key in settings if before['settings'].get(key) != settings[key]]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f'{path} is not a file of runs: name another --out, or delete it.') from error
-        if changed and self.results.keys() - {'probe'}:
+        with explained(f'{path} is not a file of runs: choose another --out, or delete it', Exception):
+            held = json.loads(path.read_text(encoding='utf-8'))
+            self.results, before = dict(held['results']), dict(held['settings'])
+        if self.results and before != self.settings:
+            changed = [key for key in self.settings if before.get(key) != self.settings[key]]
             raise InputError(
-                f'{path} has runs with other settings ({", ".join(changed)}): name another --out, or delete it.'
+                f'{path} has runs with other settings ({", ".join(changed)}): choose another --out, or delete it.'
             )
-        with explained(f'cannot use {path}', OSError):
-            if lines[-1]:  # an interruption cut this line
-                path.write_text(text[: len(text) - len(lines[-1])])
-            if changed:  # nothing has been trained yet
-                path.unlink()
-                self.results = {}
-                self._append(dict(settings=settings))
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The result of a key; made and stored unless it exists."""
         if key not in self.results:
             # The round trip gives what a resumed comparison will read.
             self.results[key] = json.loads(json.dumps(make()))
-            with explained(f'cannot write {self.path}', OSError):
-                self._append(dict(key=key, result=self.results[key]))
+            if self.path is not None:
+                text = json.dumps(dict(settings=self.settings, results=self.results))
+                write_whole(self.path, lambda path: path.write_text(text, encoding='utf-8'))
         return self.results[key]
-
-    def _append(self, line: dict[str, Any]) -> None:
-        if self.path is None:
-            return
-        with open(self.path, 'a') as file:
-            file.write(json.dumps(line) + '\n')
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def fingerprint(images: Images) -> str:
@@ -171,7 +141,6 @@ class Protocol:
     device: torch.device | str = 'cpu'
     curves: bool = True  # whether the final runs measure test accuracy during training
     validation: Images | None = None  # judges settings in place of inner splits
-    deadline: float | None = None  # by time.monotonic(), set by fit_into
     describe: Callable[[str], None] = lambda text: None
     after_epoch: Callable[[int], object] = lambda epoch: None
 
@@ -191,22 +160,17 @@ class Protocol:
     @property
     def epochs_left(self) -> int:
         """Epochs still to be trained."""
-        done = sum(key.startswith(('search', 'final')) for key in self.store.results)
         runs = len(self.networks) * (self.trials * self.splits + self.seeds)
-        return max(0, runs - done) * self.recipe.epochs
+        return max(0, runs - len(self.store.results)) * self.recipe.epochs
 
     def trial(self, network: Network, trial: int) -> tuple[float, float]:
         """Mean accuracy of a setting on the inner splits, and its negated mean cross-entropy."""
         found = []
         for split in range(self.splits):
             self.describe(f'search {trial + 1}/{self.trials} {network.name}')
-            key = f'search {network.name} {trial} {split}'
-            found.append(self.store.get(key, partial(self._judge, network, trial, split)))
-        return tuple(np.mean(found, 0).tolist())
-
-    def _judge(self, network: Network, trial: int, split: int) -> tuple[float, float]:
-        measured = self._run(network, *self.inner(split), setting(self.recipe, trial), split, curve=False)
-        return measured['accuracy'], -measured['loss']
+            judge = partial(self._run, network, *self.inner(split), setting(self.recipe, trial), split, curve=False)
+            found.append(self.store.get(f'search {network.name} {trial} {split}', judge))
+        return tuple(np.mean([(of['accuracy'], -of['loss']) for of in found], 0).tolist())
 
     def _run(self, network: Network, train: Images, test: Images, recipe: Recipe, seed: int, curve: bool) -> Any:
         return run(network, train, test, len(self.classes), recipe, seed, self.after_epoch, self.device, curve)
@@ -224,75 +188,15 @@ class Protocol:
 
     def final(self, network: Network, seed: int) -> dict[str, Any]:
         """One run with the best setting, on all training images of a seed."""
-        best = self.best(network)
+        recipe = setting(self.recipe, best := self.best(network))
         self.describe(f'seed {seed + 1}/{self.seeds} {network.name}')
-        return self.store.get(
-            f'final {network.name} {best} {seed}',
-            lambda: self._run(network, *self.draw(seed), setting(self.recipe, best), seed, self.curves),
-        )
+        final = partial(self._run, network, *self.draw(seed), recipe, seed, self.curves)
+        return self.store.get(f'final {network.name} {best} {seed}', final)
 
     def run_all(self) -> dict[str, list[dict[str, Any]]]:
-        """Searches, then trains with the best settings. Returns the runs of each network, one per seed.
-
-        Stops before a round that would end after the deadline, but not before one trial and two seeds; `trials` and
-        `seeds` become what was done.
-        """
+        """Searches, then trains with the best settings. Returns the runs of each network, one per seed."""
         for trial in range(self.trials):
-            started = time.monotonic()
             for network in self.networks:
                 self.trial(network, trial)
-            if self._late(2 * (time.monotonic() - started)):
-                self.trials = trial + 1
-                break
-        runs: dict[str, list[dict[str, Any]]] = {network.name: [] for network in self.networks}
-        for seed in range(self.seeds):
-            started = time.monotonic()
-            for network in self.networks:
-                runs[network.name].append(self.final(network, seed))
-            if seed > 0 and self._late(time.monotonic() - started):
-                self.seeds = seed + 1
-                break
-        return runs
-
-    def _late(self, ahead: float) -> bool:
-        """Whether fewer seconds than `ahead` are left."""
-        return self.deadline is not None and time.monotonic() + ahead > self.deadline
-
-    def _time(self, network: Network) -> tuple[float, float]:
-        """Seconds for an epoch of training, and for measuring the test accuracy."""
-        train, test = (images.to(self.device) for images in self.draw(0))
-        model = network.build(len(self.classes), train.pixels.shape[1], 0).to(self.device)
-        model = model.to(memory_format=torch.channels_last)
-        fit(model, train, dataclasses.replace(self.recipe, epochs=1), 0)  # the first epoch is slower than the others
-        epoch = fit(model, train, dataclasses.replace(self.recipe, epochs=2), 0) / 2
-        started = time.monotonic()
-        evaluate(model, test)
-        return epoch, time.monotonic() - started
-
-    def fit_into(self, seconds: float) -> None:
-        """Times an epoch of each network, and lowers trials and seeds so that the comparison takes about this long.
-
-        Raises InputError if one trial and two seeds already take longer.
-        """
-        started = time.monotonic()
-        self.deadline = started + seconds
-
-        def measure() -> list[float]:
-            times = [self._time(network) for network in self.networks]
-            return [sum(column) for column in zip(*times, strict=True)] + [time.monotonic() - started]
-
-        epoch, test, spent = self.store.get('probe', measure)
-        searched = epoch * self.recipe.epochs
-        trial = searched * (1 if self.validation is not None else INNER_SPLITS * (1 - INNER_SHARE))
-        final = searched + test * (2 + (len(curve_epochs(self.recipe.epochs)) if self.curves else 0))
-        budget = seconds * _SAFETY - spent
-        least = (spent + min(1, self.trials) * trial + min(2, self.seeds) * final) / _SAFETY
-        if least > seconds:
-            raise InputError(
-                f'one trial and two seeds of {len(self.networks)} networks take about {least / 60:.1f} minutes: raise '
-                '--time-limit, or lower --epochs, --img-size or the number of --models.'
-            )
-        share = min(1.0, budget / (self.trials * trial + self.seeds * final))
-        self.seeds = max(min(2, self.seeds), int(self.seeds * share))
-        left = budget - self.seeds * final
-        self.trials = max(min(1, self.trials), min(self.trials, int(left / trial)))
+        seeds = [[self.final(network, seed) for network in self.networks] for seed in range(self.seeds)]
+        return {network.name: list(runs) for network, runs in zip(self.networks, zip(*seeds, strict=True), strict=True)}

@@ -22,21 +22,9 @@ from .training import MEANINGS
 _CONFIDENCE = 0.95
 _PACKAGES = ('timm_harmonic', 'torchvision', 'timm', 'scikit_image', 'scikit_learn')
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
-_STYLES = (
-    ('#404040', 'o'),
-    ('#0072B2', 's'),
-    ('#D55E00', '^'),
-    ('#009E73', 'D'),
-    ('#CC79A7', 'v'),
-    ('#E69F00', 'P'),
-    ('#56B4E9', 'X'),
-)
+_COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+_STYLES = tuple(zip(_COLOURS, 'os^DvPX', strict=True))
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8}
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation; None for a single value."""
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
@@ -56,7 +44,7 @@ def summarise(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]
     accuracy, fused = ([measured[key] for measured in runs] for key in ('accuracy', 'fused_accuracy'))
     return dict(
         accuracy_mean=statistics.mean(accuracy),
-        accuracy_deviation=deviation(accuracy),
+        accuracy_deviation=statistics.stdev(accuracy) if len(accuracy) > 1 else None,
         accuracy=accuracy,
         fused_accuracy=fused,
         difference=difference(accuracy, [measured['accuracy'] for measured in baseline]),

@@ -177,34 +177,26 @@ def patches(
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
-    """Images of a folder by split ('train', 'validation', 'test'), in the scale of their files.
-
-    A folder without splits has all its images in 'train'.
-    """
-
-    classes: list[str]
-    splits: dict[str, Images]
-    skipped: list[str]  # unreadable files, and why
-
-
-@dataclasses.dataclass(frozen=True)
 class Task:
     """What networks are compared on: normalised images of each split."""
 
+    classes: list[str]
     train: Images
     test: Images
     validation: Images | None
     mean: list[float]  # of the training images, by channel
     std: list[float]
+    skipped: list[str]  # unreadable files, and why
 
 
-def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, but: Path | None = None) -> Folder:
+def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, but: Path | None = None) -> Task:
     """Reads an image folder: train/ and validation/ or test/ with a folder for each class, or class folders alone.
 
     Resizes the shorter side of every image to `size` pixels and cuts the centre. By default the size is the median
-    shorter side, at most 64. The folder `but` is left out. Raises InputError if the folder has another structure, a
-    file cannot be read (unless `skip_bad`), or the images have different numbers of channels.
+    shorter side, at most 64. Test images are those of test/, or else of validation/, or else a quarter of each class;
+    validation/ stays separate only beside test/. The folder `but` is left out. Raises InputError if the folder has
+    another structure, a file cannot be read (unless `skip_bad`), the numbers of channels differ, a channel is constant,
+    or a class has too few images to split.
     """
     with explained(f'cannot list {str(folder)!r}', OSError):
         places = _splits(folder)
@@ -246,25 +238,16 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
             raise InputError(f'{split} has no readable images of {", ".join(lost)}.')
         pixels = torch.stack([resized(image, side, (side, side)) for image, _ in of_split])
         splits[split] = Images(pixels, torch.tensor([label for _, label in of_split]))
-    return Folder(classes, splits, bad)
-
-
-def task_of(images: Folder) -> Task:
-    """Normalises the images of a folder, and splits off test images if it has none.
-
-    Test images are those of test/, or else of validation/, or else a quarter of each class. validation/ stays
-    separate only beside test/. Raises InputError if a channel is constant or a class has too few images to split.
-    """
-    splits = dict(images.splits)
     if 'test' not in splits and 'validation' in splits:
         splits['test'] = splits.pop('validation')
     if 'test' not in splits:
-        kept, out = stratified(splits['train'].labels, _TEST_SHARE, 0, images.classes)
+        kept, out = stratified(splits['train'].labels, _TEST_SHARE, 0, classes)
         splits = dict(train=splits['train'][kept], test=splits['train'][out])
     if 'validation' not in splits:
-        stratified(splits['train'].labels, _TEST_SHARE, 0, images.classes)  # the search will split them: fail early
+        stratified(splits['train'].labels, _TEST_SHARE, 0, classes)  # the search will split them: fail early
     ready, mean, std = normalised(splits)
-    return Task(ready['train'], ready['test'], ready.get('validation'), mean.tolist(), std.tolist())
+    images_of = (ready['train'], ready['test'], ready.get('validation'))
+    return Task(classes, *images_of, mean.tolist(), std.tolist(), bad)
 
 
 def _splits(folder: Path) -> dict[str, Path]:

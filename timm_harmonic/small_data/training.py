@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,24 +70,12 @@ def network(text: str) -> Network:
     Raises InputError if timm has no such model, or an option is not NAME=VALUE.
     """
     model, _, options = text.partition(':')
-    given = dict(map(parse_option, _split(options))) if options else {}
+    given = dict(map(parse_option, re.split(r',(?=\w+=)', options))) if options else {}  # commas are in values too
     if model in NAMED:
         return Network(text, 'harm_resnet18', {**NAMED[model], **given})
     if not timm.is_model(model):
         raise InputError(f'{model!r} is neither one of {", ".join(NAMED)} nor a model of timm.')
     return Network(text, model, given)
-
-
-def _split(options: str) -> list[str]:
-    """Splits options at the commas outside brackets."""
-    parts, depth = [''], 0
-    for letter in options:
-        depth += (letter in '([{') - (letter in ')]}')
-        if letter == ',' and depth == 0:
-            parts.append('')
-        else:
-            parts[-1] += letter
-    return parts
 
 
 def baseline(networks: Sequence[Network], num_classes: int, in_chans: int, size: int) -> str:
