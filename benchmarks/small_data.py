@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from timm_harmonic.small_data.protocol import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, Store, setting
-from timm_harmonic.small_data.results import accuracy, deviation, difference, interval
+from timm_harmonic.small_data.results import accuracy, difference, interval
 from timm_harmonic.small_data.training import Recipe, network, one_thread
 
 from .environment import environment
@@ -139,7 +139,7 @@ def summary(measured: dict[Unit, dict[str, Any]]) -> list[dict[str, Any]]:
         row = dict(
             unit._asdict(),
             accuracy_mean=statistics.mean(values),
-            accuracy_deviation=deviation(values),
+            accuracy_deviation=statistics.stdev(values) if len(values) > 1 else None,
             accuracy=values,
             difference=None if unit.variant == 'plain' else difference(values, plain['accuracy']),
             parameters=found['parameters'],
