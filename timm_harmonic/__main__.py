@@ -1,6 +1,5 @@
 """`python -m timm_harmonic`: the `timm-harmonic` command, or any script with the models registered.
 
-python -m timm_harmonic quickstart
 python -m timm_harmonic validate.py --model harm_resnet50 ...
 torchrun --nproc-per-node 2 -m timm_harmonic train.py --model harm_resnet50 ...
 """

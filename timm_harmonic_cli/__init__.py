@@ -22,11 +22,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def natural(text: str) -> int:
-    """An integer of at least 0."""
-    return 0 if text == '0' else positive(text)
-
-
 def share(text: str) -> float:
     """A number above 0 and at most 1."""
     try:

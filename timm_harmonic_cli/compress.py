@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_weights, natural, positive, share
+from . import add_batch_size, add_weights, positive, share
 
 _DEPLOYED = dict(
     bytes=('ONNX file, bytes', ',d'),
@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = 'device to run on; times and forms are chosen for it (default: cuda if available)'
     add('--device', metavar='DEVICE', help=device)
     add_batch_size(parser)
-    add('--workers', type=natural, default=0, metavar='N', help='processes that read images (default: 0)')
     include = "only these convolutions, as in 'layer3.*' (default: all that can be harmonic)"
     add('--include', nargs='+', metavar='PATTERN', help=include)
     add('--exclude', nargs='+', metavar='PATTERN', help='leave these convolutions plain')
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.common import InputError, require
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import check_new
-    from timm_harmonic.common.images import Batches, ImageFolder, Preparation
+    from timm_harmonic.common.images import ImageFolder, Preparation, batches_of
     from timm_harmonic.common.progress import progress
     from timm_harmonic.conversion.costs import forms_by_time, set_forms
     from timm_harmonic.conversion.harmonize import record_options
@@ -106,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _check_size(whole, example)
         images = None
         if args.data is not None:
-            drawn = Batches(ImageFolder(args.data, 'train', prepare), args.batch_size, args.workers, args.batches)
+            drawn = batches_of(ImageFolder(args.data, 'train', prepare), args.batch_size, args.batches)
             images = progress(drawn, desc='weigh', unit='batch', leave=False)
         amount = {key: value for key in ('level', 'energy', 'ratio') if (value := getattr(args, key)) is not None}
         counted = None if args.cost == 'parameters' else example
@@ -120,7 +119,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             judging = ImageFolder(args.evaluate, args.split, prepare)
             if len(judging.classes) != whole.num_classes:
                 raise InputError(f'{args.evaluate} has {len(judging.classes)} classes, not {whole.num_classes}.')
-            loader = Batches(judging, args.batch_size, args.workers)
+            loader = batches_of(judging, args.batch_size)
             measured = {when: _evaluate(of, loader, place) for when, of in (('before', whole), ('after', small))}
         report = harmonic_report(small, example)
         drawn_images = f'outputs on {args.batches} batches of {args.batch_size} images'

@@ -19,7 +19,7 @@ from timm_harmonic.conversion.refit import (
     by_batch,
     by_group,
     estimate_statistics,
-    losses_on_images,
+    losses_after_refit,
     norms_behind,
     norms_of,
     output_error,
@@ -87,7 +87,8 @@ def test_least_squares(groups, ridge, intercept):
     x = torch.randn(groups, rows, features, dtype=torch.float64) + 1
     y = torch.randn(groups, rows, outputs, dtype=torch.float64) + x.sum(2, keepdim=True)
     start = torch.randn(groups, features, outputs, dtype=torch.float64)
-    moments = Moments(features)
+    size = features + outputs + 1
+    moments = Moments(features, torch.zeros(groups, size, size, dtype=torch.float64))
     for part in (slice(0, 25), slice(25, None)):
         moments.add(x[:, part], y[:, part])
     weight, bias = moments.solve(start, ridge, intercept)
@@ -404,7 +405,7 @@ def test_networks_that_do_not_fit():
     other.reset_classifier(5)
     with pytest.raises(ValueError, match=r'tensors of the same shapes, got \[\(24, 5\)\] and \[\(24, 10\)\]'):
         refit(other, small, [smooth()])
-    with pytest.raises(TypeError, match='a network is wanted'):
+    with pytest.raises(TypeError, match='expected a network'):
         refit('resnet18', small, [smooth()])
     nn.utils.parametrizations.weight_norm(small.layer1[0].conv1)
     with pytest.raises(ValueError, match=r'cannot refit layer1\.0\.conv1: its weight is computed'):
@@ -541,7 +542,7 @@ def test_losses_are_what_refitting_leaves_over():
     model = harmonize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 5, groups=2)).eval())
     data = smooth(64, size=16)
     parts = read_images([data], data)
-    losses = losses_on_images(model, parts, refit=True)
+    losses = losses_after_refit(model, parts)
     assert {name: list(of) for name, of in losses.items()} == {'0': [5, 4, 3, 2, 1], '1': [9, 8, 7, 6, 5, 4, 3, 2, 1]}
     for of in losses.values():
         assert of[max(of)] == 0
@@ -559,7 +560,7 @@ def test_truncate_refits(tmp_path):
     model, images = tiny()
     data = [images]
     small = truncate(model, ratio=0.5, data=data, refit=True)
-    losses = losses_on_images(model, read_images(data, data[0]), refit=True)
+    losses = losses_after_refit(model, read_images(data, data[0]))
     costs = costs_of(model, 'parameters', None)
     levels = choose_levels(losses_by_filters(model) | losses, costs, 0.5 * costs.present)
     by_hand = refit(model, truncate(model, levels=levels), data)

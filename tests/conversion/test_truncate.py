@@ -17,9 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
 from timm_harmonic.conversion.costs import Cost, Costs, costs_of
-from timm_harmonic.conversion.refit import losses_on_images, read_images
 from timm_harmonic.conversion.swap import harmonic_layers
-from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters
+from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters, losses_by_images
 from timm_harmonic.layers.dct import NORMALIZATIONS, dct_frequencies
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -203,10 +202,6 @@ def smooth(batches=2, channels=3, size=32):
     generator = torch.Generator().manual_seed(0)
     for _ in range(batches):
         yield nn.functional.avg_pool2d(torch.randn(4, channels, size + 6, size + 6, generator=generator), 7, 1)
-
-
-def losses_by_images(model, data):
-    return losses_on_images(model, read_images(data, next(model.parameters())), refit=False)
 
 
 def test_losses_by_images_are_errors_of_the_output():

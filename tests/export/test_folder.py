@@ -102,9 +102,8 @@ def test_card_of_a_released_weight(folder, released):
     assert "the figures are the paper's\n  - paper: nothing" in text
     model = create(pretrained_cfg_overlay=dict(file=str(released)))
     assert f'Params (M): {sum(p.numel() for p in model.parameters()) / 1e6:.2f}' in text
-    for heading in ('Model Details', 'Model Usage', 'Feature maps', 'Embeddings', 'Model Comparison', 'Citation'):
+    for heading in ('Model Details', 'Model Usage', 'Feature maps', 'Embeddings', 'Citation'):
         assert f'# {heading}\n' in text
-    assert 'harm_resnet101.ulicny_in1k | paper: top-1 error 21.48 %' in text
     assert 'Compressed' not in text
 
 
@@ -148,9 +147,6 @@ def test_folder_of_a_run(run, tmp_path, averaged):
     assert not loaded.pretrained_cfg.get('notes')
 
     text = (tmp_path / 'flowers' / 'README.md').read_text()
-    assert 'eval_top1: 61.803' in text
-    assert 'measured by the run itself' in text
-    assert ('these are not the weights in this repository' in text) is not averaged
     assert ('averaged weights (EMA)' in text) is averaged
     assert 'images of 4 channels' in text
     assert '**Compressed:**' in text
@@ -290,21 +286,10 @@ def test_a_run_that_began_from_another_file(run, tmp_path):
 
 
 def test_runs_with_slips(run, tmp_path):
-    """A row of summary.csv that is too long, a pool that timm does not know, and a link."""
+    """Damaged options, and a pool that timm does not know."""
     path, _ = run
     copy = tmp_path / 'copy'
     shutil.copytree(path, copy)
-    (copy / 'summary.csv').write_text('epoch,eval_top1\n7,61.8,3,4\n')
-    convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'out')
-    assert 'eval_top1: 61.800' in (tmp_path / 'out' / 'README.md').read_text()
-    for text, words in (
-        ('epoch,eval_top1\n7,91.2%\n', r'summary\.csv is damaged in epoch 7'),
-        (f'epoch,eval_top1\n7,{"9" * 200_000}\n', r'summary\.csv is damaged'),
-    ):
-        (copy / 'summary.csv').write_text(text)
-        with pytest.raises(InputError, match=words):
-            convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'again')
-    shutil.copyfile(path / 'summary.csv', copy / 'summary.csv')
     options = (copy / 'args.yaml').read_text()
     (copy / 'args.yaml').write_text(options + 'input_size: [4, 64, 64]\n')  # as from the command line; img_size is 96
     convert(copy / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'sized')
@@ -439,7 +424,7 @@ def test_networks_that_cannot_be_loaded(hub, tmp_path):
         ((str(tmp_path / 'empty'),), InputError, 'cannot be created: FileNotFoundError'),
         (('resnet18', tmp_path / 'nowhere.pth'), CheckpointError, 'no checkpoint at'),
         (('resnet18', tmp_path / 'empty'), CheckpointError, 'no checkpoint at .*Is a directory'),
-        (('resnet18', harmonic, False, small), CheckpointError, 'holds coefficients of a harmonic network .*conv1'),
+        (('resnet18', harmonic, False, small), CheckpointError, r'wrong shape: conv1\.weight \(64, 3, 49, 1\)'),
         (('resnet34', plain, False, larger), CheckpointError, 'nothing was loaded.* missing: layer1'),
         (('resnet18', plain, False, dict(small, levls=3)), InputError, 'cannot be created with .*levls=3'),
     ):

@@ -280,7 +280,7 @@ def test_a_repository(hub, repository, source):
     assert same(create(PINNED, pretrained_cfg_overlay=dict(hf_hub_id=REPO)), source)
 
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin', 'best.pth'])
+@pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin'])
 def test_a_folder(tmp_path, source, name):
     save_for_hf(source, str(tmp_path), safe_serialization=True)
     if name != 'model.safetensors':
@@ -290,7 +290,7 @@ def test_a_folder(tmp_path, source, name):
     with pytest.raises(CheckpointError, match='is pinned'):
         create(f'local-dir:{tmp_path}', **pin('0' * 64))
     (tmp_path / name).unlink()
-    with pytest.raises(CheckpointError, match='contains no weights'):
+    with pytest.raises(CheckpointError, match=r'no checkpoint at .*model\.safetensors'):
         create(f'local-dir:{tmp_path}')
 
 

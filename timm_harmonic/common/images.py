@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,8 @@ def unreadable(bad: Sequence[str]) -> InputError:
 def scaled(array: np.ndarray) -> Tensor:
     """Pixels (H, W, C) as a float32 image (C, H, W).
 
-    This is the only place that decides the scale of pixels: integers of up to 16 bits are divided by the maximum of
-    their type, everything else is left as it is.
+    Only this function decides the scale: integers of up to 16 bits are divided by the maximum of their type, everything
+    else keeps its values.
     """
     short = array.dtype.kind in 'iu' and array.dtype.itemsize <= 2
     scale = np.iinfo(array.dtype).max if short else 1
@@ -213,20 +213,9 @@ class ImageFolder(Dataset):
             raise InputError(f'{self.files[index]}: {error}') from error
 
 
-class Batches:
-    """Batches of an image folder in order, or `count` batches of images drawn at random, always the same ones."""
-
-    def __init__(self, images: ImageFolder, size: int, workers: int = 0, count: int | None = None) -> None:
-        order = list(range(len(images)))
-        if count is not None:
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: count * size].tolist()
-        self._loader = DataLoader(Subset(images, order), size, num_workers=workers)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self._loader
-        except InputError as error:  # torch puts the traceback of a worker before the message
-            raise InputError(str(error).rpartition('InputError: ')[2].strip()) from None
+def batches_of(images: ImageFolder, size: int, count: int | None = None) -> DataLoader:
+    """Loads an image folder in batches: in order, or `count` batches drawn at random, always the same ones."""
+    order = list(range(len(images)))
+    if count is not None:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: count * size].tolist()
+    return DataLoader(Subset(images, order), size)

@@ -230,14 +230,12 @@ def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -
     return parts
 
 
-def losses_on_images(model: nn.Module, parts: Sequence[Tensor], refit: bool) -> dict[str, dict[int, float]]:
-    """Returns the share of each harmonic layer's output that becomes error at each level, on images of `read_images`.
+def losses_after_refit(model: nn.Module, parts: Sequence[Tensor]) -> dict[str, dict[int, float]]:
+    """Returns the share of each harmonic layer's output that refitting leaves over at each level, on held-out images.
 
-    Every layer gets its complete input. With the error e and the complete output y, E[e^2] / Var[y] is averaged over
-    output channels, because normalisation divides each by its own deviation. With `refit` that is what refitting the
-    layer leaves over, on the held-out images; else the ratio is mapped into [0, 1) as ratio / (1 + ratio). Runs repeat
-    so that the sums stay below 1 GiB, or hold one layer. Layers that no image reaches are left out. Raises InputError
-    if outputs are not finite.
+    Every layer gets its complete input. The mean squared error is divided by the output's variance and averaged over
+    output channels. One run gives the sums for all levels of a layer. Runs repeat so that the sums stay below 1 GiB, or
+    hold one layer. `parts` are images of `read_images`; layers that none of them reaches are left out.
     """
     layers, found = harmonic_layers(model), {}
     samples: dict[str, Samples] = {}
@@ -255,34 +253,22 @@ def losses_on_images(model: nn.Module, parts: Sequence[Tensor], refit: bool) -> 
                     model(part)
             for name in names:
                 samples[name].check(name)
-                fit, test = samples[name].fit, samples.pop(name).test
                 intercept = layers[name].bias is not None or name in norms
-                moments = (fit, test, intercept) if refit else (None, fit.plus(test))
-                found[name] = _losses_of(layers[name], *moments)
+                found[name] = _losses_of(layers[name], samples.pop(name), intercept)
     return found
 
 
-def _losses_of(layer: HarmonicLayer, fit: Moments | None, test: Moments, intercept: bool = False) -> dict[int, float]:
-    """Returns the losses of a layer's levels on moments `test`, refitted on `fit` or as truncated."""
+def _losses_of(layer: HarmonicLayer, samples: Samples, intercept: bool) -> dict[int, float]:
     side, channels = layer.kernel_size[0], layer.in_channels // layer.groups
     present = dct_frequencies(side, layer.level, layer.dc)
     lost = {layer.level: 0.0}
     for level in layer.levels()[1:]:
         kept = torch.tensor([present.index(pair) for pair in dct_frequencies(side, level, layer.dc)])
         places = (len(present) * torch.arange(channels)[:, None] + kept).flatten()
-        weight = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
-        if fit is None:
-            ratio = _relative(test.of(places), weight, _bias_of(layer, weight))
-            lost[level] = ratio / (1 + ratio)
-        else:
-            lost[level] = min(1.0, _relative(test.of(places), *fit.of(places).solve(weight, _RIDGE, intercept)))
+        start = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
+        fit, test = samples.fit.of(places), samples.test.of(places)
+        lost[level] = min(1.0, _relative(test, *fit.solve(start, _RIDGE, intercept)))
     return lost
-
-
-def _bias_of(layer: HarmonicLayer, weight: Tensor) -> Tensor:
-    """Returns a layer's bias beside weights (groups, F, o): (groups, o)."""
-    nothing = weight.new_zeros(layer.groups, weight.shape[2])
-    return nothing if layer.bias is None else layer.bias.to(nothing).reshape(nothing.shape)
 
 
 def _batches_of_layers(layers: dict[str, HarmonicLayer]) -> Iterator[list[str]]:
@@ -315,10 +301,12 @@ def _refit_layer(
             samples.add(x, output, held_out)
     samples.check(name)
     start = by_group(layer.weight, layer.groups)
+    nothing = start.new_zeros(layer.groups, start.shape[2])
+    present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
     intercept = layer.bias is not None or norm is not None
     errors = {ridge: _relative(samples.test, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
-    if errors[best] >= _relative(samples.test, start, _bias_of(layer, start)):
+    if errors[best] >= _relative(samples.test, start, present):
         return
     # On all images, unless that increases the error on the held-out ones.
     solved = [moments.solve(start, best, intercept) for moments in (samples.fit.plus(samples.test), samples.fit)]

@@ -13,8 +13,8 @@ from ..common import InputError
 from ..layers import dct_frequencies
 from .costs import Costs, costs_of
 from .harmonize import PatternLevels, plan, record_options
-from .refit import Parts, losses_on_images, read_images, refitted
-from .running import check_changeable, trainable
+from .refit import Parts, losses_after_refit, read_images, refitted
+from .running import check_changeable, evaluating, images_in, trainable, watching
 from .swap import check_unwrapped, harmonic_layers, replace_layers
 
 _COSTS = ('parameters', 'macs', 'time')
@@ -46,7 +46,7 @@ def truncate(
     level that keeps this share of its energy. With `ratio`, the levels of all layers are chosen together, so that the
     network meets the budget and loses as little energy as possible, see `choose_levels`.
 
-    Energy is that of the filters or, with `data`, of the layers' outputs on these images, see `losses_on_images`. Each
+    Energy is that of the filters or, with `data`, of the layers' outputs on these images, see `losses_by_images`. Each
     layer counts its share of its own energy, because a normalisation after it removes its scale.
 
     With 'macs' or 'time' as the cost, each layer counts in its cheaper form, and takes that form: timm's
@@ -88,11 +88,11 @@ def truncate(
         raise InputError('refit needs data: batches of images.')
     if by_hand and data is not None and not refit:
         raise InputError('data serve to choose levels or to refit: with given levels, pass refit=True or no data.')
-    parts = None if data is None else read_images(data, next(model.parameters()), batches)
+    parts = read_images(data, next(model.parameters()), batches) if refit and data is not None else None
     if by_hand:
         chosen = plan(model, level=level, levels=levels, include=lambda name, layer: name in layers)
     elif energy is not None:
-        losses = _losses(model, parts, refit)
+        losses = _losses(model, data if parts is None else parts, batches)
         chosen = {
             name: min((lv for lv, lost in of.items() if lost <= 1 - energy), default=max(of))
             for name, of in losses.items()
@@ -101,15 +101,14 @@ def truncate(
         assert ratio is not None
         costs = costs_of(model, cost, images)
         budget = _budget(costs, ratio)
-        chosen = choose_levels(_losses(model, parts, refit), costs, budget)
+        chosen = choose_levels(_losses(model, data if parts is None else parts, batches), costs, budget)
     lower = {name: layer.at_level(chosen[name]) for name, layer in layers.items()}
     if cost != 'parameters':
         for name, layer in lower.items():
             _, layer.form, layer.milliseconds = costs.of[name][chosen[name]]
     small = copy.deepcopy(model) if refit or not inplace else model
     replace_layers(small, lower)
-    if refit:
-        assert parts is not None
+    if parts is not None:
         small = refitted(model, small, parts)
     if inplace and small is not model:
         replace_layers(model, harmonic_layers(small))
@@ -153,9 +152,12 @@ def _budget(costs: Costs, ratio: float) -> float:
     return ratio * costs.present
 
 
-def _losses(model: nn.Module, parts: Parts | None, refit: bool) -> Losses:
-    by_filters = losses_by_filters(model)  # also judges layers that no image reaches
-    return by_filters if parts is None else by_filters | losses_on_images(model, parts, refit)
+def _losses(model: nn.Module, data: Iterable[Any] | None, batches: int | None) -> Losses:
+    if data is None:
+        return losses_by_filters(model)
+    if isinstance(data, Parts):  # a layer that no image reaches is judged by its filters
+        return losses_by_filters(model) | losses_after_refit(model, data)
+    return losses_by_images(model, data, batches)
 
 
 def losses_by_filters(model: nn.Module) -> Losses:
@@ -172,6 +174,41 @@ def losses_by_filters(model: nn.Module) -> Losses:
         found[name] = _check_finite(
             name, {level: part / total if total else float(level < layer.level) for level, part in lost.items()}
         )
+    return found
+
+
+def losses_by_images(model: nn.Module, data: Iterable[Any], batches: int | None = None) -> Losses:
+    """Returns the share of each harmonic layer's output on images that becomes error, at each level.
+
+    Each layer gets its complete input, so this is the error that the layer itself makes. A frequency that is rare in
+    the input, or that cancels between channels, counts for little. With the error e and the complete output y, the
+    ratio E[e^2] / Var[y] is averaged over output channels, because normalisation divides each by its own deviation, and
+    mapped into [0, 1) as ratio / (1 + ratio). Layers that no image reaches are judged by their filters. `data` and
+    `batches` are those of `truncate`. Raises InputError if outputs are not finite.
+    """
+    layers, found = harmonic_layers(model), losses_by_filters(model)
+    lower = {name: {lv: layers[name].at_level(lv).eval() for lv in of if lv < max(of)} for name, of in found.items()}
+    sums: dict[str, Tensor] = {}  # (3 + levels, O) in float64: positions, outputs and their squares, squared errors
+
+    def watch(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        responses = (output, *(output - low(x) for low in lower[name].values()))
+        output, *errors = (of.to('cpu' if of.device.type == 'mps' else of.device, torch.float64) for of in responses)
+        squares = [of.square().sum((0, 2, 3)) for of in (output, *errors)]
+        added = torch.stack([torch.full_like(squares[0], output[:, 0].numel()), output.sum((0, 2, 3)), *squares])
+        sums[name] = sums.get(name, 0) + added
+
+    with evaluating(model), watching(model, watch), torch.no_grad():
+        for images in images_in(data, next(model.parameters()), batches):
+            model(images)
+    for name, of_layer in sums.items():
+        _, mean, square, *errors = of_layer.cpu() / of_layer[0].cpu()
+        variance = (square - mean.square()).clamp_min(0)
+        alive = variance > 1e-12 * variance.max()  # a constant channel has nothing to lose
+        for level, error in zip(lower[name], errors, strict=True):
+            if alive.any():
+                ratio = float((error[alive] / variance[alive]).mean())
+                found[name][level] = ratio / (1 + ratio)
+        _check_finite(name, {**found[name], 0: float(variance.max())})
     return found
 
 
@@ -193,9 +230,9 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]
     """Chooses levels for all layers together, so that the network costs at most `budget`.
 
     Each layer passes on what the one before left, so the shares kept multiply: the sum of -ln(1 - loss) should be
-    small. The choice is within 0.05 % of the best one, a multiple-choice knapsack: dynamic programming over the layers,
-    which keeps partial choices that no other one beats in cost and harm, and of these only the ones whose Lagrangian
-    bound leaves hope of a better total. Raises InputError if no choice is cheap enough.
+    small. The choice is within 0.05 % of the best one. Dynamic programming over the layers keeps the partial choices that
+    no other beats in cost and harm, and whose Lagrangian bound allows a better total. Raises InputError if no choice is
+    cheap enough.
     """
     if budget < costs.least:
         raise InputError(

@@ -135,7 +135,7 @@ def draw_patches(
 
 
 def export_patches(
-    folder: Path | str,
+    folder: Path,
     photographs: dict[str, np.ndarray],
     train_per_class: int,
     test_per_class: int = TEST_PER_CLASS,
@@ -143,11 +143,9 @@ def export_patches(
 ) -> dict[str, int]:
     """Writes train/<class>/*.png and validation/<class>/*.png, and returns the number of files in each split.
 
-    Files are named by corner, <top>_<left>.png. Only the training patches depend on the seed. An interrupted export
-    leaves neither split behind. Raises InputError if the folder is not empty or cannot be written, or a picture has too
-    few patches.
+    Files are named by corner, <top>_<left>.png. Only the training patches depend on the seed. Raises InputError if the
+    folder is not empty or cannot be written, or a picture has too few patches.
     """
-    folder = Path(folder)
     chosen = {
         'train': draw_patches(photographs, 'train', train_per_class, seed),
         'validation': draw_patches(photographs, 'validation', test_per_class),
