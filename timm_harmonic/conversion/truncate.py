@@ -229,10 +229,9 @@ class _Option(NamedTuple):
 def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]:
     """Chooses levels for all layers together, so that the network costs at most `budget`.
 
-    Each layer passes on what the one before left, so the shares kept multiply: the sum of -ln(1 - loss) should be
-    small. The choice is within 0.05 % of the best one. Dynamic programming over the layers keeps the partial choices that
-    no other beats in cost and harm, and whose Lagrangian bound allows a better total. Raises InputError if no choice is
-    cheap enough.
+    Shares kept multiply from layer to layer, so the sum of -ln(1 - loss) should be small. The choice is within 0.05 %
+    of the best one: dynamic programming over the layers keeps the partial choices that no other beats in cost and harm,
+    and whose Lagrangian bound allows a better total. Raises InputError if no choice is cheap enough.
     """
     if budget < costs.least:
         raise InputError(

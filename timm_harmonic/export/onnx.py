@@ -22,9 +22,7 @@ def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: P
     """Writes a compressed network as deployed.onnx and measures it beside the complete one, both from `deploy`.
 
     Times are medians of alternating runs on the batch of images, in milliseconds: in torch on the device of the images,
-    and in ONNX Runtime on the CPU.
-
-    Returns the measurements by network. Raises InputError if the outputs in ONNX Runtime differ from those in torch.
+    and in ONNX Runtime on the CPU. Returns the measurements by network. Raises InputError if the outputs differ.
     """
     with tempfile.TemporaryDirectory() as other:
         networks = {'plain': (plain, Path(other) / _NAME), 'compressed': (small, folder / _NAME)}

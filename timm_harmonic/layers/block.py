@@ -88,8 +88,8 @@ class HarmonicBlock2d(HarmonicLayer):
 
     Normalisation makes nearly empty high frequencies as large as the others. With a smoothness the layer undoes that:
     it multiplies the normalised response to function n by s_n before mixing, and puts a floor under the variances. Its
-    coefficients then start at the scale of a plain convolution. The authors' start sqrt(P) times as large, and Adam-like
-    optimizers need that much longer to change them.
+    coefficients then start at the scale of a plain convolution. The authors' start sqrt(P) times as large, so that
+    Adam-like optimizers need that much longer to change them.
 
     Attributes:
         weight: Mixing coefficients (O, C / groups, P, 1).

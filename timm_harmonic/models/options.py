@@ -68,10 +68,7 @@ def make_network_harmonic(
 
 
 def tap_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
-    """Resolves timm's feature indices for `count` features: None for all, n for the last n, or a list from 0.
-
-    Raises InputError if one is out of range.
-    """
+    """Resolves timm's indices of `count` features: None for all, n for the last n, or a list. Raises InputError."""
     if indices is None:
         return list(range(count))
     low, high = (1, count) if isinstance(indices, int) else (-count, count - 1)
