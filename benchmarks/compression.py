@@ -27,11 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
-from timm_harmonic.conversion.costs import count_macs
-from timm_harmonic.conversion.timing import times_of
-from timm_harmonic.small_data.tasks import load_photographs
-from timm_harmonic.small_data.training import Images, batches, evaluate, fit, one_thread
-from timm_harmonic_cli.quickstart import RECIPE, patches
+from timm_harmonic.conversion.costs import count_macs, times_of
+from timm_harmonic.small_data.tasks import Images, load_photographs, patches
+from timm_harmonic.small_data.training import Recipe, batches, evaluate, fit, one_thread
 
 from .environment import environment
 from .files import write
@@ -50,7 +48,7 @@ METHODS = {
     'smooth': 'smoothness 1, refitted',
     'magnitude': 'pruned by magnitude',
     'group': 'pruned by group norm',
-    'narrower': 'narrower, trained anew',
+    'narrower': 'narrower, trained from scratch',
 }
 _OURS = tuple(METHODS)[:4]
 _TRIES = 5
@@ -117,11 +115,11 @@ def one_seed(seed: int, normalization: str) -> list[dict[str, Any]]:
     ).items():
         random_seed(seed)
         trained[name] = network(classes, **options)
-        fit(trained[name], train, dataclasses.replace(RECIPE, epochs=EPOCHS), seed)
+        fit(trained[name], train, Recipe(epochs=EPOCHS), seed)
         trained[name].eval()
     plain, smooth = copy.deepcopy(trained['plain']), trained['smooth']
     harmonic = harmonize(plain, normalization=normalization)
-    data = [pixels for pixels, _ in batches(train, RECIPE, seed, epoch=0)]
+    data = [pixels for pixels, _ in batches(train, Recipe(), seed, epoch=0)]
     random_seed(seed)
     others = {name: pruned(plain, images, name == 'group') for name in ('magnitude', 'group')}
     others['narrower'] = narrower(classes)
@@ -132,11 +130,11 @@ def one_seed(seed: int, normalization: str) -> list[dict[str, Any]]:
     def note(method: str, axis: str | None, share: float | None, of: Sized, deployed: nn.Module) -> None:
         anew = method == 'narrower'
         model = copy.deepcopy(of.model)
-        epochs, lr = (EPOCHS + MORE, RECIPE.lr) if anew else (MORE, MORE_LR)
+        epochs, lr = (EPOCHS + MORE, Recipe.lr) if anew else (MORE, MORE_LR)
         row = dict(seed=seed, method=method, axis=axis, share=share, time=of.time)
         row.update(parameters=of.parameters / whole.parameters, macs=of.macs / whole.macs)
         row['before'] = None if anew else accuracy_on(model, test)
-        fit(model, train, dataclasses.replace(RECIPE, epochs=epochs, lr=lr), seed)
+        fit(model, train, Recipe(epochs=epochs, lr=lr), seed)
         row['after'] = accuracy_on(model, test)
         row['int8'] = accuracy_in_int8(model.eval() if anew else deployed, data, test)
         rows.append(row)
@@ -243,36 +241,36 @@ def table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Accuracy against each size, as cut and after fine-tuning. Every network is a point in each panel."""
+    """Draws accuracy against parameters and time, as cut and after fine-tuning, of networks cut by parameters."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.5), layout='constrained')
+    figure = Figure(figsize=(11, 7.5), layout='constrained')
     FigureCanvasAgg(figure)
     whole, *rows = report['summary']
+    rows = [row for row in rows if row['axis'] == 'parameters']
     moments = dict(before='as cut', after='after fine-tuning')
-    for of_moment, (when, title) in zip(figure.subplots(2, len(AXES), sharey=True), moments.items(), strict=True):
-        for axes, (size, unit) in zip(of_moment, AXES.items(), strict=True):
-            axes.axhline(whole[when], color='0.5', linestyle=':', linewidth=1, label='nothing cut')
-            for method in METHODS:
-                colour, marker = _LOOKS[method]
-                found = [r for r in rows if r['method'] == method and r['axis'] and r[when] is not None]
-                line = sorted((100 * r[size], r[when]) for r in found if r['axis'] == 'parameters')
-                look: Any = dict(color=colour, marker=marker, linewidth=1.2)
+    for of_moment, (when, title) in zip(figure.subplots(2, 2, sharey='row'), moments.items(), strict=True):
+        for axes, size in zip(of_moment, ('parameters', 'time'), strict=True):
+            axes.axhline(whole[when], color='0.5', linestyle=':', linewidth=1, label='plain network, nothing cut')
+            for method, (colour, marker) in _LOOKS.items():
+                line = sorted(
+                    (100 * row[size], row[when]) for row in rows if row['method'] == method and row[when] is not None
+                )
                 if line:
-                    axes.plot(*zip(*line, strict=True), **look, label=METHODS[method])
-                others = [(100 * r[size], r[when]) for r in found if r['axis'] != 'parameters']
-                if others:
-                    axes.plot(*zip(*others, strict=True), **dict(look, linestyle='', markerfacecolor='none'))
-            axes.set(xlabel=f'{unit}, % of the plain network', xlim=(0, None), title=title)
+                    axes.plot(
+                        *zip(*line, strict=True), color=colour, marker=marker, linewidth=1.2, label=METHODS[method]
+                    )
+            axes.set(xlabel=f'{size}, % of the plain network', xlim=(0, 100), title=title)
             axes.grid(color='0.92')
             axes.set_axisbelow(True)
             axes.spines[['top', 'right']].set_visible(False)
         of_moment[0].set_ylabel('test accuracy, %')
-    figure.axes[-1].legend(loc='lower right', frameon=False, fontsize=8)
+    handles, labels = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     title = (
-        f'Left and high is better. Means of {report["options"]["seeds"]} seeds. Lines: cut to shares of the '
-        'parameters; hollow: of the multiply-adds or the time'
+        f'Networks cut to 68, 36 and 20 % of their parameters, means of {report["options"]["seeds"]} seeds: '
+        'left and high is better. Mind the scales of accuracy.'
     )
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, format='png', dpi=140)
@@ -287,10 +285,11 @@ def main() -> None:
         '--work', type=Path, default=Path('build/compression'), metavar='DIR', help='seeds that are done'
     )
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for compression.json, .md and .png')
-    parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
+    show = 'print the table of a saved run, write it and the picture to --out, run nothing'
+    parser.add_argument('--show', type=Path, metavar='JSON', help=show)
     args = parser.parse_args()
     if args.show:
-        print(table(json.loads(args.show.read_text())))
+        write(json.loads(args.show.read_text()), table, args.out, 'compression', plot)
         return
     of_seed = dict(normalization=args.normalization, cuts=list(map(list, CUTS)), epochs=[EPOCHS, MORE])
     options = dict(of_seed, seeds=args.seeds, classes=len(load_photographs()))

@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
-from timm_harmonic.conversion.choose import choose_levels
-from timm_harmonic.conversion.costs import time_costs
-from timm_harmonic.conversion.forms import set_forms
-from timm_harmonic.conversion.losses import losses_by_filters
+from timm_harmonic.conversion.costs import costs_of, set_forms
+from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters
 from timm_harmonic.export.onnx import export_onnx, onnx_runner
 
 from .environment import environment
@@ -70,7 +68,7 @@ def variants(name: str, images: Tensor) -> tuple[dict[str, nn.Module], dict[str,
     model = timm.create_model(name).eval().to(images.device, memory_format=_format(images))
     stem = get_pretrained_cfg_value(name, 'first_conv')
     whole = model if name.startswith('harm') else harmonize(model, exclude=stem)
-    costs, losses = time_costs(whole, images), losses_by_filters(whole)
+    costs, losses = costs_of(whole, 'time', images), losses_by_filters(whole)
     top = {layer: max(of) for layer, of in costs.of.items()}
     choices: dict[str, dict[str, int]] = {}
     impossible = {}
@@ -84,7 +82,7 @@ def variants(name: str, images: Tensor) -> tuple[dict[str, nn.Module], dict[str,
     found = {'plain': whole}
     for key, levels in choices.items():
         found[key] = truncate(whole, levels=levels)
-        set_forms(found[key], {layer: costs.forms[layer][level] for layer, level in levels.items()})
+        set_forms(found[key], {layer: costs.of[layer][level].form for layer, level in levels.items()})
     return found, impossible
 
 

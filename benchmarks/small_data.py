@@ -1,10 +1,14 @@
-"""Plain against harmonic on few images: eight tasks, three networks, the same search for all.
+"""Plain against harmonic networks on few images: eight tasks, three networks, the same search for each.
 
     python -m benchmarks.small_data --out benchmarks/results
 
-Every network tries the same settings of learning rate and weight decay on inner splits of the training images, and is
-trained with its best one on eight sets of training images. Test images choose nothing. What is done is kept in --work
-and in the report in --out, and after an interruption the same command goes on. Hours on two cores: --only takes a part.
+Every network tries the same learning rates and weight decays on inner splits of the training images, and is trained
+with its best setting on eight sets of training images. Test images choose nothing. Finished runs stay in --work and in
+the report in --out; after an interruption the same command continues. Takes hours on two cores: --only does a part.
+
+    python -m benchmarks.small_data --show benchmarks/results/small_data.json --out benchmarks/results
+
+writes the table and the picture of a saved report again.
 """
 
 import argparse
@@ -20,7 +24,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from timm_harmonic.small_data.protocol import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, Store, setting
-from timm_harmonic.small_data.results import accuracy, deviation, difference, interval
+from timm_harmonic.small_data.results import accuracy, difference, interval
 from timm_harmonic.small_data.training import Recipe, network, one_thread
 
 from .environment import environment
@@ -33,7 +37,7 @@ OPTIMIZERS = dict(momentum='SGD', adamw='AdamW')  # by timm's names
 
 
 def _variants(base: str, options: str) -> dict[str, str]:
-    """Names of one network, plain and harmonic in every way, by what tables call them."""
+    """All variants of one network, plain and harmonic, by their names in the tables."""
     given = f'{base}:{options}' if options else base
     comma = ',' if options else ':'
     smooth = {f'smooth {s}': f'{given}{comma}smoothness={s}' for s in ('0', '0.5', '1', '2')}
@@ -45,13 +49,13 @@ def _variants(base: str, options: str) -> dict[str, str]:
     }
 
 
-# By group: its title, the network in all its variants, and how many trials, seeds and epochs it gets.
+# By group: title, variants of the network, and the number of trials, seeds and epochs.
 GROUPS: dict[str, tuple[str, dict[str, str], dict[str, int]]] = {
     'small': ('small ResNet', _variants('harm', ''), dict(trials=6, seeds=8, epochs=30)),
     'wrn': ('WRN-10-2', _variants('harm_wrn16_8', _WRN), dict(trials=4, seeds=8, epochs=30)),
     'resnet18': ('ResNet-18', _variants('harm_resnet18', _RESNET), dict(trials=4, seeds=8, epochs=30)),
 }
-# What is compared: group, task, training images of each class, optimizer.
+# Comparisons: group, task, training images per class, optimizer.
 SETTINGS = [
     *(('small', task, 10, 'adamw') for task in TASKS),
     ('small', 'photographs_shift', 10, 'momentum'),
@@ -73,25 +77,25 @@ class Unit(NamedTuple):
 
 
 def units() -> Iterator[Unit]:
-    """Everything that is measured, in the order that matters most first."""
+    """Everything to measure, the most important first."""
     for group, task, count, opt in SETTINGS:
         for variant in GROUPS[group][1]:
             yield Unit(group, task, count, opt, variant)
 
 
 def path_of(unit: Unit, work: Path) -> Path:
-    """Where the results of a unit are kept."""
+    """File of a unit's results."""
     return work / f'{"-".join(map(str, unit)).replace(" ", "")}.jsonl'
 
 
 def is_done(unit: Unit, work: Path) -> bool:
-    """Whether all runs of a unit are kept."""
+    """Whether all runs of a unit are stored."""
     path = path_of(unit, work)
     return path.exists() and path.read_text().count('"key": "final') == GROUPS[unit.group][2]['seeds']
 
 
 def reported(path: Path) -> dict[Unit, dict[str, Any]]:
-    """Rows of a report that count as measured: made by the same versions, with as many trials, seeds and epochs."""
+    """Rows of a report that need no new run: same versions, same numbers of trials, seeds and epochs."""
     if not path.exists():
         return {}
     report, here = json.loads(path.read_text()), environment()
@@ -104,7 +108,7 @@ def reported(path: Path) -> dict[Unit, dict[str, Any]]:
 
 
 def measure(unit: Unit, work: Path) -> dict[str, Any]:
-    """Search and runs of one unit, or what is kept of them."""
+    """Searches and runs one unit, except for what is stored."""
     _, variants, amount = GROUPS[unit.group]
     task = TASKS[unit.task]
     lr, weight_decay = _LR[unit.opt]
@@ -124,7 +128,7 @@ def measure(unit: Unit, work: Path) -> dict[str, Any]:
 
 
 def summary(measured: dict[Unit, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each unit: accuracy, and the differences to plain and harm of the same setting, paired by seed."""
+    """A row per unit: accuracy, and the differences to plain and harm in the same setting, paired by seed."""
     rows = []
     for unit in units():
         plain, harm = (measured.get(unit._replace(variant=name)) for name in ('plain', 'harm'))
@@ -135,7 +139,7 @@ def summary(measured: dict[Unit, dict[str, Any]]) -> list[dict[str, Any]]:
         row = dict(
             unit._asdict(),
             accuracy_mean=statistics.mean(values),
-            accuracy_deviation=deviation(values),
+            accuracy_deviation=statistics.stdev(values) if len(values) > 1 else None,
             accuracy=values,
             difference=None if unit.variant == 'plain' else difference(values, plain['accuracy']),
             parameters=found['parameters'],
@@ -175,7 +179,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     for group, task, count, opt in dict.fromkeys(map(_setting, rows)):
         of = [row for row in rows if _setting(row) == (group, task, count, opt)]
-        title = f'{report["tasks"][task]}, {count} a class: {report["groups"][group]["title"]}, {opt}'
+        title = f'{report["tasks"][task]}, {count} images per class: {report["groups"][group]["title"]}, {opt}'
         lines += [f'## {title}', '', '| network | accuracy | minus plain | minus harm |', '|---|---|---|---|']
         for row in of:
             differences = [interval(row['difference']), interval(row['minus_harm']) if row['variant'] != 'harm' else '']
@@ -185,16 +189,20 @@ def table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Differences to plain, a panel a variant, a line a setting."""
+    """Draws differences to plain: a panel per variant, a line per setting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = report['rows']
     settings = list(dict.fromkeys(map(_setting, rows)))
-    shown = dict(harm1='#0072B2', harm='#D55E00', **{'smooth 1': '#009E73'})
-    figure = Figure(figsize=(11, 1.2 + 0.3 * len(settings)), layout='constrained')
+    shown = {
+        'harm1': ('#0072B2', 'stem harmonic (harm1)'),
+        'harm': ('#D55E00', 'all harmonic (harm)'),
+        'smooth 1': ('#009E73', 'all harmonic, smoothness 1'),
+    }
+    figure = Figure(figsize=(12, 1.2 + 0.3 * len(settings)), layout='constrained')
     FigureCanvasAgg(figure)
-    for axes, (variant, colour) in zip(
+    for axes, (variant, (colour, title)) in zip(
         figure.subplots(1, len(shown), sharey=True, sharex=True), shown.items(), strict=True
     ):
         for place, (group, task, count, opt) in enumerate(settings):
@@ -204,12 +212,16 @@ def plot(report: dict[str, Any], path: Path) -> None:
                 reach = [[gain['mean'] - gain['low']], [gain['high'] - gain['mean']]]
                 axes.errorbar(gain['mean'], place, xerr=reach, color=colour, marker='o', markersize=4, capsize=3)
         axes.axvline(0, color='0.5', linestyle=':', linewidth=1)
-        axes.set(title=variant)
+        axes.set_title(title, fontsize='medium')
         axes.grid(color='0.92', axis='x')
         axes.spines[['top', 'right', 'left']].set_visible(False)
-    figure.supxlabel('points above plain: right is better', fontsize='medium')
+    seeds = ', '.join(sorted({str(of['seeds']) for of in report['groups'].values()}))
+    caption = (
+        f'test accuracy minus that of the plain network, percentage points: mean over {seeds} seeds, 95 % interval'
+    )
+    figure.supxlabel(f'{caption} (right is better)', fontsize='medium')
     labels = [
-        f'{report["tasks"][task]}, {count}: {report["groups"][group]["title"]}, {OPTIMIZERS[opt]}'
+        f'{report["tasks"][task]}: {count} images per class, {report["groups"][group]["title"]}, {OPTIMIZERS[opt]}'
         for group, task, count, opt in settings
     ]
     axes.set(yticks=range(len(settings)), yticklabels=labels, ylim=(len(settings) - 0.5, -0.5))
@@ -219,17 +231,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.small_data', description=__doc__.partition('\n')[0])
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for small_data.json, .md and .png')
-    parser.add_argument(
-        '--work', type=Path, default=Path('build/small_data'), metavar='DIR', help='what is done so far'
-    )
+    parser.add_argument('--work', type=Path, default=Path('build/small_data'), metavar='DIR', help='finished runs')
     parser.add_argument('--only', nargs='+', choices=[*GROUPS, *TASKS], metavar='NAME', help='groups or tasks')
     parser.add_argument('--variants', nargs='+', metavar='NAME', help="only these, as 'smooth 1'")
-    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='runs at a time, a thread each (default: 2)')
-    parser.add_argument('--done', action='store_true', help='report what is done, and run nothing else')
-    parser.add_argument('--show', type=Path, metavar='JSON', help='print the table of a saved run, run nothing')
+    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='parallel runs, one thread each (default: 2)')
+    parser.add_argument('--done', action='store_true', help='run nothing: report finished runs')
+    parser.add_argument('--show', type=Path, metavar='JSON', help='run nothing: print (and write) a saved report')
     args = parser.parse_args()
     if args.show:
-        print(table(json.loads(args.show.read_text())))
+        write(json.loads(args.show.read_text()), table, args.out, 'small_data', plot)
         return
     measured = reported(args.out / 'small_data.json') if args.out else {}
     wanted = [u for u in units() if not args.only or u.group in args.only or u.task in args.only]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.smoothness --out benchmarks/results
 
-All runs of a network alternate in one process. A second network without it is the noise.
+All runs of a network alternate in one process. A second network without smoothness shows the noise.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from .environment import environment
 from .files import write
 from .measure import Setting, compare, evaluation, train_steps
 
-# Side of the images by network: what each is made for. No VGG: its classifier of 120M parameters hides the layers.
+# Side of the images that each network is made for. No VGG: its classifier with 120M parameters hides the layers.
 SIDES = {'harm_resnet18': 224, 'harm_resnet50': 224, 'harm_wrn16_8': 32}
 OPTIONS: dict[str, dict[str, Any]] = {'without': {}, 'without again': {}, 'smooth': dict(smoothness=1.0)}
 BATCH = 8
 
 
 def measure(name: str, setting: Setting, size: int, budget: float) -> list[dict[str, Any]]:
-    """Rows of one network: a training step, evaluation as trained, and evaluation fused."""
+    """Rows of one network: a training step, evaluation as trained, and fused evaluation."""
     torch.manual_seed(0)
     models = {
         key: setting.place(timm.create_model(name, num_classes=1000, **options)) for key, options in OPTIONS.items()

@@ -1,4 +1,4 @@
-"""Small-data tasks without a download: from the pictures and digits in the wheels of scikit-image and scikit-learn."""
+"""Small tasks that need no download, from pictures and digits in the wheels of scikit-image and scikit-learn."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,15 +12,14 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
-from timm_harmonic.small_data.tasks import PHOTOGRAPHS, cut, draw_patches, load_photographs, path_of
-from timm_harmonic.small_data.training import Images
+from timm_harmonic.small_data.tasks import PHOTOGRAPHS, Images, cut, draw_patches, load_photographs, path_of
 
-_TEST = 24  # patches of each photograph, as many as the half of the smallest holds
+_TEST = 24  # patches of each photograph: half of the smallest holds no more
 _BANDS, _NOISE = 13, 8.0  # gray levels of 255
 _TEXTURES = ('brick', 'coins', 'grass', 'gravel', 'ihc', 'moon')
 _SURFACE = 48  # pixels of a side of a texture
 _SURFACES = 40  # test images of each texture
-_DIGITS, _DIGITS_SIDE = 600, 32  # test digits, and what they are enlarged to
+_DIGITS, _DIGITS_SIDE = 600, 32  # number of test digits, and the side they are enlarged to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Task:
 
 
 def _normalised(*splits: tuple[list[np.ndarray], list[int]]) -> tuple[Images, Images]:
-    """Images (C, H, W) and labels of the training and the test images, by mean and deviation of the first."""
+    """Training and test images from (C, H, W) and labels, normalised by the training images."""
     train, test = ((torch.from_numpy(np.stack(images)).float(), torch.tensor(labels)) for images, labels in splits)
     mean, std = train[0].mean((0, 2, 3), keepdim=True), train[0].std((0, 2, 3), keepdim=True)
     return Images((train[0] - mean) / std, train[1]), Images((test[0] - mean) / std, test[1])
@@ -50,7 +49,7 @@ def _gray() -> dict[str, np.ndarray]:
 
 @cache
 def _coloured() -> dict[str, np.ndarray]:
-    """The photographs that have colours, (H, W, 3)."""
+    """The colour photographs, (H, W, 3)."""
     found = {}
     for package, path in PHOTOGRAPHS:
         with Image.open(path_of(package, path)) as image:
@@ -61,7 +60,7 @@ def _coloured() -> dict[str, np.ndarray]:
 
 
 def _cuts(pictures: dict[str, np.ndarray], split: str, count: int, seed: int) -> tuple[list[np.ndarray], list[int]]:
-    """Patches (C, H, W) and labels. Where they may be is decided on the gray pictures."""
+    """Patches (C, H, W) and labels, at corners drawn on the gray pictures."""
     corners = draw_patches({name: _gray()[name] for name in pictures}, split, count, seed)
     places = [(label, name, corner) for label, (name, of) in enumerate(corners.items()) for corner in of]
     cuts = [np.atleast_3d(cut(pictures[name], corner)).transpose(2, 0, 1) for _, name, corner in places]
@@ -69,17 +68,17 @@ def _cuts(pictures: dict[str, np.ndarray], split: str, count: int, seed: int) ->
 
 
 def photographs(count: int, seed: int) -> tuple[Images, Images]:
-    """Gray patches: left halves of the pictures to learn from, right halves to test."""
+    """Gray patches, for training from the left halves of the pictures, for testing from the right halves."""
     return _normalised(_cuts(_gray(), 'train', count, seed), _cuts(_gray(), 'validation', _TEST, 0))
 
 
 def colours(count: int, seed: int) -> tuple[Images, Images]:
-    """The same in colour."""
+    """Colour patches, from the same halves."""
     return _normalised(_cuts(_coloured(), 'train', count, seed), _cuts(_coloured(), 'validation', _TEST, 0))
 
 
 def bands(count: int, seed: int) -> tuple[Images, Images]:
-    """Thirteen bands, as of a satellite: smooth mixtures of the three colours, each with noise of its own."""
+    """Thirteen bands as a satellite has them: smooth mixtures of the three colours, with independent noise."""
     centres, peaks = np.linspace(0, 1, _BANDS)[:, None], np.array([0.8, 0.5, 0.2])
     shares = np.exp(-(((centres - peaks) / 0.25) ** 2))
     shares /= shares.sum(1, keepdims=True)
@@ -93,7 +92,7 @@ def bands(count: int, seed: int) -> tuple[Images, Images]:
 
 
 def digits(count: int, seed: int) -> tuple[Images, Images]:
-    """The handwritten digits of scikit-learn, enlarged from 8 x 8; the same 600 to test."""
+    """The handwritten digits of scikit-learn, enlarged from 8 x 8; 600 fixed ones for testing."""
     data = load_digits()
     pixels = interpolate(torch.from_numpy(data.images).float().unsqueeze(1), (_DIGITS_SIDE,) * 2, mode='bilinear')
     order = np.random.default_rng(0).permutation(len(pixels))
@@ -104,7 +103,7 @@ def digits(count: int, seed: int) -> tuple[Images, Images]:
 
 
 def textures(count: int, seed: int) -> tuple[Images, Images]:
-    """Surfaces under any rotation and uneven light of any strength: left halves to learn from, right halves to test."""
+    """Surfaces, randomly rotated and unevenly lit: left halves for training, right halves for testing."""
     splits = []
     for side, number, of_seed in (('left', count, seed), ('right', _SURFACES, 0)):
         images: list[np.ndarray] = []
@@ -119,7 +118,7 @@ def textures(count: int, seed: int) -> tuple[Images, Images]:
 
 
 def _surface(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A patch of a picture, rotated and lit at random, not an empty one."""
+    """A patch of a picture that is not nearly uniform, rotated and lit at random."""
     reach = _SURFACE * 3 // 4 + 1  # half a side, with room to rotate
     while True:
         top, left = (int(random.integers(reach, size - reach)) for size in picture.shape)

@@ -1,4 +1,4 @@
-"""Fills the tables of the pages from their sources. `python docs/tables.py` writes them, `--check` tells what differs.
+"""Fills the tables of the pages from their sources. `python docs/tables.py` writes them, `--check` lists what differs.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. The sources are timm_harmonic/models/paper.csv, the
 registered models, and the measurements in benchmarks/results.
@@ -21,7 +21,6 @@ from timm.models import get_pretrained_cfg  # noqa: E402
 from benchmarks import compression, sizes  # noqa: E402
 from benchmarks.measure import Setting  # noqa: E402
 from benchmarks.small_data import OPTIMIZERS  # noqa: E402
-from timm_harmonic.export.folder import INSTALL  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
 from timm_harmonic.small_data.results import interval  # noqa: E402
 from timm_harmonic.small_data.training import MEANINGS  # noqa: E402
@@ -38,7 +37,7 @@ RECIPES = dict(
 OTHER_FILES = dict(
     distill_truncated='for any truncated network, with a teacher',
     finetune_truncated='for any truncated network',
-    gem='of [GEM](https://github.com/lorenzobrigato/gem), on few images',
+    gem="[GEM](https://github.com/lorenzobrigato/gem)'s, for few images",
     small_data='for few images',
     harm_resnet50_a3='[ResNet strikes back](https://arxiv.org/abs/2110.00476), A3',
 )
@@ -50,13 +49,34 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+FAMILIES = {
+    'ResNet': r'harm\d?_resnet',
+    'ResNeXt': r'harm\d?_resnext',
+    'SE-ResNeXt': r'harm\d?_seresnext',
+    'VGG': r'harm\d?_vgg',
+    'wide ResNet, for 32 x 32 pixels': r'harm\d?_wrn',
+    'any CNN in timm': 'harmonized',
+}
+
+
+def names() -> str:
+    """Every name that timm.create_model takes, by family, and those of released weights with their tag."""
+    rows = []
+    for family, pattern in FAMILIES.items():
+        of_family = [name for name in timm.list_models('harm*') if re.match(pattern, name)]
+        configs = {name: get_pretrained_cfg(name) for name in of_family}
+        weights = [f'`{name}.{config.tag}`' for name, config in configs.items() if config.has_weights]
+        rows.append([family, ', '.join(f'`{name}`' for name in of_family), ', '.join(weights)])
+    return markdown(['family', 'names', 'with released weights'], rows)
+
+
 def models() -> str:
-    """The paper's networks: errors by the paper, parameters counted on our models."""
+    """The paper's networks: errors from the paper, parameters counted on our models."""
     rows = []
     for name, row in PAPER.items():
         ours = name.startswith('harm')
         count = sum(p.numel() for p in timm.create_model(name, device='meta').parameters())
-        weights = f'`.{get_pretrained_cfg(name).tag}`' if ours and get_pretrained_cfg(name).url else ''
+        weights = f'`.{get_pretrained_cfg(name).tag}`' if ours and get_pretrained_cfg(name).has_weights else ''
         model = f'`{name}`' if ours else f"`{name}` (timm's)"
         rows.append([model, row['title'], f'{count / 1e6:.1f}M', row['gmacs'], row['top1'], row['top5'], weights])
     errors = ('top-1 error, paper', 'top-5 error, paper')
@@ -93,7 +113,7 @@ def paper_small() -> str:
 
 
 def speed() -> str:
-    """Times as ratios to plain networks, of benchmarks/results/cpu.json and of its kin for other versions of torch."""
+    """Times as ratios to plain networks, from benchmarks/results/cpu.json and its kin for other versions of torch."""
     rows = []
     for path in sorted([*RESULTS.glob('torch-*/cpu.json'), RESULTS / 'cpu.json']):
         report = json.loads(path.read_text())
@@ -104,7 +124,7 @@ def speed() -> str:
 
 
 def speed_cuda() -> str:
-    """The same on a GPU, in all settings, of benchmarks/results/cuda.json."""
+    """The same on a GPU in all settings, from benchmarks/results/cuda.json."""
     of_settings = _ratios(json.loads((RESULTS / 'cuda.json').read_text()), 128)
     return markdown(['network', 'in', *_titles(128)], [[*which, *cells] for which, cells in of_settings.items()])
 
@@ -115,7 +135,7 @@ def _titles(batch: int) -> list[str]:
 
 
 def _ratios(report: dict[str, Any], batch: int) -> dict[tuple[str, str], list[str]]:
-    """By network and setting, without those that are compiled: ratios in the order of the titles."""
+    """Ratios in the order of the titles, by network and setting, without compiled ones."""
     evaluation = [('eval', size, key) for size in (1, batch) for key in ('fused', 'harmonic', 'original')]
     columns = [*evaluation, ('train', batch, 'harmonic'), ('train', batch, 'original')]
     found: dict[tuple[str, str], dict[tuple[str, int], Any]] = {}
@@ -129,7 +149,7 @@ def _ratios(report: dict[str, Any], batch: int) -> dict[tuple[str, str], list[st
 
 
 def _truncation(when: str) -> str:
-    """Accuracy of cut networks, of benchmarks/results/compression.json, a column a cut."""
+    """Accuracy of cut networks from benchmarks/results/compression.json, one column for each cut."""
     report = json.loads((RESULTS / 'compression.json').read_text())
     found = {(row['axis'], row['share'], row['method']): row for row in report['summary']}
     cuts = list(dict.fromkeys((axis, share) for axis, share, _ in found if axis))
@@ -158,7 +178,7 @@ def truncation_int8() -> str:
 
 
 def truncation_in_short() -> str:
-    """A third and a fifth of the parameters, ours beside others."""
+    """Cut to a third and a fifth of the parameters: ours beside other methods."""
     report = json.loads((RESULTS / 'compression.json').read_text())
     found = {(row['axis'], row['share'], row['method']): row for row in report['summary']}
     rows = []
@@ -173,7 +193,7 @@ def truncation_in_short() -> str:
 
 
 def _deployed(settings: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """Rows of benchmarks/results/deploy.json with batch 1, and their ratios as text by variant."""
+    """Rows of benchmarks/results/deploy.json for batch 1, with their ratios as text by variant."""
     rows = json.loads((RESULTS / 'deploy.json').read_text())['rows']
     return [
         (row, {name: f'{run["ratio"]:.2f}' for name, run in row['runs'].items()})
@@ -198,23 +218,23 @@ def deployed() -> str:
 
 
 def file_sizes() -> str:
-    """Megabytes of the files of truncated networks, of benchmarks/results/sizes.json."""
+    """Sizes of truncated networks' files in megabytes, from benchmarks/results/sizes.json."""
     report = json.loads((RESULTS / 'sizes.json').read_text())
     return markdown(['MB', *sizes.FILES.values()], [sizes.cells(row) for row in report['rows']])
 
 
 def deployed_in_short() -> str:
-    """The same for levels 2 and 1, a row a network that gains, and one that does not."""
+    """The same at levels 2 and 1, for three networks that gain and one that does not."""
     found: dict[str, list[str]] = {}
     for row, of in _deployed(('channels_last', 'ONNX Runtime')):
         if row['model'] in ('resnet18', 'resnet50', 'vgg16_bn', 'regnety_008'):
             found.setdefault(row['model'], []).extend(of[name] for name in ('level 2', 'level 1'))
-    header = ["time, of the plain network's", 'PyTorch: level 2', 'level 1', 'ONNX Runtime: level 2', 'level 1']
+    header = ["share of the plain network's time", 'PyTorch: level 2', 'level 1', 'ONNX Runtime: level 2', 'level 1']
     return markdown(header, [[f'`{name}`', *cells] for name, cells in found.items()])
 
 
 def quickstart() -> str:
-    """The quickstart with its defaults, of benchmarks/results/quickstart.json."""
+    """The quickstart with its defaults, from benchmarks/results/quickstart.json."""
     report = json.loads((RESULTS / 'quickstart.json').read_text())
     titles = {name: f'{meaning} (`{name}`)' for name, meaning in MEANINGS.items()}
     rows = []
@@ -246,7 +266,7 @@ def _small_data(count: int | None) -> list[tuple[str, dict[str, dict[str, Any]]]
 
 
 def small_data() -> str:
-    """Plain against the paper's network and smoothness 1, with ten images of each class."""
+    """Plain, the paper's network and smoothness 1, with ten images of each class."""
     rows = [
         [title, *(cell_of(of[name]) for name in ('plain', 'harm', 'smooth 1')), interval(of['smooth 1']['difference'])]
         for title, of in _small_data(10)
@@ -256,7 +276,7 @@ def small_data() -> str:
 
 
 def small_data_all() -> str:
-    """Every network and setting: the accuracy of plain, and the differences to it."""
+    """Every network and setting: the accuracy of the plain network, and the differences to it."""
     names = ['harm1', 'harm', 'smooth 0', 'smooth 0.5', 'smooth 1', 'smooth 2']
     rows = []
     for title, of in _small_data(None):
@@ -270,12 +290,8 @@ def cell_of(row: dict[str, Any]) -> str:
     return compression.cell(row['accuracy_mean'], row['accuracy_deviation'])
 
 
-def install() -> str:
-    """How the package is installed today."""
-    return f'{INSTALL}.'
-
-
 _ALL = (
+    names,
     models,
     paper,
     paper_small,
@@ -289,16 +305,16 @@ _ALL = (
     deployed_in_short,
     file_sizes,
 )
-TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data, small_data_all, install)}
+TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data, small_data_all)}
 
 
 def fill(text: str) -> str:
-    """A page with its tables made anew."""
+    """A page with its tables filled again."""
     return BLOCK.sub(lambda match: f'{match[1]}{TABLES[match[2]]()}\n{match[3]}', text)
 
 
 def main(check: bool) -> int:
-    """Fills all pages, or says which tables differ from their sources. Returns the exit code."""
+    """Fills all pages, or lists those whose tables differ from their sources. Returns the exit code."""
     pages = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), ROOT / 'train_configs' / 'README.md']
     stale = []
     for page in pages:

@@ -59,20 +59,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-class _HubIsHere:
-    """A session of the Hub's client that sends requests for huggingface.co to the stand-in."""
-
-    def __init__(self, session):
-        self.session = session
-
-    def post(self, url, **kwargs):
-        return self.session.post(url.replace('https://huggingface.co', _HUB.url), **kwargs)
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The stand-in Hub and release page, empty, with empty caches and no waiting between attempts."""
-    import huggingface_hub.repocard as cards
     import huggingface_hub.utils._http as client
     import torch.hub
 
@@ -87,9 +76,6 @@ def hub(monkeypatch, tmp_path):
 
     urlopen = torch.hub.urlopen
     monkeypatch.setattr(torch.hub, 'urlopen', github_is_here)
-    # Older clients ask this one address whether a card is valid, whatever HF_ENDPOINT says.
-    session = cards.get_session
-    monkeypatch.setattr(cards, 'get_session', lambda: _HubIsHere(session()))
     yield _HUB
     _HUB.reset()
 

@@ -1,18 +1,22 @@
-"""The command line: help, version, and errors that name the option."""
+"""The command line: help, version, usage errors, and errors that the user can mend."""
 
-import inspect
+import importlib
 import io
 import os
 import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import timm_harmonic
 import timm_harmonic_cli as cli
 from timm_harmonic.common.progress import progress
-from timm_harmonic.small_data import quickstart
+from timm_harmonic_cli.compress import _fitting
+
+NETWORK = ['harm_resnet18', '--model-kwargs', 'layers=(1,1,1,1)', 'channels=(8,16,32,64)']
 
 
 def fail(capsys, *args):
@@ -22,29 +26,24 @@ def fail(capsys, *args):
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_module_is_the_command():
     done = subprocess.run([sys.executable, '-m', 'timm_harmonic', '--version'], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.strip() == f'timm-harmonic {timm_harmonic.__version__}'
 
 
-def test_help_names_the_commands(capsys):
-    with pytest.raises(SystemExit) as done:
-        cli.main(['--help'])
-    assert done.value.code == 0
-    assert 'quickstart' in capsys.readouterr().out
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(['quickstart', '--help'])
-    printed = capsys.readouterr().out
-    for option in ('--seeds', '--epochs', '--train-per-class', '--out', '--models', '--export'):
-        assert option in printed
-
-
-def test_model_names_are_those_of_the_quickstart():
-    assert tuple(quickstart.MODELS) == cli._MODELS
+def test_help_and_usage_errors_do_not_wait_for_pytorch():
+    code = (
+        'import sys, timm_harmonic_cli as cli\n'
+        'for arguments in (["--help"], ["compress", "--help"], ["compress", "x", "--ratio", "2", "--out", "y"]):\n'
+        '    try: cli.main(arguments)\n'
+        '    except SystemExit: pass\n'
+        'slow = {"timm_harmonic", "torch", "numpy", "timm", "PIL", "rich"} & sys.modules.keys()\n'
+        'print(sorted(slow), file=sys.stderr)'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stderr.endswith('[]\n')
 
 
 @pytest.mark.parametrize(
@@ -54,106 +53,128 @@ def test_model_names_are_those_of_the_quickstart():
         (('nonsense',), 'invalid choice'),
         (('quickstart', '--seeds', '0'), 'at least 1'),
         (('quickstart', '--epochs', 'ten'), 'at least 1'),
-        (('quickstart', '--train-per-class', '-3'), 'at least 1'),
-        (('quickstart', '--train-per-class', '1000'), '--train-per-class'),
-        (('quickstart', '--models', 'harm0,vgg'), "unknown model 'vgg'"),
-        (('quickstart', '--models', ''), 'unknown model'),
-        (('quickstart', '--export', 'x', '--seeds', '2'), '--seeds'),
+        (('quickstart', '--models'), 'expected at least one argument'),
         (('compare', 'x', '--time-limit', 'inf'), 'must be a number above 0'),
-        (('compare', 'x', '--time-limit', '-1'), 'must be a number above 0'),
+        (('compress', 'x', '--out', 'y', '--ratio', '1.5'), 'must be above 0 and at most 1'),
+        (('compress', 'x', '--out', 'y', '--level', '1', '--workers', '-1'), 'must be an integer of at least 1'),
     ],
 )
-def test_bad_arguments(capsys, tmp_path, monkeypatch, args, words):
-    monkeypatch.chdir(tmp_path)
+def test_usage_errors(capsys, args, words):
     assert words in fail(capsys, *args)
-    assert not any(tmp_path.glob('**/*.png'))
 
 
-def test_out_must_be_a_folder(capsys, tmp_path):
-    (tmp_path / 'file').write_text('')
-    assert 'cannot write' in fail(capsys, 'quickstart', '--out', str(tmp_path / 'file'))
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with what users confuse: a file, a text that is not UTF-8, an image, an image folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').write_text('text')
+    (tmp_path / 'latin1.txt').write_bytes(b'caf\xe9\n')
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save('image.png')
+    for name in ('a', 'b'):
+        (tmp_path / 'images' / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'images' / name / f'{i}.png')
+    return tmp_path
 
 
-def test_export_refuses_a_folder_with_files(capsys, tmp_path):
-    (tmp_path / 'file').write_text('')
-    assert 'not empty' in fail(capsys, 'quickstart', '--export', str(tmp_path))
+@pytest.mark.parametrize(
+    ('args', 'words'),
+    [
+        (['quickstart', '--out', 'file'], 'cannot write results to file'),
+        (['quickstart', '--train-per-class', '1000'], '--train-per-class'),
+        (['quickstart', '--models', 'harm0', 'vgg'], "'vgg' is neither one of harm0"),
+        (['quickstart', '--models', 'harm0,harm'], "'harm0,harm' is neither one of harm0"),
+        (['quickstart', '--models', 'harm:nope=1'], 'harm:nope=1 cannot be used on images of 48 x 48 pixels'),
+        (['quickstart', '--export', '.'], 'is not an empty folder'),
+        (['compare', 'file'], 'is not a folder'),
+        (['compare', 'images', '--out', 'file', '--epochs', '1'], 'cannot write results to file'),
+        (['compare', 'images', '--device', 'nowhere'], "device 'nowhere' cannot be used here"),
+        (['predict', 'no_such_model', 'image.png', '--pretrained'], 'no_such_model'),
+        (['predict', 'hf-hub:nobody/nothing', 'image.png'], 'nobody/nothing'),
+        (['predict', 'local-dir:images', 'image.png'], 'images'),
+        (['predict', 'resnet18', 'image.png', '--checkpoint', 'nowhere.pth'], 'nowhere.pth'),
+        (['predict', 'resnet18', 'image.png', '--model-kwargs', 'in_chans'], 'must be NAME=VALUE'),
+        (['predict', 'resnet18', 'image.png', '--class-names', 'nowhere'], 'cannot read nowhere: FileNotFoundError'),
+        (['predict', 'resnet18', 'image.png', '--class-names', 'latin1.txt'], 'cannot read latin1.txt: UnicodeDecode'),
+        (['compress', 'no_such_model', '--level', '2', '--out', 'x'], 'no_such_model'),
+        (['compress', *NETWORK, 'nope=1', '--level', '2', '--out', 'x'], 'nope'),
+        (['compress', *NETWORK, 'num_classes=many', '--level', '2', '--out', 'x'], 'cannot be created'),
+        (['compress', *NETWORK, '--level', '2', '--smoothness', 'nan', '--out', 'x'], 'smoothness'),
+        (['compress', *NETWORK, '--level', '2', '--normalization', 'l3', '--out', 'x'], 'normalization'),
+        (['compress', *NETWORK, '--level', '99', '--out', 'x'], 'level'),
+        (['compress', *NETWORK, '--level', '2', '--mean', '0.5', '0.5', '--out', 'x'], 'mean has 2 values'),
+        (['compress', *NETWORK, '--level', '2', '--out', '.'], 'not an empty folder'),
+        (['convert', 'file', '--model', 'no_such_model', '--out', 'x'], 'is not a harmonic model'),
+        (['convert', 'file', '--model', 'harm_resnet18', '--out', 'x'], 'file'),
+    ],
+)
+@pytest.mark.filterwarnings('ignore::UserWarning')
+def test_errors_of_the_user_are_one_line(args, words, place, capsys, hub):
+    """They have no traceback, and leave nothing behind."""
+    before = sorted(place.rglob('*'))
+    assert cli.main(args) == 1
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert shown.startswith('timm-harmonic: error: ')
+    assert sorted(path for path in place.rglob('*') if 'hub-cache' not in str(path)) == before
 
 
-def test_export_writes_the_patches_and_says_how_to_train(capsys, tmp_path):
-    assert cli.main(['quickstart', '--export', str(tmp_path / 'new'), '--train-per-class', '2']) == 0
-    assert len(list(tmp_path.glob('new/train/*/*.png'))) == 34
-    printed = capsys.readouterr().out
-    assert 'train.py' in printed
-    assert f'--data-dir "{tmp_path / "new"}"' in printed
+def test_a_bug_shows_its_traceback(monkeypatch):
+    monkeypatch.setattr('timm_harmonic_cli.list.inventory', lambda: {}['bug'])
+    with pytest.raises(KeyError):
+        cli.main(['list'])
 
 
 def test_interrupt_ends_quietly(capsys, monkeypatch):
-    def interrupt(**options):
+    def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quickstart, 'quickstart', interrupt)
-    assert cli.main(['quickstart']) == 130
+    monkeypatch.setattr('timm_harmonic_cli.list.inventory', interrupt)
+    assert cli.main(['list']) == 130
     assert 'stopped' in capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_pytorch():
-    code = (
-        'import sys, timm_harmonic_cli as cli\n'
-        'try: cli.main(sys.argv[1:])\n'
-        'except SystemExit: print("torch" in sys.modules, file=sys.stderr)'
-    )
-    for arguments in (['--help'], ['compress', '--help'], ['compress', 'x', '--ratio', '2', '--out', 'y']):
-        done = subprocess.run([sys.executable, '-c', code, *arguments], capture_output=True, text=True, check=True)
-        assert done.stderr.endswith('False\n')
-
-
-@pytest.mark.parametrize('columns', [60, 100])
-def test_help_fits_the_terminal(columns, capsys, monkeypatch):
-    """But for the examples and names, which are not broken."""
-    monkeypatch.setenv('COLUMNS', str(columns))
-    for command in ('', *cli._COMMANDS):
-        with pytest.raises(SystemExit):
-            cli.main([*filter(None, [command]), '--help'])
-        printed = capsys.readouterr().out
-        assert printed
-        options = printed.partition('options:')[2]
-        assert max(map(len, options.splitlines())) <= columns
-
-
-def test_a_table_fits_the_terminal(monkeypatch, tmp_path):
-    """On a narrower one stands its summary, and where it is. A pipe gets the table."""
-    table = f'{"layer":<80}\n{"conv1":<80}\nresnet18: 1 of 2'
+def test_help_fits_the_terminal_and_its_examples_parse(capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '60')
-    assert cli._fitting(table, tmp_path / 'a.md') == table
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit) as done:
+            cli.main([command, '--help'])
+        assert done.value.code == 0
+        assert max(map(len, capsys.readouterr().out.partition('options:')[2].splitlines())) <= 60
+        module = importlib.import_module(f'timm_harmonic_cli.{command}')
+        examples = [line for line in module.__doc__.splitlines() if line.startswith('  timm-harmonic ')]
+        assert examples
+        for example in examples:
+            assert cli.build_parser().parse_args(shlex.split(example)[1:]).run is module.run
+
+
+def test_a_report_fits_the_terminal(monkeypatch, tmp_path):
+    """A narrow terminal gets the summary, and where the table is. A pipe gets the table."""
+    report = f'{"layer":<80}\n{"conv1":<80}\nresnet18: 1 of 2'
+    monkeypatch.setenv('COLUMNS', '60')
+    assert _fitting(report, tmp_path / 'a.md') == report
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
-    assert cli._fitting(table, tmp_path / 'a.md') == f'resnet18: 1 of 2\nLayer by layer: {tmp_path / "a.md"}'
+    assert _fitting(report, tmp_path / 'a.md') == f'resnet18: 1 of 2\nLayer by layer: {tmp_path / "a.md"}'
     monkeypatch.setenv('COLUMNS', '80')
-    assert cli._fitting(table, tmp_path / 'a.md') == table
+    assert _fitting(report, tmp_path / 'a.md') == report
 
 
-@pytest.mark.parametrize('command', list(cli._COMMANDS))
-def test_help_has_examples(command):
-    """They are commands that can be given."""
-    lines = inspect.getdoc(cli._COMMANDS[command][0]).splitlines()
-    examples = [line.strip() for line in lines if line.startswith('  timm-harmonic ')]
-    assert examples
-    for example in examples:
-        assert cli._parser().parse_args(shlex.split(example)[1:]).run is cli._COMMANDS[command][0]
-
-
-def test_a_terminal_without_unicode(tmp_path):
-    """What it cannot show is replaced, and the command goes on. In a pipe there is no progress."""
-    command = [sys.executable, '-m', 'timm_harmonic', 'list']
-    env = dict(os.environ, PYTHONIOENCODING='ascii')
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
-    assert 'harm_resnet50' in done.stdout
+def test_terminals_and_pipes():
+    """What a terminal cannot show becomes a ?, a closed pipe ends the command, and a pipe gets no progress."""
     code = (
-        'import timm_harmonic_cli as cli, sys; cli._COMMANDS["list"] = (lambda args: print("\u00b1"), lambda p: None)'
+        'import sys, timm_harmonic_cli as cli, timm_harmonic_cli.list as module\n'
+        'module.run = lambda args: print("\\u00b1" * 100_000)\n'
+        'sys.exit(cli.main(["list"]))'
     )
-    done = subprocess.run(
-        [sys.executable, '-c', f'{code}; sys.exit(cli.main(["list"]))'], capture_output=True, env=env, check=True
-    )
-    assert done.stdout == b'?\n'
+    env = dict(os.environ, PYTHONIOENCODING='ascii')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, env=env, check=True)
+    assert done.stdout.strip(b'?\n') == done.stderr == b''
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, '-c', code], stdout=writer, stderr=subprocess.PIPE, env=env)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b'')
 
 
 def test_progress_follows_the_terminal_and_the_command(monkeypatch):
@@ -164,21 +185,3 @@ def test_progress_follows_the_terminal_and_the_command(monkeypatch):
     assert [bool(progress(file=file).disable) for file in (pipe, terminal)] == [True, False]
     monkeypatch.setenv('TQDM_DISABLE', '1')
     assert progress(file=terminal).disable
-
-
-def test_no_progress_in_a_pipe(tmp_path):
-    command = [
-        sys.executable,
-        '-m',
-        'timm_harmonic',
-        'quickstart',
-        '--seeds',
-        '1',
-        '--epochs',
-        '1',
-        '--models',
-        'harm0',
-    ]
-    done = subprocess.run([*command, '--out', str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stderr == ''
-    assert 'harm0' in done.stdout

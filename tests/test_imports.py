@@ -1,17 +1,19 @@
-"""The package's imports only run down its floors, and its files stay short. All of it is read from the source."""
+"""Imports only run down the floors of the package, and files stay short. All of it is read from the source."""
 
 import ast
 import graphlib
+import sys
 from pathlib import Path
 
 import pytest
 
 import timm_harmonic
+import timm_harmonic_cli
 
-PACKAGE = Path(timm_harmonic.__file__).parent
-FLOORS = ('layers', 'conversion', 'models', 'hub', 'small_data')
-TOP = ('__init__', '__main__')  # the modules above all floors
-MOST_LINES = 350  # of a file
+PACKAGE, CLI = (Path(module.__file__).parent for module in (timm_harmonic, timm_harmonic_cli))
+FLOORS = ('common', 'layers', 'conversion', 'models', 'small_data', 'export')  # from the lowest to the highest
+TOP = ('__init__', '__main__')  # modules above all floors
+MOST_LINES = 500  # of a file
 
 
 def imported(path, package=PACKAGE):
@@ -53,6 +55,7 @@ def upward(files, package=PACKAGE):
 
 
 FILES = sorted(PACKAGE.rglob('*.py'))
+COMMANDS = sorted(CLI.glob('*.py'))
 
 
 def test_every_file_is_on_a_floor():
@@ -73,37 +76,18 @@ def test_the_package_imports_itself_by_relative_imports():
     assert [(path.name, name) for path in FILES for name in imported(path)[1]] == []
 
 
-@pytest.mark.parametrize(
-    ('source', 'expected'),
-    [
-        ('from ..models.weights import build', {'models.weights'}),
-        ('def f():\n    from ..models import weights', {'models.weights'}),
-        ('if TYPE_CHECKING:\n    from .. import __main__', {'__main__'}),
-        ('from .dct import full_level', {'layers.dct'}),
-        ('from . import dct, Layer', {'layers.dct', 'layers.__init__'}),
-        ('from ..layers import Layer', {'layers.__init__'}),
-        ('import torch\nfrom torch import nn', set()),
-    ],
-)
-def test_imports_are_found_wherever_they_are(source, expected, tmp_path):
-    """Otherwise the tests above could not fail."""
-    package = tmp_path / 'package'
-    for name in ('layers/conv.py', 'layers/dct.py', 'models/weights.py', '__main__.py'):
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text('')
-    path = package / 'layers' / 'conv.py'
-    path.write_text(source)
-    assert imported(path, package) == (expected, [])
-    found = {module for _, module in upward([path], package)}
-    assert found == {module for module in expected if not module.startswith('layers')}
-    path.write_text('import package.layers\nfrom package import __main__')
-    assert imported(path, package) == (set(), ['package.layers', 'package'])
-
-
-def lines_of(path):
-    return len(path.read_text(encoding='utf-8').splitlines())
+@pytest.mark.parametrize('path', COMMANDS, ids=lambda path: path.stem)
+def test_commands_import_little_at_the_top_and_nothing_private(path):
+    """Help does not wait for what is imported at the top: the standard library and the other commands."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    assert {name.partition('.')[0] for name in names} <= sys.stdlib_module_names
+    inner = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert [alias.name for node in inner for alias in node.names if alias.name.startswith('_')] == []
 
 
 def test_files_are_short():
-    texts = [path for path in PACKAGE.rglob('*') if path.suffix in ('.py', '.md', '.csv')]
-    assert [(path.name, lines_of(path)) for path in texts if lines_of(path) > MOST_LINES] == []
+    texts = [path for path in (*PACKAGE.rglob('*'), *COMMANDS) if path.suffix in ('.py', '.md', '.csv')]
+    long = {path.name: len(path.read_text(encoding='utf-8').splitlines()) for path in texts}
+    assert {name: count for name, count in long.items() if count > MOST_LINES} == {}

@@ -1,9 +1,10 @@
-"""A small harmonic network, registered as ours are, with weights for the stand-in Hub and its release page."""
+"""A small harmonic network, registered as ours are: one tag from the release page, one pinned on the Hub."""
 
 import hashlib
 import io
 
 import reference
+import safetensors.torch
 import timm
 import torch
 from timm.models import generate_default_cfgs, register_model
@@ -12,33 +13,31 @@ from timm.models.resnet import Bottleneck
 from timm_harmonic.models.harm_resnet import KEY_NAMES, HarmonicResNet, checkpoint_filter_fn
 from timm_harmonic.models.weights import build_model, released_cfg
 
-__all__ = ['CHECKPOINT', 'FILE', 'ID', 'KEY_NAMES', 'NAME']
+__all__ = ['CHECKPOINT', 'FILE', 'ID', 'KEY_NAMES', 'NAME', 'PINNED', 'WEIGHTS']
 
 _ARGS = dict(block=Bottleneck, layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
 
 
-def _released():
-    """The content of the released file: the authors' wrapping and prefix."""
+def _contents():
+    """The released file, in the authors' wrapping and with their prefix, and the same weights as on the Hub."""
     torch.manual_seed(0)
-    model = reference.randomize_batch_norm(HarmonicResNet(**_ARGS))
+    state = reference.randomize_batch_norm(HarmonicResNet(**_ARGS)).state_dict()
     content = io.BytesIO()
-    torch.save(dict(epoch=90, state_dict={f'module.{k}': v for k, v in model.state_dict().items()}), content)
-    return content.getvalue()
+    torch.save(dict(epoch=90, state_dict={f'module.{key}': value for key, value in state.items()}), content)
+    return content.getvalue(), safetensors.torch.save(state)
 
 
 NAME = 'tiny_harmonic'
-ID = f'timm-harmonic/{NAME}.ulicny_in1k'
-CHECKPOINT = _released()
+PINNED = f'{NAME}.pinned'
+ID = f'timm-harmonic/{PINNED}'
+CHECKPOINT, WEIGHTS = _contents()
 FILE = f'{NAME}-{hashlib.sha256(CHECKPOINT).hexdigest()[:8]}.pth'
 
+_LAYERS = dict(first_conv='conv1', classifier='fc')
 default_cfgs = generate_default_cfgs(
     {
-        f'{NAME}.ulicny_in1k': released_cfg(
-            f'{NAME}.ulicny_in1k', FILE, notes=('paper: nothing',), first_conv='conv1', classifier='fc'
-        ),
-        f'{NAME}.pinned': released_cfg(
-            f'{NAME}.ulicny_in1k', 'other-00000000.pth', sha256='0' * 64, first_conv='conv1', classifier='fc'
-        ),
+        f'{NAME}.ulicny_in1k': released_cfg(f'{NAME}.ulicny_in1k', FILE, notes=('paper: nothing',), **_LAYERS),
+        PINNED: released_cfg(PINNED, FILE, hashlib.sha256(WEIGHTS).hexdigest(), ('paper: nothing',), **_LAYERS),
     }
 )
 

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from .common import TimmHarmonicError
 from .conversion.deploy import deploy
 from .conversion.harmonize import harmonize
 from .conversion.refit import refit
@@ -22,6 +23,7 @@ __all__ = [
     'HarmonicResNet',
     'HarmonicVGG',
     'HarmonicWRN',
+    'TimmHarmonicError',
     'dct_basis',
     'deploy',
     'harm_resnet',

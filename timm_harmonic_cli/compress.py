@@ -1,261 +1,18 @@
-"""Any convolutional network of timm made harmonic, truncated, and written as a folder: `timm-harmonic compress`."""
+"""Make a network harmonic and drop its high frequencies.
 
-import importlib.util
-import json
-import warnings
-from functools import partial
-from importlib.metadata import version
+Makes the k x k convolutions of any convolutional network of timm harmonic, with the filters they have,
+drops their high frequencies, and writes a folder that timm loads by local-dir:DIR. The folder also has a
+report (compression.md, compression.json) and, with matplotlib, a picture (compression.png). timm's --reparam
+makes the plain network from it, each layer in the form that the folder records. Example:
+
+  timm-harmonic compress resnet18 --pretrained --ratio 0.6 --cost time --channels-last --data DIR --refit --out x
+"""
+
+import argparse
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-from timm.data import create_dataset, create_loader
-from timm.models import parse_model_name, reparameterize_model
-from timm.utils import AverageMeter, accuracy
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
-
-from timm_harmonic.common import InputError
-from timm_harmonic.common.device import usable_device
-from timm_harmonic.common.images import MODES
-from timm_harmonic.common.images import data_config as data_config_of
-from timm_harmonic.common.progress import progress
-from timm_harmonic.conversion.choose import choose_levels
-from timm_harmonic.conversion.costs import parameter_costs
-from timm_harmonic.conversion.deploy import deploy as make_plain
-from timm_harmonic.conversion.figure import draw
-from timm_harmonic.conversion.forms import forms_by_time, set_forms
-from timm_harmonic.conversion.harmonize import ARCHITECTURE, Selection, harmonize, record_options
-from timm_harmonic.conversion.losses import Losses, losses_by_filters
-from timm_harmonic.conversion.report import HarmonicReport, harmonic_report
-from timm_harmonic.conversion.swap import harmonic_layers
-from timm_harmonic.conversion.truncate import truncate
-from timm_harmonic.export.folder import (
-    STEPS,
-    Provenance,
-    build_loaded,
-    check_new,
-    create_trained,
-    next_step,
-    options_of_run,
-    read_source,
-    write_folder,
-)
-from timm_harmonic.export.onnx import check_packages, write_deployed
-from timm_harmonic.models.checkpoints import CheckpointError, check_fit
-
-_BATCHES = 8  # of --data
-_POINTS = 40  # of the curve of parameters against energy
-
-
-def compress(
-    model_name: str,
-    out: Path,
-    *,
-    checkpoint: Path | None = None,
-    pretrained: bool = False,
-    model_kwargs: dict[str, Any] | None = None,
-    include: Selection | None = None,
-    exclude: Selection | None = None,
-    normalization: str = 'l1',
-    smoothness: float | None = None,
-    data: Path | None = None,
-    batches: int | None = None,
-    batch_size: int = 32,
-    evaluate: Path | None = None,
-    split: str = 'validation',
-    data_config: dict[str, Any] | None = None,
-    repo_id: str = '',
-    license: str = '',
-    cost: str = 'parameters',
-    refit: bool = False,
-    deploy: bool = False,
-    channels_last: bool = False,
-    device: str | None = None,
-    workers: int = 0,
-    **amount: Any,
-) -> HarmonicReport:
-    """Makes a network harmonic, truncates it, and writes the folder of a Hub repository with a report.
-
-    Options are those of `timm-harmonic compress`; `amount` is what `truncate` takes of them. `data_config` says how to
-    prepare images, by timm's names (img_size, mean, std, crop_pct, interpolation), where the network's config or its
-    training run should not decide. Multiply-adds and times are those of one random image. Returns the report. Raises
-    InputError if options contradict each other or the folder cannot be written, CheckpointError if the checkpoint does
-    not fit, ValueError if `harmonize` or `truncate` refuses.
-    """
-    check_new(out)
-    if importlib.util.find_spec('matplotlib') is None:
-        raise InputError('the picture needs matplotlib: pip install matplotlib')
-    for option, given in (('--refit', refit), ('--batches', batches is not None)):
-        if given and data is None:
-            raise InputError(f'{option} needs --data, an image folder. Labels are not used.')
-    if cost != 'parameters' and amount.get('ratio') is None:
-        raise InputError('--cost is what --ratio is of: give --ratio too.')
-    if (model_kwargs or {}).get('features_only'):
-        raise InputError(
-            'compress writes whole networks: leave features_only out, and give it to timm.create_model later.'
-        )
-    for folder in (data, evaluate):
-        if folder is not None and not folder.is_dir():
-            raise InputError(f'{str(folder)!r} is no folder of images.')
-    place, batches = usable_device(device), batches or _BATCHES
-    if deploy:
-        check_packages()
-    with progress(total=7, desc='build', **STEPS) as steps:
-        source, plain = _load(model_name, checkpoint, pretrained, model_kwargs or {})
-        next_step(steps, 'harmonize')
-        basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
-        whole = harmonize(plain, include=include, exclude=exclude, **basis)
-        whole.to(place)
-        if channels_last:
-            whole.to(memory_format=torch.channels_last)
-        next_step(steps, 'truncate')
-        config = data_config_of(whole, {**source.run, **(data_config or {})})
-        load = partial(_loader, batch_size=batch_size, config=config, workers=workers)
-        images = None if data is None else _calibration(load(whole, data, 'train'), batches)
-        example = _example(whole, config['input_size'], channels_last)
-        _check_size(whole, example)
-        costs: dict[str, Any] = {} if cost == 'parameters' else dict(cost=cost, images=example)
-        small = truncate(whole, **amount, **costs, data=images, refit=refit)
-        if deploy and cost == 'parameters':  # the others have chosen the forms
-            set_forms(small, forms_by_time(small, example))
-            record_options(small)
-        next_step(steps, 'evaluate')
-        measured = {}
-        if evaluate is not None:
-            loader = load(whole, evaluate, split)
-            _check_classes(loader, whole, evaluate)
-            measured = {when: _evaluate(model, loader) for when, model in (('before', whole), ('after', small))}
-        report = harmonic_report(small, example)
-        more = {**(dict(cost=cost) if cost != 'parameters' else {}), **(dict(refit=True) if refit else {})}
-        record = dict(
-            timm_harmonic=version('timm-harmonic'),
-            torch=torch.__version__,
-            timm=timm.__version__,
-            source=source.file or source.base,
-            options={**{name: value for name, value in amount.items() if value is not None}, **more},
-            weighed_by='filters' if data is None else f'outputs on {batches} batches of {batch_size} images',
-            timed=f'one image, {example.device.type}, {"channels_last" if channels_last else "contiguous"}, '
-            f'{torch.get_num_threads()} threads',
-            accuracy=measured,
-            report=report.to_dict(),
-        )
-
-        networks = (make_plain(whole, form='dense'), reparameterize_model(small.eval())) if deploy else ()
-
-        def add_report(folder: Path) -> None:
-            if networks:
-                record['deployed'] = write_deployed(*networks, example, folder)
-            (folder / 'compression.json').write_text(json.dumps(record, indent=1) + '\n')
-            (folder / 'compression.md').write_text(_page(record, report))
-            _picture(folder / 'compression.png', report, losses_by_filters(whole), whole, small)
-
-        license = license or plain.pretrained_cfg.get('license') or ''
-        about: dict[str, Any] = dict(repo_id=repo_id, license=license)
-        for parameter in small.parameters():  # not by .to(memory_format=...), which leaves (O, I, P, 1) as they are
-            parameter.data = parameter.data.contiguous()  # safetensors takes no other
-        write_folder(small.cpu(), out, source, steps, data_config=config, add=add_report, **about)
-    return report
-
-
-def _load(model_name: str, path: Path | None, pretrained: bool, kwargs: dict[str, Any]) -> tuple[Provenance, nn.Module]:
-    """Where the weights of the network to compress come from, and the network, in evaluation."""
-    if path is not None:
-        return _load_checkpoint(model_name, path, kwargs)
-    if parse_model_name(model_name)[0] is not None:
-        return Provenance(base=model_name), create_trained(model_name, **kwargs)
-    if not pretrained:
-        model = timm.create_model(model_name, **kwargs).eval()
-        warnings.warn(
-            f'{model_name} has random weights here: pass --pretrained or --checkpoint to compress a trained network.',
-            stacklevel=2,
-        )
-        return Provenance(base=f'{model_name.partition(".")[0]} with random weights'), model
-    model = create_trained(model_name, **kwargs)
-    name = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
-    return Provenance(base=f"{name} (timm's weights)"), model
-
-
-def _load_checkpoint(model_name: str, path: Path, kwargs: dict[str, Any]) -> tuple[Provenance, nn.Module]:
-    source, state = read_source(path, model_name)
-    with torch.device('meta'):
-        model = timm.create_model(model_name, **{**options_of_run(source), **kwargs})
-    _refuse_coefficients(path, state, model_name, model)
-    if not harmonic_layers(model):  # timm would say less about what does not fit
-        check_fit(state, model, model.pretrained_cfg['classifier'], model.pretrained_cfg['first_conv'])
-    return source, build_loaded(model_name, state, source, kwargs)
-
-
-def _refuse_coefficients(path: Path, state: dict[str, Any], model_name: str, model: nn.Module) -> None:
-    """Refuses a harmonic network's parameters for a plain one."""
-    for name, module in model.named_modules():
-        weight = state.get(f'{name}.weight')
-        if not isinstance(module, nn.Conv2d) or not isinstance(weight, Tensor) or weight.ndim != 4:
-            continue
-        if module.kernel_size != (1, 1) and weight.shape[3] == 1 and weight.shape[2:] != module.kernel_size:
-            raise CheckpointError(
-                f'{path} holds coefficients of a harmonic network ({name}.weight, {tuple(weight.shape)}), but '
-                f'{model_name} is plain: give the name it was trained as, {ARCHITECTURE} with --model-kwargs '
-                f'base_model={model_name}, or local-dir: and its folder.'
-            )
-
-
-def _example(model: nn.Module, size: tuple[int, ...], channels_last: bool) -> Tensor:
-    """One random image, for multiply-adds and times."""
-    image = torch.randn(1, *size).to(next(model.parameters()))
-    return image.to(memory_format=torch.channels_last) if channels_last else image
-
-
-def _check_size(model: nn.Module, image: Tensor) -> None:
-    """Raises InputError if a network cannot run on images of this size, as one with windows of its own."""
-    try:
-        with torch.inference_mode():
-            model(image)
-    except (AssertionError, RuntimeError) as error:
-        side = ' x '.join(map(str, image.shape[2:]))
-        raise InputError(f'the network takes no images of {side} pixels: {error}. See --img-size.') from error
-
-
-def _loader(model: nn.Module, folder: Path, split: str, batch_size: int, config: dict[str, Any], workers: int) -> Any:
-    """timm's loader of an image folder, with the transforms of the network's evaluation."""
-    mode = MODES.get(config['input_size'][0])
-    if mode is None:
-        raise InputError(f'images of {config["input_size"][0]} channels cannot be read from {str(folder)!r}.')
-    dataset = create_dataset('', str(folder), split=split, input_img_mode=mode)
-    images = {key: config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
-    device = next(model.parameters()).device
-    here = dict(num_workers=workers, use_prefetcher=False, persistent_workers=False, device=device)
-    return create_loader(dataset, config['input_size'], batch_size, **images, **here)
-
-
-def _check_classes(loader: Any, model: nn.Module, folder: Path) -> None:
-    """Raises InputError if a folder has other classes than the network."""
-    classes = len(getattr(loader.dataset.reader, 'class_to_idx', ()))
-    if classes != model.num_classes:
-        raise InputError(f'{str(folder)!r} has {classes} classes, the network {model.num_classes}.')
-
-
-def _calibration(loader: Any, batches: int) -> Any:
-    """Batches of images drawn at random, but always the same ones."""
-    dataset, size = loader.dataset, loader.batch_size
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    chosen = DataLoader(Subset(dataset, order[: batches * size].tolist()), size)
-    return progress(chosen, desc='weigh', unit='batch', leave=False)
-
-
-@torch.inference_mode()
-def _evaluate(model: nn.Module, loader: Any) -> dict[str, float]:
-    """Accuracies in percent, of one crop."""
-    model.eval()
-    device = next(model.parameters()).device
-    meters = {k: AverageMeter() for k in (1, 5) if k <= model.num_classes}
-    for images, labels in progress(loader, desc='evaluate', unit='batch', leave=False):
-        found = accuracy(model(images.to(device)), labels.to(device), topk=tuple(meters))
-        for meter, value in zip(meters.values(), found, strict=True):
-            meter.update(value.item(), len(labels))
-    return {f'top{k}': meter.avg for k, meter in meters.items()}
-
+from . import add_batch_size, add_weights, natural, positive, share
 
 _DEPLOYED = dict(
     bytes=('ONNX file, bytes', ',d'),
@@ -266,54 +23,208 @@ _DEPLOYED = dict(
 )
 
 
-def _deployed_line(title: str, form: str, key: str, deployed: dict[str, Any]) -> str:
-    before, after = (deployed[name][key] for name in ('plain', 'compressed'))
-    return f'| {title} | {before:{form}} | {after:{form}} | {after / before:.2f} |'
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_weights(parser)
+    add = parser.add_argument
+    add('--out', type=Path, required=True, metavar='DIR', help='folder to write, new or empty')
+    amount = parser.add_mutually_exclusive_group(required=True).add_argument
+    amount('--level', type=positive, metavar='L', help='keep the frequencies with i + j < L in every layer')
+    amount('--energy', type=share, metavar='E', help='keep this share of the energy of each layer')
+    amount('--ratio', type=share, metavar='R', help='keep this share of the parameters, or of what --cost names')
+    costs = 'what --ratio counts: parameters, multiply-adds, or the time of one image here (default: parameters)'
+    add('--cost', choices=('parameters', 'macs', 'time'), default='parameters', help=costs)
+    data = 'image folder (labels are ignored): weigh frequencies by how much they change the outputs on its images'
+    add('--data', type=Path, metavar='DIR', help=data)
+    add('--batches', type=positive, default=8, metavar='N', help='batches drawn from --data (default: 8)')
+    refit = 'fit the remaining coefficients to the outputs of the complete network on --data'
+    add('--refit', action='store_true', help=refit)
+    add('--evaluate', type=Path, metavar='DIR', help='image folder: measure accuracy before and after')
+    add('--split', default='validation', help='split of --evaluate (default: validation)')
+    deploy = 'also write the plain network as deployed.onnx, checked, each layer in the form that is faster here'
+    add('--deploy', action='store_true', help=deploy)
+    add('--channels-last', action='store_true', help='run, time and deploy in this memory format')
+    device = 'device to run on; times and forms are chosen for it (default: cuda if available)'
+    add('--device', metavar='DEVICE', help=device)
+    add_batch_size(parser)
+    add('--workers', type=natural, default=0, metavar='N', help='processes that read images (default: 0)')
+    include = "only these convolutions, as in 'layer3.*' (default: all that can be harmonic)"
+    add('--include', nargs='+', metavar='PATTERN', help=include)
+    add('--exclude', nargs='+', metavar='PATTERN', help='leave these convolutions plain')
+    add('--normalization', default='l1', metavar='N', help="of the DCT functions: 'l1' or 'ortho' (default: l1)")
+    smoothness = 'how much fine-tuning will favour smooth filters, from 0 to 10 (default: off)'
+    add('--smoothness', type=float, metavar='S', help=smoothness)
+    add('--repo', default='', metavar='ORG/NAME', help='repository you will upload to, for the card')
+    add('--license', default='', metavar='ID', help="of the weights (default: the network's)")
+    add('--img-size', type=positive, metavar='N', help="side of the images (default: the network's)")
+    add('--mean', type=float, nargs='+', metavar='M', help='mean of the images, one value per channel')
+    add('--std', type=float, nargs='+', metavar='S', help='standard deviation of the images, one value per channel')
 
 
-def accuracy_table(record: dict[str, Any]) -> str:
-    """The accuracies in compression.json, as Markdown."""
-    before, after = (record['accuracy'][when] for when in ('before', 'after'))
-    lines = [f'| {k} | {v:.2f} | {after[k]:.2f} |' for k, v in before.items()]
-    return '\n'.join(['| accuracy, %, measured | before | after |', '|---|---|---|', *lines])
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes a network harmonic, truncates it, writes a folder, and returns what compression.json holds.
+
+    Multiply-adds and times are those of one random image.
+    """
+    import importlib.util
+    import json
+    from importlib.metadata import version
+
+    import timm
+    import torch
+    from timm.models import reparameterize_model
+
+    from timm_harmonic import deploy, harmonic_report, harmonize, truncate
+    from timm_harmonic.common import InputError, require
+    from timm_harmonic.common.device import usable_device
+    from timm_harmonic.common.files import check_new
+    from timm_harmonic.common.images import Batches, ImageFolder, Preparation
+    from timm_harmonic.common.progress import progress
+    from timm_harmonic.conversion.costs import forms_by_time, set_forms
+    from timm_harmonic.conversion.harmonize import record_options
+    from timm_harmonic.conversion.report import draw_truncation
+    from timm_harmonic.export.folder import STEPS, load_network, next_step, write_folder
+    from timm_harmonic.export.onnx import write_deployed
+
+    _check_options(args)
+    check_new(args.out)
+    place = usable_device(args.device)
+    if args.deploy:
+        require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
+    with progress(total=7, desc='build', **STEPS) as steps:
+        source, plain = load_network(
+            args.model, args.checkpoint, args.pretrained, args.model_kwargs, random_weights=True
+        )
+        next_step(steps, 'harmonize')
+        basis = dict(normalization=args.normalization, smoothness=args.smoothness)
+        whole = harmonize(plain, include=args.include, exclude=args.exclude, **basis)
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        whole.to(place).to(memory_format=layout)
+        next_step(steps, 'truncate')
+        own = {key: value for key in ('img_size', 'mean', 'std') if (value := getattr(args, key)) is not None}
+        prepare = Preparation(whole, {**source.run, **own})
+        example = torch.randn(1, *prepare.config['input_size']).to(place, memory_format=layout)
+        _check_size(whole, example)
+        images = None
+        if args.data is not None:
+            drawn = Batches(ImageFolder(args.data, 'train', prepare), args.batch_size, args.workers, args.batches)
+            images = progress(drawn, desc='weigh', unit='batch', leave=False)
+        amount = {key: value for key in ('level', 'energy', 'ratio') if (value := getattr(args, key)) is not None}
+        counted = None if args.cost == 'parameters' else example
+        small = truncate(whole, **amount, cost=args.cost, images=counted, data=images, refit=args.refit)
+        if args.deploy and counted is None:  # otherwise truncate has chosen the forms
+            set_forms(small, forms_by_time(small, example))
+            record_options(small)
+        next_step(steps, 'evaluate')
+        measured = {}
+        if args.evaluate is not None:
+            judging = ImageFolder(args.evaluate, args.split, prepare)
+            if len(judging.classes) != whole.num_classes:
+                raise InputError(f'{args.evaluate} has {len(judging.classes)} classes, not {whole.num_classes}.')
+            loader = Batches(judging, args.batch_size, args.workers)
+            measured = {when: _evaluate(of, loader, place) for when, of in (('before', whole), ('after', small))}
+        report = harmonic_report(small, example)
+        drawn_images = f'outputs on {args.batches} batches of {args.batch_size} images'
+        record: dict[str, Any] = dict(
+            timm_harmonic=version('timm-harmonic'),
+            torch=torch.__version__,
+            timm=timm.__version__,
+            source=source.file or source.base,
+            options={**amount, 'cost': args.cost, **(dict(refit=True) if args.refit else {})},
+            weighed_by='filters' if args.data is None else drawn_images,
+            timed=f'one image, {place.type}, {str(layout)[6:]}, {torch.get_num_threads()} threads',
+            accuracy=measured,
+            report=report.to_dict(),
+        )
+        networks = (deploy(whole, form='dense'), reparameterize_model(small.eval())) if args.deploy else ()
+
+        def add_report(folder: Path) -> None:
+            if networks:
+                record['deployed'] = write_deployed(*networks, example, folder)
+            (folder / 'compression.json').write_text(json.dumps(record, indent=1) + '\n')
+            (folder / 'compression.md').write_text(_page(record, report))
+            if importlib.util.find_spec('matplotlib') is not None:
+                draw_truncation(folder / 'compression.png', whole, small)
+
+        license = args.license or plain.pretrained_cfg.get('license') or ''
+        about: dict[str, Any] = dict(repo_id=args.repo, license=license)
+        for parameter in small.parameters():  # .to(memory_format=...) would leave (O, I, P, 1) as it is
+            parameter.data = parameter.data.contiguous()  # safetensors needs it
+        write_folder(small.cpu(), args.out, source, steps, data_config=prepare.config, add=add_report, **about)
+    print('\n\n'.join([report.summary(), *_tables(record)]))
+    print(f'\nWrote {args.out}, layer by layer in {args.out / "compression.md"}. To load it:')
+    print(f'timm.create_model("local-dir:{args.out}", pretrained=True)')
+    return record
 
 
-def deployed_table(record: dict[str, Any]) -> str:
-    """What compression.json says of the deployed network, as Markdown."""
-    lines = ['| deployed, measured here | plain | compressed | ratio |', '|---|---|---|---|']
-    return '\n'.join([*lines, *(_deployed_line(*of, key, record['deployed']) for key, of in _DEPLOYED.items())])
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises InputError if options contradict each other, or a folder of images does not exist."""
+    from timm_harmonic.common import InputError
+
+    if args.refit and args.data is None:
+        raise InputError('--refit needs --data, an image folder. Labels are ignored.')
+    if args.level is not None and args.data is not None and not args.refit:
+        raise InputError('--data is for --refit, --energy and --ratio: with --level nothing is chosen.')
+    if args.cost != 'parameters' and args.ratio is None:
+        raise InputError('--cost needs --ratio, the share of the cost to keep.')
+    if (args.model_kwargs or {}).get('features_only'):
+        raise InputError('compress writes complete networks: pass features_only to timm.create_model later.')
+    for folder in (args.data, args.evaluate):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f'{str(folder)!r} is not an image folder.')
 
 
-def _page(record: dict[str, Any], report: HarmonicReport) -> str:
-    """compression.md: what was done, the accuracies, and the report."""
-    options = ', '.join(f'{key}={value}' for key, value in record['options'].items())
-    lines = [
-        f'# Compression of {report.model}',
-        '',
-        f'Weights: {record["source"]}. {options}; frequencies weighed by {record["weighed_by"]}. Multiply-adds are of '
-        f'one image; milliseconds are measured here, for {record["timed"]}.',
-        '',
-    ]
-    if 'deployed' in record:
-        lines += [deployed_table(record), '']
+def _check_size(network: Any, image: Any) -> None:
+    """Raises InputError if a network cannot run on images of this size: windows of attention may need another."""
+    import torch
+
+    from timm_harmonic.common import explained
+
+    side = ' x '.join(map(str, image.shape[2:]))
+    problem = f'the network cannot run on images of {side} pixels (see --img-size)'
+    with torch.inference_mode(), explained(problem, Exception):
+        network(image)
+
+
+def _evaluate(network: Any, batches: Any, device: Any) -> dict[str, float]:
+    """Accuracies in percent."""
+    import torch
+    from timm.utils import AverageMeter, accuracy
+
+    from timm_harmonic.common.progress import progress
+
+    network.eval()
+    meters = {k: AverageMeter() for k in (1, 5) if k <= network.num_classes}
+    with torch.inference_mode():
+        for images, labels in progress(batches, desc='evaluate', unit='batch', leave=False):
+            found = accuracy(network(images.to(device)), labels.to(device), topk=tuple(meters))
+            for meter, value in zip(meters.values(), found, strict=True):
+                meter.update(value.item(), len(labels))
+    return {f'top{k}': meter.avg for k, meter in meters.items()}
+
+
+def _tables(record: dict[str, Any]) -> list[str]:
+    """What was measured, in Markdown: accuracies, and the deployed network."""
+    found = []
     if record['accuracy']:
-        lines += [accuracy_table(record), '', 'Before any fine-tuning.', '']
-    return '\n'.join([*lines, report.to_markdown()])
+        before, after = (record['accuracy'][when] for when in ('before', 'after'))
+        rows = [f'| {k} | {v:.2f} | {after[k]:.2f} |' for k, v in before.items()]
+        found.append('\n'.join(['| accuracy, %, measured | before | after |', '|---|---|---|', *rows]))
+    if 'deployed' in record:
+        plain, small = (record['deployed'][name] for name in ('plain', 'compressed'))
+        rows = [
+            f'| {title} | {plain[key]:{form}} | {small[key]:{form}} | {small[key] / plain[key]:.2f} |'
+            for key, (title, form) in _DEPLOYED.items()
+        ]
+        head = ['| deployed, measured here | plain | compressed | ratio |', '|---|---|---|---|']
+        found.append('\n'.join([*head, *rows]))
+    return found
 
 
-def _picture(path: Path, report: HarmonicReport, losses: Losses, whole: nn.Module, small: nn.Module) -> None:
-    """compression.png: the levels chosen, and the mean energy kept at other budgets."""
-
-    def mean_kept(levels: dict[str, int]) -> float:
-        return 1 - sum(losses[name][level] for name, level in levels.items()) / len(levels)
-
-    levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
-    costs = parameter_costs(whole)
-    present, least = round(costs.present), round(costs.least)
-    curve = {}
-    for budget in {least + round((present - least) * i / (_POINTS - 1)) for i in range(_POINTS)}:
-        chosen = choose_levels(losses, costs, budget)
-        curve[round(costs.total(chosen))] = mean_kept(chosen)
-    title = f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters'
-    times = {conv.name: (conv.ms_before, conv.ms) for conv in report.convolutions if conv.ms_before and conv.ms}
-    draw(path, title, losses, levels, sorted(curve.items()), (report.parameters, mean_kept(levels)), times)
+def _page(record: dict[str, Any], report: Any) -> str:
+    """compression.md: what was done, what was measured, and the report."""
+    options = ', '.join(f'{key}={value}' for key, value in record['options'].items())
+    about = (
+        f'Weights: {record["source"]}. {options}; frequencies weighed by {record["weighed_by"]}. Multiply-adds are for '
+        f'one image; milliseconds were measured here, for {record["timed"]}. No fine-tuning.'
+    )
+    return '\n\n'.join([f'# Compression of {report.model}', about, *_tables(record), report.to_markdown()])

@@ -12,11 +12,21 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonize, refit, truncate
-from timm_harmonic.conversion.energy import at_level
-from timm_harmonic.conversion.moments import Moments, Samples, by_group, coefficients_of
-from timm_harmonic.conversion.norms import by_batch, estimate_statistics, norms_behind, norms_of
-from timm_harmonic.conversion.refit import losses_by_refit, output_error, read_images
+from timm_harmonic.conversion.costs import costs_of
+from timm_harmonic.conversion.refit import (
+    Moments,
+    Samples,
+    by_batch,
+    by_group,
+    estimate_statistics,
+    losses_on_images,
+    norms_behind,
+    norms_of,
+    output_error,
+    read_images,
+)
 from timm_harmonic.conversion.swap import harmonic_layers
+from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -107,29 +117,31 @@ def test_features_are_what_the_coefficients_mix(kind, groups):
     samples = Samples(layer, 6 * 25)
     with torch.no_grad():
         samples.add(x, layer(x), torch.tensor([False, True, False, True, False, False]))
-    assert [of.rows for of in (samples.fit, samples.judge)] == [4 * 25, 2 * 25]
+    assert [of.rows for of in (samples.fit, samples.test)] == [4 * 25, 2 * 25]
     weight = by_group(layer.weight, groups)
-    assert samples.judge.error(weight, layer.bias.detach().reshape(groups, -1)).max() < 1e-14
-    found, bias = samples.fit.plus(samples.judge).solve(torch.zeros_like(weight), 1e-12, True)
-    torch.testing.assert_close(coefficients_of(found, layer.weight), layer.weight.detach(), rtol=1e-5, atol=1e-5)
+    assert samples.test.error(weight, layer.bias.detach().reshape(groups, -1)).max() < 1e-14
+    found, bias = samples.fit.plus(samples.test).solve(torch.zeros_like(weight), 1e-12, True)
+    torch.testing.assert_close(
+        found.transpose(1, 2).reshape(layer.weight.shape).to(layer.weight), layer.weight.detach(), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(bias.flatten(), layer.bias.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_large_images_count_in_part(monkeypatch):
     """64 positions for each feature of a group, other ones in other images, and at least one of each batch."""
-    monkeypatch.setattr('timm_harmonic.conversion.moments._FEWEST', 1)
+    monkeypatch.setattr('timm_harmonic.conversion.refit._FEWEST', 1)
     torch.manual_seed(0)
     layer = HarmonicConv2d(4, 4, 3, groups=4, level=2, dtype=torch.float64)
     x, judges = torch.randn(8, 4, 42, 42, dtype=torch.float64), torch.arange(8) % 4 == 3
     samples = Samples(layer, 8 * 40 * 40)
     with torch.no_grad():
         samples.add(x, layer(x), judges)
-    assert samples.fit.rows + samples.judge.rows == pytest.approx(64 * 3, abs=8)
+    assert samples.fit.rows + samples.test.rows == pytest.approx(64 * 3, abs=8)
     few = Samples(layer, 10**9)
     with torch.no_grad():
         for part, of_part in zip(x.split(4), judges.split(4), strict=True):
             few.add(part, layer(part), of_part)
-    assert (few.fit.rows, few.judge.rows) == (6, 2)
+    assert (few.fit.rows, few.test.rows) == (6, 2)
     assert few.fit.variance().min() > 0
 
 
@@ -345,19 +357,19 @@ def test_data_without_an_end():
     small = weakened(truncate(model, level=2))
     endless = itertools.repeat(smooth(8))
     assert not same(refit(model, small, endless, batches=2), small)
-    with pytest.raises(ValueError, match='more than 2 GiB of images, which are kept: pass batches'):
+    with pytest.raises(ValueError, match='more than 2 GiB of images, which stay in memory'):
         refit(model, small, itertools.repeat(torch.zeros(1).expand(64, 3, 1024, 1024)))
 
 
 @pytest.mark.parametrize(
     ('data', 'words'),
     [
-        ([], 'data have no batches'),
+        ([], 'data hold no batches'),
         ([smooth(), torch.zeros(0, 3, 32, 32)], r'batch 1 of data must be images \(B, C, H, W\), got \(0, 3, 32, 32\)'),
         ([smooth(), smooth() * float('nan')], 'batch 1 of data has values that are not finite'),
         ([smooth()[0]], r'batch 0 of data must be images \(B, C, H, W\), got \(3, 32, 32\)'),
         (['images'], 'batch 0 of data must be images .* got str'),
-        ([smooth(7)], 'at least 8 images, data have 7'),
+        ([smooth(7)], 'data hold 7 images: at least 8'),
     ],
 )
 def test_bad_data_change_nothing(data, words):
@@ -377,7 +389,7 @@ def test_networks_that_do_not_fit():
     small = truncate(model, level=2)
     with pytest.raises(ValueError, match='has no harmonic layers'):
         refit(model, timm.create_model('resnet18'), [smooth()])
-    with pytest.raises(ValueError, match=r'layer1\.0\.conv1 of the truncated network is not in the complete one'):
+    with pytest.raises(ValueError, match=r'layer1\.0\.conv1 of the truncated network has no equal'):
         refit(
             nn.Sequential(nn.Conv2d(3, 4, 3)),
             truncate(harmonize(timm.create_model('resnet18'), exclude='conv1'), level=2),
@@ -386,7 +398,7 @@ def test_networks_that_do_not_fit():
     for other in (copy.deepcopy(model).to('meta'), copy.deepcopy(model).double()):
         with pytest.raises(ValueError, match='on one device and of one dtype'):
             refit(other, small, [smooth()])
-    with pytest.raises(ValueError, match='keeps less than that of the truncated one'):
+    with pytest.raises(ValueError, match='keeps fewer frequencies in the complete network'):
         refit(small, model, [smooth()])
     other = trained_like('resnet18')
     other.reset_classifier(5)
@@ -529,7 +541,7 @@ def test_losses_are_what_refitting_leaves_over():
     model = harmonize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 5, groups=2)).eval())
     data = smooth(64, size=16)
     parts = read_images([data], data)
-    losses = losses_by_refit(model, parts)
+    losses = losses_on_images(model, parts, refit=True)
     assert {name: list(of) for name, of in losses.items()} == {'0': [5, 4, 3, 2, 1], '1': [9, 8, 7, 6, 5, 4, 3, 2, 1]}
     for of in losses.values():
         assert of[max(of)] == 0
@@ -537,7 +549,7 @@ def test_losses_are_what_refitting_leaves_over():
         assert values == sorted(values)
         assert 0 < values[-1] <= 1
     for level in (3, 1):
-        layer = nn.Sequential(at_level(model[0], level))
+        layer = nn.Sequential(model[0].at_level(level))
         error = output_error(nn.Sequential(model[0]), refit(nn.Sequential(model[0]), layer, [data]), parts)
         assert losses['0'][level] == pytest.approx(error, rel=0.5, abs=1e-4)
 
@@ -547,8 +559,10 @@ def test_truncate_refits(tmp_path):
     model, images = tiny()
     data = [images]
     small = truncate(model, ratio=0.5, data=data, refit=True)
-    losses = losses_by_refit(model, read_images(data, data[0]))
-    by_hand = refit(model, truncate(model, ratio=0.5, losses=losses), data)
+    losses = losses_on_images(model, read_images(data, data[0]), refit=True)
+    costs = costs_of(model, 'parameters', None)
+    levels = choose_levels(losses_by_filters(model) | losses, costs, 0.5 * costs.present)
+    by_hand = refit(model, truncate(model, levels=levels), data)
     assert same(small, by_hand)
     assert small._model_args == by_hand._model_args
     given = truncate(model, level=2, data=data, refit=True)

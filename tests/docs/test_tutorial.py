@@ -24,6 +24,7 @@ def test_it_is_stored_without_outputs(notebook):
             assert cell.execution_count is None
 
 
+@pytest.mark.slow
 def test_it_runs(notebook, tmp_path, monkeypatch):
     """With the interpreter of the tests, whatever kernels the user has, in an empty folder."""
     spec = dict(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'])

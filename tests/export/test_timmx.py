@@ -1,4 +1,4 @@
-"""timmx, an exporter for timm's models, takes our folders without knowing about us, and gets the fast form."""
+"""timmx, an exporter for timm's models, reads our folders without knowing about us, and exports the fast form."""
 
 import subprocess
 import sys
@@ -16,6 +16,7 @@ onnx = pytest.importorskip('onnx', reason='onnx is not installed')
 onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
 
 
+@pytest.mark.slow
 def test_onnx_of_a_compressed_folder(tmp_path):
     torch.manual_seed(0)
     options = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), num_classes=3)

@@ -5,16 +5,14 @@ import signal
 import sys
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_CHANGES = ('os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'shutil.rmtree', 'shutil.move', 'socket.connect')
+_CHANGES = ('os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'shutil.rmtree', 'shutil.move')
 
 
-def command(arguments, variables, changes, stop_before=None):
-    """Runs a command, and is killed before the change of that number of files, folders or connections.
+def command(arguments, changes, stop_before=None):
+    """Runs a command, and is killed before the change of that number of files or folders.
 
     The exit status is the command's; `changes` gets the number of changes.
     """
-    os.environ.update(variables)
-
     import torch
 
     import timm_harmonic_cli

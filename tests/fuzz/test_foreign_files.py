@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, odd or hostile: a whole folder comes out, or a sentence and nothing."""
+"""Checkpoints that are damaged, odd or hostile: `convert` writes a folder, or prints an error and writes nothing."""
 
 import io
 import resource
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import timm_harmonic_cli as cli
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 NAME = 'harm_resnet18'
 KWARGS = dict(layers=(1, 1, 1, 1), channels=(4, 8, 8, 8))

@@ -1,4 +1,4 @@
-"""config.json of a stranger: the network that the folder holds comes out, or a sentence, and no other file is read."""
+"""A stranger's config.json: `predict` uses the folder's own weights or prints an error, and reads no other file."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from PIL import Image
 
 import timm_harmonic_cli as cli
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 SMALL = dict(layers=(1, 1, 1, 1), channels=(4, 8, 8, 8), num_classes=3)
 SOURCES = {

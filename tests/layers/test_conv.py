@@ -16,7 +16,6 @@ from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.conversion.energy import at_level
 
 LAYERS = [HarmonicConv2d, HarmonicBlock2d]
 # torch warns of this once in a process, for nn.Conv2d as well.
@@ -431,7 +430,7 @@ def test_representation_names_what_matters(cls):
         (dict(level=6), ValueError, 'got 6'),
         (dict(level=2.0), TypeError, 'level must be None or an integer'),
         (dict(level=True), TypeError, 'level must be None or an integer'),
-        (dict(level=1, dc=False), ValueError, 'no function is left'),
+        (dict(level=1, dc=False), ValueError, 'leave no function'),
         (dict(normalization='max'), ValueError, 'normalization must be one of'),
         (dict(kernel_size=(3, 5)), ValueError, r'filters are square, got kernel_size=\(3, 5\)'),
         (dict(padding='same', stride=2), ValueError, 'same.* is not supported for strided'),
@@ -457,7 +456,7 @@ def test_conversions_keep_the_memory_format():
     """From channels_last to channels_last, so that a converted network is as fast as it was."""
     conv = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
     layer = HarmonicConv2d.from_conv2d(conv)
-    for found in (layer.weight, layer.filters(), layer.fuse().weight, at_level(layer, 3).weight):
+    for found in (layer.weight, layer.filters(), layer.fuse().weight, layer.at_level(3).weight):
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert not found.is_contiguous()
     plain = HarmonicConv2d.from_conv2d(torch.nn.Conv2d(4, 8, 3))
@@ -488,7 +487,7 @@ def test_filters_are_projected_in_the_better_precision(stored, own, channels):
 def test_filters_that_are_no_numbers_to_project(dtype):
     layer = HarmonicConv2d(3, 8, 3, bias=False)
     before = layer.weight.detach().clone()
-    with pytest.raises(RuntimeError, match=f'weight: filters in {dtype} are no numbers to project'):
+    with pytest.raises(RuntimeError, match=f'weight: cannot project filters of dtype {dtype}'):
         layer.load_state_dict({'weight': torch.ones(8, 3, 3, 3).to(dtype)})
     assert torch.equal(layer.weight, before)
 
@@ -533,5 +532,5 @@ def test_computed_weights(wrap):
     fresh.load_state_dict({'weight': layer.weight.detach(), 'bias': layer.bias.detach()})
     torch.testing.assert_close(y, fresh(x), rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match=r'its weight is computed .* make that permanent first'):
-        at_level(layer, 2)
+        layer.at_level(2)
     assert layer.to('meta').basis.is_meta

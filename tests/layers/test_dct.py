@@ -8,7 +8,7 @@ import torch
 
 from timm_harmonic import dct_basis
 from timm_harmonic.layers.compose import compose
-from timm_harmonic.layers.dct import dct_frequencies, project
+from timm_harmonic.layers.dct import NORMALIZATIONS, dct_frequencies, project
 
 SIZES = [1, 2, 3, 4, 5, 7, 8]
 
@@ -22,16 +22,25 @@ def test_basis_is_scipys_dct(k):
     np.testing.assert_allclose(ours, scipy.fft.dctn(patch, type=2, norm='ortho'), atol=1e-12)
 
 
-@pytest.mark.parametrize('normalization', ['l1', 'ortho'])
+@pytest.mark.parametrize('normalization', NORMALIZATIONS)
+@pytest.mark.parametrize('smoothness', [None, 1.0])
 @pytest.mark.parametrize('k', SIZES)
-def test_basis_is_orthogonal(k, normalization):
-    flat = dct_basis(k, normalization=normalization, dtype=torch.float64).flatten(1)
-    gram = flat @ flat.T
-    assert (gram - gram.diag().diag()).abs().max() < 1e-14
-    if normalization == 'ortho':
-        torch.testing.assert_close(gram.diag(), torch.ones(k * k, dtype=torch.float64), rtol=0, atol=1e-14)
-    else:
-        torch.testing.assert_close(flat.abs().sum(1), torch.ones(k * k, dtype=torch.float64), rtol=0, atol=1e-14)
+def test_functions_are_scaled_dct_functions(k, smoothness, normalization):
+    """A basis scales the DCT functions, so that they stay orthogonal and pooling computes the response to the first."""
+    basis = dct_basis(k, None, True, normalization, smoothness, dtype=torch.float64)
+    expected = reference.dct_functions(k, normalization='ortho')
+    scales = torch.einsum('nxy,nxy->n', basis, expected)
+    assert (scales > 0).all()
+    torch.testing.assert_close(basis, expected * scales[:, None, None], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize('k', SIZES)
+def test_normalizations(k):
+    ones = torch.ones(k * k, dtype=torch.float64)
+    energy = dct_basis(k, normalization='ortho', dtype=torch.float64).flatten(1).square().sum(1)
+    torch.testing.assert_close(energy, ones, rtol=0, atol=1e-14)
+    lengths = dct_basis(k, normalization='l1', dtype=torch.float64).flatten(1).abs().sum(1)
+    torch.testing.assert_close(lengths, ones, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize('k', SIZES)
@@ -91,7 +100,7 @@ def test_projecting_inverts_composing(k, options):
     torch.testing.assert_close(compose(project(filters, basis), basis), filters)
 
 
-@pytest.mark.parametrize('normalization', ['l1', 'ortho'])
+@pytest.mark.parametrize('normalization', NORMALIZATIONS)
 def test_projection_on_a_low_level_is_the_nearest(normalization):
     """With fewer functions the approximation is the one of least squares: the rest is orthogonal to the functions."""
     filters = torch.randn(5, 4, 3, 3, dtype=torch.float64)
@@ -118,8 +127,8 @@ def test_default_dtype_and_device():
         (dict(kernel_size=3, level=6), ValueError, 'level must be None or an integer from 1 to 5 .*, got 6'),
         (dict(kernel_size=3, level=2.5), TypeError, 'level must be None or an integer'),
         (dict(kernel_size=3, level=True), TypeError, 'level must be None or an integer'),
-        (dict(kernel_size=3, level=1, dc=False), ValueError, 'no function is left'),
-        (dict(kernel_size=1, dc=False), ValueError, 'no function is left'),
+        (dict(kernel_size=3, level=1, dc=False), ValueError, 'leave no function'),
+        (dict(kernel_size=1, dc=False), ValueError, 'leave no function'),
         (dict(kernel_size=3, smoothness=-1), ValueError, 'smoothness must be None or a number from 0 to 10, got -1'),
         (dict(kernel_size=3, smoothness=11), ValueError, 'smoothness must be None or a number from 0 to 10, got 11'),
         (dict(kernel_size=3, smoothness=float('nan')), ValueError, 'smoothness must be None or .* got nan'),

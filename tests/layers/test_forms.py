@@ -11,8 +11,8 @@ from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.conversion.energy import at_level
 from timm_harmonic.layers import HarmonicConv2dSame
+from timm_harmonic.layers.dct import NORMALIZATIONS
 
 LAYERS = [HarmonicConv2d, HarmonicConv2dSame, HarmonicBlock2d]
 
@@ -27,7 +27,7 @@ arguments = st.fixed_dictionaries(
         padding_mode=st.sampled_from(['zeros', 'zeros', 'reflect', 'replicate', 'circular']),
         level=st.sampled_from([1, 1, 2, 3, None]),
         dc=st.sampled_from([True, True, False]),
-        normalization=st.sampled_from(['l1', 'ortho']),
+        normalization=st.sampled_from(NORMALIZATIONS),
         smoothness=st.sampled_from([None, 0.0, 1.5]),
         dtype=st.sampled_from([torch.float32, torch.float64]),
     )
@@ -78,6 +78,19 @@ def test_forms_are_equal(kind, options, seed):
     assert reference.relative_error(inputs[1].grad, inputs[0].grad) < 10 * tolerance
     for ours, theirs in zip(separable.parameters(), dense.parameters(), strict=True):
         assert reference.relative_error(ours.grad, theirs.grad) < 10 * tolerance
+
+
+@pytest.mark.parametrize('options', [dict(), dict(smoothness=1)])
+@pytest.mark.parametrize('normalization', NORMALIZATIONS)
+@pytest.mark.parametrize('kind', LAYERS)
+def test_forms_are_equal_in_every_basis(kind, normalization, options):
+    """Pooling stands for the function at level 1 only if that is constant."""
+    torch.manual_seed(0)
+    for level in (1, 2):
+        dense = kind(4, 8, 3, level=level, normalization=normalization, dtype=torch.float64, **options).eval()
+        x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+        torch.testing.assert_close(other_form(dense)(x), dense(x))
+        torch.testing.assert_close(other_form(dense).fuse()(x), dense(x))
 
 
 @pytest.mark.parametrize('level', [1, 2, 3])
@@ -184,7 +197,7 @@ def test_half_precision(dtype):
 
 def test_the_form_stays_with_a_lower_level():
     layer = HarmonicConv2d(4, 8, 3, form='separable')
-    low = at_level(layer, 1)
+    low = layer.at_level(1)
     assert low.form == 'separable'
     assert type(low.fuse().respond) is nn.AvgPool2d
 

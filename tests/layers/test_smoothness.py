@@ -12,21 +12,20 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.conversion.energy import at_level, energy_of
-from timm_harmonic.layers.base import read_name
 from timm_harmonic.layers.conv import HarmonicConv2dSame
+from timm_harmonic.layers.dct import NORMALIZATIONS, options_of_code
 
-SMOOTHNESS = [0, 0.5, 1, 2]
+SMOOTHNESS = [0, 0.5, 2]
 LAYERS = [HarmonicConv2d, HarmonicConv2dSame, HarmonicBlock2d]
 
 
 def deviation(make, images):
     """Std of the outputs, over many starts of a layer."""
     with torch.no_grad():
-        return torch.stack([make(seed)(images).var() for seed in range(40)]).mean().sqrt().item()
+        return torch.stack([make(seed)(images).var() for seed in range(20)]).mean().sqrt().item()
 
 
-@pytest.mark.parametrize('channels', [1, 3, 12])
+@pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('level', [None, 4])
 @pytest.mark.parametrize('blurred', [False, True])
 @pytest.mark.parametrize('smoothness', SMOOTHNESS)
@@ -36,7 +35,7 @@ def test_a_stem_starts_at_the_scale_of_a_plain_convolution(smoothness, blurred, 
     On blurred images the floor of the variances takes most of their high frequencies away: with little smoothness, and
     those among the functions, outputs start smaller.
     """
-    images = torch.randn(8, channels, 70, 70, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(8, channels, 48, 48, generator=torch.Generator().manual_seed(0))
     if blurred:
         images = nn.functional.avg_pool2d(images, 5, stride=1)
         images = (images - images.mean((0, 2, 3), True)) / images.std((0, 2, 3), keepdim=True)
@@ -64,7 +63,7 @@ def test_filters_start_with_the_energy_of_plain_ones_and_its_spectrum(smoothness
     layer = HarmonicConv2d(64, 256, 3, smoothness=smoothness)
     plain = nn.init.kaiming_normal_(torch.empty(256, 64, 3, 3), mode='fan_out', nonlinearity='relu')
     assert (layer.filters().square().mean() / plain.square().mean()).item() == pytest.approx(1, rel=0.02)
-    energy = energy_of(layer)
+    energy = layer.energy()
     expected = reference.spectrum(3, smoothness=smoothness).square()
     torch.testing.assert_close(energy / energy.mean(), expected, rtol=0.06, atol=0)
 
@@ -117,72 +116,80 @@ def test_lower_levels_do_not_depend_on_the_way_there(cls, smoothness):
     torch.manual_seed(0)
     layer = reference.randomize_batch_norm(cls(3, 8, 5, smoothness=smoothness, dtype=torch.float64)).eval()
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    low = at_level(layer, 3)
-    torch.testing.assert_close(at_level(at_level(layer, 7), 3)(images), low(images))
+    low = layer.at_level(3)
+    torch.testing.assert_close(layer.at_level(7).at_level(3)(images), low(images))
     kept = reference.dct_functions(5, 3, normalization='ortho')
     of_filters = torch.einsum('oixy,nxy->oin', layer.filters(), kept)
     torch.testing.assert_close(low.filters(), torch.einsum('oin,nxy->oixy', of_filters, kept))
     assert low.energy_kept == pytest.approx((low.filters().square().sum() / layer.filters().square().sum()).item())
-    assert energy_of(low).sum().item() == pytest.approx(low.filters().square().sum().item())
+    assert low.energy().sum().item() == pytest.approx(low.filters().square().sum().item())
+
+
+BASES = [dict(normalization=name) for name in NORMALIZATIONS]
+BASES += [dict(options, smoothness=value) for options in BASES for value in (0, 0.5, 1)]
 
 
 @pytest.mark.parametrize('cls', LAYERS)
-def test_the_state_dict_says_which_basis_unless_it_is_the_authors(cls):
-    names = {}
-    for name, options in {
-        'l1': {},
-        'ortho': dict(normalization='ortho'),
-        'smoothness=1.0': dict(smoothness=1),
-        'smoothness=0.5': dict(smoothness=0.5, normalization='ortho'),
-    }.items():
-        names[name] = cls(3, 4, 3, **options)
-    assert 'basis_name' not in names['l1'].state_dict()
-    assert read_name(cls(3, 4, 3, smoothness=0).basis_name) == 'smoothness=0.0'
-    for theirs, source in names.items():
+def test_coefficients_load_into_layers_of_the_same_basis_only(cls):
+    """Whatever the functions are: layers whose bases differ have different codes, and refuse each other's files."""
+    layers = [cls(3, 4, 3, **options) for options in BASES]
+    for source in layers:
         state = source.state_dict()
-        assert ('basis_name' in state) == (theirs != 'l1')
-        for ours, target in names.items():
-            if ours == theirs:
+        assert ('basis_code' in state) == (source.normalization != 'l1' or source.smoothness is not None)
+        for target in layers:
+            if source.named_basis() == target.named_basis():
+                assert torch.equal(source.basis, target.basis)
                 target.load_state_dict(state)
                 continue
             before = copy.deepcopy(target.state_dict())
             for strict in (True, False):
-                with pytest.raises(RuntimeError, match=f"refer to the basis '{theirs}', the layer's to '{ours}'"):
+                with pytest.raises(RuntimeError, match=f"the basis '{source.named_basis()}', those of the layer to '"):
                     target.load_state_dict(state, strict=strict)
             torch.testing.assert_close(dict(target.state_dict()), dict(before), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('options', BASES)
+def test_the_code_of_a_basis_gives_its_options(options):
+    layer = HarmonicConv2d(3, 4, 3, **options)
+    again = HarmonicConv2d(3, 4, 3, **options_of_code(layer.basis_code))
+    assert torch.equal(again.basis, layer.basis)
+    assert again.named_basis() == layer.named_basis()
+
+
+def test_codes_of_other_versions_are_refused():
+    layer = HarmonicConv2d(3, 4, 3)
+    state = dict(layer.state_dict(), basis_code=torch.ones(32, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match='names no basis of this version'):
+        layer.load_state_dict(state)
+
+
 @pytest.mark.parametrize('cls', LAYERS)
-def test_the_name_survives_casts_averages_and_the_meta_device(cls):
+def test_the_code_survives_casts_averages_and_the_meta_device(cls):
     layer = cls(3, 4, 3, smoothness=1)
-    name = layer.basis_name.clone()
+    code = layer.basis_code.clone()
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        assert torch.equal(layer.to(dtype).basis_name, name)
+        assert torch.equal(layer.to(dtype).basis_code, code)
     layer.float()
     averaged = {key: (value.double() + value.double()) / 2 for key, value in layer.state_dict().items()}
     layer.load_state_dict({key: value.float() for key, value in averaged.items()})  # timm's avg_checkpoints.py
-    assert torch.equal(layer.basis_name, name)
+    assert torch.equal(layer.basis_code, code)
     ema = ModelEmaV3(layer, decay=0.5)
     ema.update(layer)
-    assert torch.equal(ema.module.basis_name, name)
-    old = dict(layer.state_dict(), basis_name=torch.tensor(list(b'smoothness=1.0'), dtype=torch.uint8))
-    layer.load_state_dict(old)  # as it was written at first
-    assert torch.equal(layer.basis_name, name)
+    assert torch.equal(ema.module.basis_code, code)
     empty = cls(3, 4, 3, smoothness=1, device='meta').to_empty(device='cpu')
-    assert torch.equal(empty.basis_name, name)
+    assert torch.equal(empty.basis_code, code)
     empty.load_state_dict(layer.state_dict())
     with torch.device('meta'):
         assigned = cls(3, 4, 3, smoothness=1)
     assigned.load_state_dict(layer.state_dict(), assign=True)
-    assert torch.equal(assigned.basis_name, name)
+    assert torch.equal(assigned.basis_code, code)
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(assigned.eval()(images), layer.eval()(images))
 
 
-@pytest.mark.parametrize('decay', [0.5, 0.9, 0.95, 0.992, 0.9995, 0.9999, 0.99999])
-@pytest.mark.parametrize('options', [dict(smoothness=1), dict(smoothness=0.25), dict(normalization='ortho')])
+@pytest.mark.parametrize('decay', [0.5, 0.992, 0.99999])
+@pytest.mark.parametrize('options', [dict(smoothness=1), dict(normalization='ortho')])
 def test_averaged_weights_can_be_loaded(decay, options):
-    """An average of equal bytes may be one less: it is computed in float32 and cut."""
     model = torch.nn.Sequential(HarmonicConv2d(2, 3, 3, **options))
     averages = [ModelEmaV2(model, decay=decay), AveragedModel(model, avg_fn=get_ema_avg_fn(decay), use_buffers=True)]
     for average in averages:

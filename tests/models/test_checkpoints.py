@@ -2,10 +2,7 @@
 
 import copy
 import functools
-import hashlib
-import http.server
 import pickle
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,14 +10,14 @@ import reference
 import safetensors.torch
 import timm
 import torch
-from timm.models import get_pretrained_cfg, load_checkpoint
+from timm.models import load_checkpoint
 from torch import nn
 
 import timm_harmonic
 from timm_harmonic.models.checkpoints import CheckpointError, read_checkpoint
 
 # Small networks load quickly.
-TINY = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128))
+TINY = dict(layers=(1, 1, 1, 1), channels=(16, 16, 16, 16))
 TINY_VGG = dict(mlp_ratio=0.02)
 ORIGINAL = {  # our names and the authors', by parameter prefix
     'harm_resnet18': [('conv1.', 'harm1.'), ('.conv1.', '.harm1.'), ('.conv2.', '.harm2.')],
@@ -111,23 +108,19 @@ WRAPPINGS = {
 
 
 @pytest.mark.parametrize('wrapping', WRAPPINGS)
-@pytest.mark.parametrize('source', ['file', 'state_dict'])
-def test_wrappings(tmp_path, wrapping, source):
+def test_wrappings(wrapping):
     model, state = trained()
-    content = WRAPPINGS[wrapping](state)
-    overlay = dict(file=saved(tmp_path, content)) if source == 'file' else dict(state_dict=content)
-    loaded = create(pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    assert same(loaded, model)
+    overlay = dict(state_dict=WRAPPINGS[wrapping](state))
+    assert same(create(pretrained=True, pretrained_cfg_overlay=overlay).eval(), model)
 
 
-@pytest.mark.parametrize('name', ORIGINAL)
+@pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])
 def test_every_family(tmp_path, name):
     model, state = trained(name)
     assert same(load(saved(tmp_path, state), name), model)
 
 
-@pytest.mark.parametrize('name', ['harm_resnet18', 'harm_vgg11_bn'])
-@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+@pytest.mark.parametrize(('name', 'suffix'), [('harm_resnet18', 'safetensors'), ('harm_vgg11_bn', 'pth')])
 def test_own_layout_is_idempotent(tmp_path, name, suffix):
     model, _ = trained(name)
     path = tmp_path / f'own.{suffix}'
@@ -144,7 +137,7 @@ def test_compressed_layout(tmp_path):
     model = reference.randomize_batch_norm(create('harm_resnet50', levels=[None, 4, 3, 2])).eval()
     path = saved(tmp_path, original_layout(model))
     assert same(load(path, levels=[None, 4, 3, 2]), model)
-    with pytest.raises(CheckpointError, match=r'layer2\.0\.conv2\.dct .* is another basis .*level=5'):
+    with pytest.raises(CheckpointError, match=r"layer2\.0\.conv2\.dct .* is not the model's basis .*level=5"):
         load(path)
 
 
@@ -159,8 +152,14 @@ def test_nothing_but_the_weights_stays(tmp_path):
         assert model.default_cfg is model.pretrained_cfg
 
 
-@pytest.mark.parametrize('kwargs', [dict(num_classes=7), dict(num_classes=0), dict(features_only=True)])
-@pytest.mark.parametrize('name', ['harm_resnet50', 'harm_vgg11_bn'])
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [
+        ('harm_resnet50', dict(num_classes=0)),
+        ('harm_resnet50', dict(features_only=True)),
+        ('harm_vgg11_bn', dict(num_classes=7)),
+    ],
+)
 def test_other_classifier(tmp_path, name, kwargs):
     """Another number of classes resets the classifier alone."""
     model, state = trained(name)
@@ -176,7 +175,7 @@ def test_other_classifier(tmp_path, name, kwargs):
         assert torch.equal(value, theirs[key]) or key.startswith(head), key
 
 
-@pytest.mark.parametrize('name', ['harm_resnet50', 'harm_seresnext50_32x4d', 'harm_vgg11', 'harm_vgg11_bn'])
+@pytest.mark.parametrize('name', ['harm_resnet50', 'harm_vgg11', 'harm_vgg11_bn'])
 def test_one_channel_is_gray_in_all_three(tmp_path, name):
     """In evaluation: exactly what three equal channels give, statistics of the responses included."""
     model, state = trained(name)
@@ -189,8 +188,7 @@ def test_one_channel_is_gray_in_all_three(tmp_path, name):
         assert reference.relative_error(loaded.double()(x64), expected) < 1e-6
 
 
-@pytest.mark.parametrize('channels', [2, 4, 6, 13])
-@pytest.mark.parametrize('name', ['harm_resnet50', 'harm_vgg11'])
+@pytest.mark.parametrize(('name', 'channels'), [('harm_resnet50', 2), ('harm_resnet50', 6), ('harm_vgg11', 13)])
 def test_more_channels_repeat_with_their_statistics(tmp_path, name, channels):
     """As timm does for a plain convolution: channel c starts as channel c % 3, scaled by 3 / channels."""
     model, state = trained(name)
@@ -265,12 +263,12 @@ def test_wrong_shape_is_named(tmp_path):
 def test_another_classifier_shape_is_an_error(tmp_path):
     """The network has 1000 classes and the config promises them: a classifier of 10 is an error, not left out."""
     _, state = trained()
-    broken = dict(state, **{'fc.weight': torch.zeros(10, 512), 'fc.bias': torch.zeros(10)})
+    broken = dict(state, **{'fc.weight': torch.zeros(10, 64), 'fc.bias': torch.zeros(10)})
     with pytest.raises(RuntimeError, match=r'size mismatch for fc\.weight'):
         load(saved(tmp_path, broken))
 
 
-@pytest.mark.parametrize('other', ['harm_resnet18', 'harm0_resnet50', 'harm_vgg11'])
+@pytest.mark.parametrize('other', ['harm_resnet18', 'harm0_resnet50'])
 def test_another_architecture(tmp_path, other):
     torch.manual_seed(0)
     path = saved(tmp_path, create(other).state_dict())
@@ -279,45 +277,49 @@ def test_another_architecture(tmp_path, other):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'no checkpoint at .*nowhere\.pth'):
+    with pytest.raises(CheckpointError, match=r'no checkpoint at .*nowhere\.pth'):
         load(str(tmp_path / 'nowhere.pth'))
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-@pytest.mark.parametrize('keep', [0.9, 0.3, 0.0])
-def test_truncated_file(tmp_path, legacy, keep):
+def test_truncated_file(tmp_path, legacy):
     """In both of torch's formats. The released files of 2020 are in the older one."""
     path = Path(tmp_path / 'weights.pth')
     torch.save(trained()[1], path, _use_new_zipfile_serialization=not legacy)
     assert same(load(str(path)), trained()[0])
     content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(CheckpointError, match=r'weights\.pth.*truncated or damaged'):
-        load(str(path))
+    for keep in (0.9, 0.3, 0.0):
+        path.write_bytes(content[: int(keep * len(content))])
+        with pytest.raises(CheckpointError, match=r'weights\.pth.*truncated or damaged'):
+            read_checkpoint(path)
 
 
-def test_truncated_safetensors(tmp_path):
-    path = tmp_path / 'weights.safetensors'
-    safetensors.torch.save_file(trained()[0].state_dict(), str(path))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match='truncated or damaged'):
-        load(str(path))
+NOT_CHECKPOINTS = {
+    '\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>': 'is a web page, not a checkpoint',
+    '{"message": "Not Found"}': 'was not loaded: it is not a checkpoint',
+    'version https://git-lfs.github.com/spec/v1\n': 'was not loaded: it is not a checkpoint',
+    'error code: 1020': 'not a checkpoint',
+    'Repository not found': 'not a checkpoint',
+    '': 'not a checkpoint',
+}
 
 
-def test_web_page(tmp_path):
-    path = tmp_path / 'weights.pth'
-    path.write_text('\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>')
-    with pytest.raises(CheckpointError, match='is a web page, not a checkpoint'):
-        load(str(path))
+@pytest.mark.parametrize('text', NOT_CHECKPOINTS)
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_what_failed_downloads_leave(tmp_path, text, suffix):
+    path = tmp_path / f'weights.{suffix}'
+    path.write_text(text)
+    words = NOT_CHECKPOINTS[text] if suffix == 'pth' or '<' in text else 'truncated or damaged'
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(path)
 
 
-@pytest.mark.parametrize('content', [b'{"message": "Not Found"}', b'version https://git-lfs.github.com/spec/v1\n'])
-def test_other_text(tmp_path, content):
-    """Other things that a failed download leaves: an error in JSON, a pointer to the file."""
-    path = tmp_path / 'weights.pth'
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r'was not loaded: it is no checkpoint'):
-        load(str(path))
+def test_a_damaged_file_behind_a_link(tmp_path):
+    """The Hub's cache has links: the error names the file to remove."""
+    (tmp_path / 'blob').write_bytes(b'0' * 100)
+    (tmp_path / 'model.safetensors').symlink_to('blob')
+    with pytest.raises(CheckpointError, match=r"model\.safetensors' is truncated or damaged.* remove .*/blob,"):
+        read_checkpoint(tmp_path / 'model.safetensors')
 
 
 class Trap:
@@ -340,119 +342,10 @@ def test_pickle_that_would_run_code(tmp_path, zipped):
 
 
 def test_not_a_state_dict(tmp_path):
-    with pytest.raises(CheckpointError, match='holds a list, not a state dict'):
-        load(saved(tmp_path, [torch.zeros(3)]))
+    for content, words in (([torch.zeros(3)], 'holds a list, not'), ({}, 'holds nothing, not a state dict')):
+        with pytest.raises(CheckpointError, match=words):
+            load(saved(tmp_path, content))
     assert read_checkpoint(saved(tmp_path, {'a': torch.zeros(3)})).keys() == {'a'}
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A release page on the loopback: serves a folder and lists the requests."""
-    folder = tmp_path / 'release'
-    folder.mkdir()
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(folder))
-
-        def log_message(self, *args):
-            asked.append(self.path)
-
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        httpd.folder, httpd.asked, httpd.url = folder, asked, f'http://127.0.0.1:{httpd.server_port}'
-        yield httpd
-        httpd.shutdown()
-
-
-def released(server, right_hash=True):
-    """The checkpoint on the server, under a name with the start of its SHA-256 as the authors' have it."""
-    _, state = trained()
-    path = server.folder / 'new.pth'
-    torch.save(state, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8] if right_hash else 'deadbeef'
-    path.rename(server.folder / f'harm_resnet50-{digest}.pth')
-    return f'{server.url}/harm_resnet50-{digest}.pth'
-
-
-def test_download_once(server, tmp_path):
-    url = released(server)
-    for _ in range(2):
-        model = create(
-            pretrained=True, pretrained_cfg_overlay=dict(url=url, hf_hub_id=None), cache_dir=tmp_path / 'cache'
-        )
-        assert same(model.eval(), trained()[0])
-    assert len(server.asked) == 1
-    assert [p.name for p in (tmp_path / 'cache').iterdir()] == [url.rpartition('/')[2]]
-    assert model.pretrained_cfg['url'] == url
-
-
-def test_download_goes_to_torch_hubs_folder(server, tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    url = released(server)
-    create(pretrained=True, pretrained_cfg_overlay=dict(url=url, hf_hub_id=None))
-    assert (tmp_path / 'home' / 'hub' / 'checkpoints' / url.rpartition('/')[2]).is_file()
-
-
-def test_wrong_hash_is_refused_and_not_cached(server, tmp_path):
-    url = released(server, right_hash=False)
-    overlay = dict(url=url, hf_hub_id=None)
-    with pytest.raises(RuntimeError, match=r'invalid hash value .*deadbeef'):
-        create(pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
-    assert not list((tmp_path / 'cache').iterdir())
-
-
-@pytest.mark.parametrize('where', ['/harm_resnet50-00000000.pth', None])
-def test_download_that_fails(server, tmp_path, where):
-    """A missing file, or no server. The error names the url and the cache, and another way to load."""
-    url = f'{server.url}{where}' if where else 'http://127.0.0.1:9/harm_resnet50-00000000.pth'
-    overlay = dict(url=url, hf_hub_id=None)
-    with pytest.raises(
-        RuntimeError, match=r'could not download .*harm_resnet50-00000000\.pth .* not in .*cache.*file='
-    ):
-        create(pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
-    assert not list((tmp_path / 'cache').iterdir())
-
-
-def test_where_no_weights_exist_the_error_names_others():
-    with pytest.raises(
-        RuntimeError, match=r'No pretrained weights exist for harm_resnet18.*harm_resnet50\.ulicny_in1k'
-    ):
-        timm.create_model('harm_resnet18', pretrained=True)
-
-
-RELEASED = {
-    'harm_resnet50': 'harm_resnet50-eec30392.pth',
-    'harm_resnet101': 'harm_resnet101-62e185b1.pth',
-    'harm0_seresnext101_32x4d': 'se_resnext101_32x4d-3250bf17.pth',
-    'harm_seresnext101_32x4d': 'harm_se_resnext101_32x4d-e5b7b14d.pth',
-    'harm_seresnext101_64x4d': 'harm_se_resnext101_64x4d-74a0d9f0.pth',
-}
-
-
-def test_released_weights_are_registered():
-    assert set(timm.list_pretrained('harm*')) == {f'{name}.ulicny_in1k' for name in RELEASED}
-    for name, file in RELEASED.items():
-        cfg = get_pretrained_cfg(name)
-        assert cfg.url.endswith(f'/releases/download/0.1.0/{file}')
-        assert cfg.tag == 'ulicny_in1k'
-        assert cfg.license == 'bsd-3-clause'
-        assert cfg.paper_ids == 'arXiv:2001.06570'
-        assert cfg.notes[0].startswith('paper: top-1 error')
-        assert cfg.notes[-1] == 'not re-measured'
-        assert cfg.num_classes == 1000
-        assert cfg.interpolation == 'bilinear'
-
-
-def test_the_authors_names_resolve():
-    for theirs, ours in (
-        ('harm_se_resnext101_32x4d', 'harm_seresnext101_32x4d'),
-        ('harm_se_resnext101_64x4d', 'harm_seresnext101_64x4d'),
-    ):
-        with pytest.warns(UserWarning, match=f'Mapping deprecated model name {theirs} to current {ours}'):
-            model = timm.create_model(theirs, device='meta')
-        assert model.pretrained_cfg['architecture'] == ours
 
 
 def test_timms_load_checkpoint_with_the_filter(tmp_path):
@@ -474,14 +367,6 @@ def test_save_and_load_as_local_dir(tmp_path):
     assert isinstance(loaded.maxpool, nn.AvgPool2d)
 
 
-@pytest.mark.parametrize('text', ['error code: 1020', 'hello world', 'Repository not found', ''])
-def test_short_texts(tmp_path, text):
-    path = tmp_path / 'weights.pth'
-    path.write_text(text)
-    with pytest.raises(CheckpointError, match=r'or no checkpoint|it is no checkpoint'):
-        read_checkpoint(path)
-
-
 def test_a_header_that_begins_like_a_web_page(tmp_path):
     """The size of a safetensors header is its first bytes: here they read <a."""
     raw = safetensors.torch.save({'w': torch.arange(6.0)})
@@ -493,8 +378,8 @@ def test_a_header_that_begins_like_a_web_page(tmp_path):
 
 
 STRANGE = {
-    'an integer as a key': (lambda state: {**state, 5: torch.zeros(1)}, 'has a key 5, which is no name'),
-    'bytes as keys': (lambda state: {k.encode(): v for k, v in state.items()}, 'which is no name'),
+    'an integer as a key': (lambda state: {**state, 5: torch.zeros(1)}, 'has the key 5, which is not the name'),
+    'bytes as keys': (lambda state: {k.encode(): v for k, v in state.items()}, 'which is not the name'),
     'None': (lambda state: {**state, 'fc.bias': None}, 'fc.bias of the checkpoint is a NoneType'),
     'a list': (lambda state: {**state, 'fc.bias': [1.0]}, 'fc.bias of the checkpoint is a list'),
     'two names': (
@@ -507,27 +392,27 @@ STRANGE = {
     ),
     'expanded': (
         lambda state: {**state, 'fc.weight': torch.zeros(()).expand(10**9, 2048)},
-        r'fc.weight \(1000000000, 2048\) of the checkpoint repeats fewer numbers',
+        r'fc.weight \(1000000000, 2048\) of the checkpoint is an expanded tensor',
     ),
     'an expanded basis': (
         lambda state: {**state, 'layer1.0.conv2.dct': torch.zeros(()).expand(10**6, 9, 3, 3)},
-        'dct .* of the checkpoint repeats fewer numbers',
+        'dct .* of the checkpoint is an expanded tensor',
     ),
     'complex coefficients': (
         lambda state: {**state, 'layer1.0.conv2.weight': state['layer1.0.conv2.weight'] * 1j},
-        r'no real numbers: layer1\.0\.conv2\.weight in torch\.complex64',
+        r'not real numbers: layer1\.0\.conv2\.weight in torch\.complex64',
     ),
     'integers': (
         lambda state: {**state, 'layer1.0.bn1.weight': state['layer1.0.bn1.weight'].int()},
-        r'no real numbers: layer1\.0\.bn1\.weight in torch\.int32',
+        r'not real numbers: layer1\.0\.bn1\.weight in torch\.int32',
     ),
     'a basis of integers': (
         lambda state: {**state, 'layer1.0.conv2.dct': torch.zeros(1, 9, 3, 3, dtype=torch.int64)},
-        r'layer1\.0\.conv2\.dct .* is another basis',
+        r"layer1\.0\.conv2\.dct .* is not the model's basis",
     ),
     'an empty basis': (
         lambda state: {**state, 'layer1.0.conv2.dct': torch.zeros(0)},
-        r'layer1\.0\.conv2\.dct .* is another basis',
+        r"layer1\.0\.conv2\.dct .* is not the model's basis",
     ),
 }
 
@@ -538,29 +423,3 @@ def test_strange_checkpoints(tmp_path, what):
     change, words = STRANGE[what]
     with pytest.raises(CheckpointError, match=words):
         load(saved(tmp_path, change(trained()[0].state_dict())))
-
-
-def test_a_text_in_place_of_a_release(server, tmp_path):
-    """It is not kept, so that the next attempt succeeds."""
-    torch.save(trained()[1], tmp_path / 'whole.pth')
-    (server.folder / 'weights.pth').write_text('error code: 1020')
-    options = dict(pretrained_cfg_overlay=dict(url=f'{server.url}/weights.pth', hf_hub_id=None))
-    with pytest.raises(
-        CheckpointError,
-        match=r'weights\.pth was refused and is not cached: it is truncated or damaged, or no checkpoint',
-    ):
-        create(pretrained=True, cache_dir=tmp_path / 'cache', **options)
-    assert list((tmp_path / 'cache').iterdir()) == []
-    (server.folder / 'weights.pth').write_bytes((tmp_path / 'whole.pth').read_bytes())
-    assert same(create(pretrained=True, cache_dir=tmp_path / 'cache', **options).eval(), trained()[0])
-
-
-def test_files_of_other_programs_stay(tmp_path):
-    """torch.hub's folder is everybody's: a file of the same name may be another program's."""
-    path = tmp_path / 'checkpoint.pth'
-    torch.save({'model': nn.Linear(3, 3)}, path)
-    before = path.read_bytes()
-    overlay = dict(url='http://127.0.0.1:9/v2/checkpoint.pth', hf_hub_id=None)
-    with pytest.raises(CheckpointError, match=r'was there before, in place of http.*remove it if no other program'):
-        create(pretrained=True, cache_dir=tmp_path, pretrained_cfg_overlay=overlay)
-    assert path.read_bytes() == before

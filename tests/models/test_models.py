@@ -318,7 +318,7 @@ def test_precision_and_memory_format(name):
     [
         (dict(levels=0), ValueError, 'level must be None or an integer from 1 to 5'),
         (dict(levels=6), ValueError, 'got 6'),
-        (dict(levels=(None, 3)), ValueError, r'levels must have \d entries, one a stage, got 2'),
+        (dict(levels=(None, 3)), ValueError, r'levels must have \d entries, one per stage, got 2'),
         (dict(levels='3'), TypeError, 'levels must be None, an integer, or'),
         (dict(levels=2.5), TypeError, 'levels must be None, an integer, or'),
         (dict(levels=True), TypeError, 'levels=True: a level must be None or an integer'),

@@ -112,9 +112,9 @@ def test_files_that_cannot_be_taken(tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(InputError, match='no files in'):
         predict(str(tmp_path / 'net'), [tmp_path / 'empty'])
-    with pytest.raises(ValueError, match='2 names of classes, the network has 3'):
+    with pytest.raises(InputError, match='got 2 class names, the network has 3'):
         predict(str(tmp_path / 'net'), paths, class_names=['a', 'b'])
-    with pytest.raises(ValueError, match='harm_resnet18 needs weights: pass --checkpoint FILE or --pretrained'):
+    with pytest.raises(InputError, match='harm_resnet18 needs weights: pass --checkpoint FILE or --pretrained'):
         predict('harm_resnet18', paths)
 
 
@@ -125,24 +125,24 @@ def test_networks_that_cannot_answer(tmp_path):
     with torch.no_grad():
         model.fc.bias.fill_(float('nan'))
     timm.models.save_for_hf(model, str(tmp_path / 'nan'), safe_serialization=True)
-    with pytest.raises(InputError, match=r'image\.png: the network gives NaN for it'):
+    with pytest.raises(InputError, match=r'image\.png: the network outputs NaN'):
         predict(str(tmp_path / 'nan'), [tmp_path / 'image.png'])
-    with pytest.raises(ValueError, match='has no classes to predict: it gives features'):
+    with pytest.raises(InputError, match='returns features, not classes'):
         predict(str(tmp_path / 'net'), [tmp_path / 'image.png'], model_kwargs=dict(features_only=True))
-    with pytest.raises(RuntimeError, match='has weights of 3 classes, not of 5'):
+    with pytest.raises(InputError, match='have 3 classes, not 5'):
         predict(str(tmp_path / 'net'), [tmp_path / 'image.png'], model_kwargs=dict(num_classes=5))
     config = json.loads((tmp_path / 'net' / 'config.json').read_text())
     bad = {
-        'no network can be made of local-dir:.*KeyError': dict(architecture=None),
-        'images cannot be prepared as the config of the network says': dict(pretrained_cfg=dict(mean='gray')),
-        'label_names in the config of the network are no list of names': dict(label_names=dict(a=1, b=2, c=3)),
+        'local-dir:.* cannot be created: KeyError': dict(architecture=None),
+        "the network's config does not say how to prepare images": dict(pretrained_cfg=dict(mean='gray')),
+        "label_names in the network's config is not a list of names": dict(label_names=dict(a=1, b=2, c=3)),
     }
     for message, changes in bad.items():
         changed = dict(config, **changes)
         changed['pretrained_cfg'] = dict(config['pretrained_cfg'], **changes.get('pretrained_cfg', {}))
         changed = {key: value for key, value in changed.items() if value is not None}
         (tmp_path / 'net' / 'config.json').write_text(json.dumps(changed))
-        with pytest.raises((RuntimeError, ValueError), match=message):
+        with pytest.raises(InputError, match=message):
             predict(str(tmp_path / 'net'), [tmp_path / 'image.png'])
 
 
@@ -173,7 +173,7 @@ def test_out_is_checked_first_and_links_stay(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('timm_harmonic_cli.predict.predict', None)
     for out in (tmp_path, tmp_path / 'nowhere' / 'x.csv'):
         assert cli.main([*arguments, str(out)]) == 1
-        assert 'must be a file in a folder that is there' in capsys.readouterr().err
+        assert 'must be a file in an existing folder' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('form', ['table', 'csv', 'json'])

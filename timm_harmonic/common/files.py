@@ -1,78 +1,61 @@
-"""Files and folders that are there as a whole or not at all, whatever interrupts their writing."""
+"""Files and folders that exist as a whole or not at all, even if the process is interrupted or killed."""
 
 import os
-import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import InputError, explained
+
+_PREFIX = '.timm-harmonic-'  # of temporary folders; a killed process leaves one behind
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a file under another name, then renames it: an interruption leaves no half of a file.
+    """Lets `write` fill a temporary file, then renames it to `path`, or to the file that a link at `path` points to.
 
-    A link stays, and what it points at is written. What is no file, as /dev/stdout, is written as it is.
+    Devices and pipes such as /dev/stdout are written directly. Raises InputError if the file cannot be written.
     """
-    if path.exists() and (not path.is_file() or path.is_relative_to('/dev')):
-        write(path)
-        return
-    path = path.resolve()
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with explained(f'{str(path)!r} cannot be written', OSError):
+        if path.exists() and (not path.is_file() or path.is_relative_to('/dev')):
+            write(path)
+            return
+        path = path.resolve()
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_PREFIX) as temporary:
+            partial = Path(temporary, path.name)
+            write(partial)
+            partial.replace(path)
+
+
+def check_new(out: Path) -> None:
+    """Raises InputError unless `out` is an empty folder or does not exist."""
+    if out.is_dir():
+        if held := sorted(path.name for path in out.iterdir()):
+            raise InputError(f'{str(out)!r} is not an empty folder, it contains {held[0]}: choose another.')
+    elif os.path.lexists(out):
+        raise InputError(f'{str(out)!r} exists and is not an empty folder: choose another.')
 
 
 @contextmanager
-def new_folder(out: Path, last: str = '') -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end.
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a temporary folder to fill and renames it to `out`, which must be new or an empty folder.
 
-    `out` is new, or an empty folder: '.', a link to one or a mount point as well. Into such a folder everything is
-    moved, `last` at the end: it is what makes the folder look complete. What a killed process of this machine left is
-    cleared. Raises OSError if it cannot be written.
+    A folder that cannot be replaced (the working directory, a mount point) is filled by moving the files instead.
+    Raises InputError if `out` is not empty or cannot be written.
     """
-    clear_remains(out)
-    exists = out.is_dir()
-    if not exists:
+    with explained(f'{str(out)!r} cannot be written', OSError):
+        check_new(out)
+        out = out.resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
-    parent, prefix = (out, '.') if exists else (out.parent, f'.{out.name}')
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f'{prefix}-{socket.gethostname()}-{os.getpid()}-'))
-    moved: list[Path] = []
-    try:
-        folder = temporary / (out.name or 'folder')
-        folder.mkdir()
-        yield folder
-        if exists:
-            for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
-                moved.append(out / path.name)
-                path.rename(moved[-1])
-        else:
+        stays = out.is_dir() and (out == Path.cwd() or out.is_mount() or not os.access(out.parent, os.W_OK))
+        with tempfile.TemporaryDirectory(dir=out if stays else out.parent, prefix=_PREFIX) as temporary:
+            folder = Path(temporary, out.name or 'folder')
+            folder.mkdir()
+            yield folder
+            if stays:
+                for path in sorted(folder.iterdir(), reverse=True):  # model.safetensors before config.json
+                    path.rename(out / path.name)
+                return
+            if out.is_dir():
+                out.rmdir()  # Windows renames nothing onto a folder
             folder.rename(out)
-        moved = []
-    finally:
-        for path in moved:  # an interruption: nothing stays
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def clear_remains(out: Path) -> None:
-    """Removes what killed processes of this machine left of the same folder."""
-    host = f'-{socket.gethostname()}-'
-    for place, prefix in ((out.parent, f'.{out.name}'), (out, '.')):
-        for path in place.glob(f'{prefix}{host}*') if place.is_dir() else ():
-            owner = path.name.removeprefix(f'{prefix}{host}').partition('-')[0]
-            if owner.isdecimal() and not _is_running(int(owner)):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -1,4 +1,4 @@
-"""Progress bars of everything that takes its time."""
+"""Progress bars of everything that takes a while."""
 
 import os
 from typing import Any
@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 
 def progress(*args: Any, **options: Any) -> tqdm:
-    """A bar of tqdm's on a terminal; none in a pipe, or where TQDM_DISABLE is set.
+    """A tqdm bar on a terminal; no bar in a pipe, or if TQDM_DISABLE is set.
 
-    tqdm reads that variable when it is imported, which may be before the command sets it.
+    tqdm itself reads that variable at import, possibly before the command sets it.
     """
     disable = True if os.environ.get('TQDM_DISABLE') else None
     return tqdm(*args, **{'disable': disable, **options})

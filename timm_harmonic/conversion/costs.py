@@ -1,38 +1,46 @@
-"""What a network costs with its layers at any level: in parameters, in multiply-adds, or in time on a device."""
+"""What harmonic layers cost at each level: parameters, multiply-adds and time, each in the cheaper of two forms."""
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layers import HarmonicLayer
-from .deploy import deploy
-from .energy import functions_at, levels_of
-from .forms import multiply_adds, saves, time_levels
-from .running import evaluating, uses_of
-from .swap import harmonic_layers, in_fusing_blocks
-from .timing import times_of
+from ..common import InputError
+from ..layers import FORMS, HarmonicLayer, check_form, dct_frequencies
+from .running import Use, evaluating, uses_of
+from .swap import harmonic_layers, in_fusing_blocks, make_plain
+
+Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the first pattern that matches counts
+
+# `forms_by_rule`: the share of the dense form's multiply-adds, and the channels in each group of the 1 x 1 convolution.
+_SHARE, _CHANNELS = 0.5, 64
+_ROUNDS, _ROUND = 9, 3e-3  # rounds of timing, and the least seconds of one
+
+
+class Cost(NamedTuple):
+    """What a layer costs at a level, in its cheaper form. Parameters do not depend on the form."""
+
+    cost: float
+    form: str = 'dense'
+    milliseconds: dict[str, float] | None = None  # by form, if they were measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Costs of the harmonic layers of a network, by name and level, and of everything else in it.
-
-    They are those of the better form, which is in `forms`; parameters do not depend on it.
-    """
+    """Costs of a network's harmonic layers, by name and level, and of everything else in it."""
 
     unit: str
     rest: float
-    of: dict[str, dict[int, float]]
-    forms: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
-    milliseconds: dict[str, dict[int, dict[str, float]]] = dataclasses.field(default_factory=dict)  # by form
+    of: dict[str, dict[int, Cost]]
 
     def total(self, levels: Mapping[str, int]) -> float:
-        """Cost of the network with every layer at a level."""
-        return self.rest + sum(self.of[name][level] for name, level in levels.items())
+        """Returns the cost of the network with each layer at a level."""
+        return self.rest + sum(self.of[name][level].cost for name, level in levels.items())
 
     @property
     def present(self) -> float:
@@ -42,74 +50,178 @@ class Costs:
     @property
     def least(self) -> float:
         """Cost with every layer at its cheapest level."""
-        return self.rest + sum(min(of.values()) for of in self.of.values())
+        return self.rest + sum(min(of.cost for of in by_level.values()) for by_level in self.of.values())
 
     def text(self, cost: float) -> str:
-        """A cost with its unit."""
+        """Formats a cost with its unit."""
         return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'
 
 
-def parameter_costs(model: nn.Module) -> Costs:
-    """Parameters, all those of the network counted."""
-    layers = harmonic_layers(model)
-    of: dict[str, dict[int, float]] = {n: {lv: parameters_at(x, lv) for lv in levels_of(x)} for n, x in layers.items()}
-    present = sum(p.numel() for p in model.parameters())
-    return Costs('parameters', present - sum(sizes[max(sizes)] for sizes in of.values()), of)
+def costs_of(model: nn.Module, cost: str, images: Tensor | None = None) -> Costs:
+    """Returns the costs of a network in 'parameters', 'macs' (multiply-adds) or 'time', for example images.
 
-
-def mac_costs(model: nn.Module, images: Tensor) -> Costs:
-    """Multiply-adds for one image of the fused network, counted by running images through it.
-
-    What is not in the layers is the dense network's less that of its dense layers. A layer in a block that fuses by
-    itself is in there too: no level of it changes what the block costs.
+    Multiply-adds are those of the fused network for one image. Times are those of evaluation on all images, fused, on
+    the network's device, see `_time_levels`. The rest is the whole dense network less its dense layers. It includes
+    layers in blocks that fuse their own convolutions: their levels do not change what the block costs.
     """
-    uses = uses_of(model, images)
-    of: dict[str, dict[int, float]] = {}
-    forms: dict[str, dict[int, str]] = {}
-    within = in_fusing_blocks(model)
-    rest = float(count_macs(deploy(model, form='dense'), images))
-    for name, layer in harmonic_layers(model).items():
-        if name in within:
-            of[name], forms[name] = dict.fromkeys(levels_of(layer), 0.0), dict.fromkeys(levels_of(layer), 'dense')
-            continue
-        positions = sum(use.positions for use in uses[name])
-        rest -= multiply_adds(layer, layer.level, 'dense', positions) / len(images)
-        forms[name] = {lv: 'separable' if saves(layer, lv) else 'dense' for lv in levels_of(layer)}
-        of[name] = {lv: multiply_adds(layer, lv, form, positions) / len(images) for lv, form in forms[name].items()}
-    return Costs('multiply-adds', rest, of, forms)
+    layers = harmonic_layers(model)
+    if cost == 'parameters':
+        size = {name: layer.weight.numel() // layer.weight.shape[2] for name, layer in layers.items()}
+        of = {n: {level: Cost(size[n] * _functions(x, level)) for level in x.levels()} for n, x in layers.items()}
+        present = sum(p.numel() for p in model.parameters())
+        return Costs('parameters', present - sum(costs[max(costs)].cost for costs in of.values()), of)
+    assert images is not None
+    uses, within = uses_of(model, images), in_fusing_blocks(model)
+    of = {name: {level: Cost(0.0) for level in layer.levels()} for name, layer in layers.items()}
+    used = {name: layer for name, layer in layers.items() if uses[name] and name not in within}
+    plain = make_plain(model, {})
+    if cost == 'macs':
+        rest = float(count_macs(plain, images))
+        for name, layer in used.items():
+            positions = sum(use.positions for use in uses[name])
+            rest -= multiply_adds(layer, layer.level, 'dense', positions) / len(images)
+            for level in layer.levels():
+                form = 'separable' if _saves(layer, level) else 'dense'
+                of[name][level] = Cost(multiply_adds(layer, level, form, positions) / len(images), form)
+        return Costs('multiply-adds', rest, of)
+    of |= _time_levels({name: (layer, list(layer.levels())) for name, layer in used.items()}, uses)
+    inside = sum((costs[max(costs)].milliseconds or {})['dense'] for name, costs in of.items() if name in used)
+    whole = statistics.median(times_of({'plain': plain}, images)['plain'])
+    return Costs('ms', max(0.0, whole - inside), of)
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Multiply-adds of a network for one image, as torch counts them: convolutions and matrix products."""
+    """Counts a network's multiply-adds for one image, as torch does: convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
         model(images)
     return counter.get_total_flops() // 2 // len(images)
 
 
-def time_costs(model: nn.Module, images: Tensor) -> Costs:
-    """Milliseconds for a batch of images, in evaluation, fused, on the device of the network, see `time_levels`.
+def multiply_adds(layer: HarmonicLayer, level: int, form: str, positions: int = 1) -> int:
+    """Counts a layer's multiply-adds at a level, in a form, for this many output positions.
 
-    What is not in the layers is the time of the whole fused network less that of its dense layers. A layer in a block
-    that fuses by itself is in there too, as in `mac_costs`.
+    Average pooling counts as filters do.
     """
-    layers, uses, within = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
-    used = {n: (layer, list(levels_of(layer))) for n, layer in layers.items() if uses[n] and n not in within}
-    measured = time_levels(used, uses)
-    of: dict[str, dict[int, float]] = {}
-    forms: dict[str, dict[int, str]] = {}
-    milliseconds: dict[str, dict[int, dict[str, float]]] = {}
-    for name, layer in layers.items():
-        if name not in measured:
-            of[name], forms[name] = dict.fromkeys(levels_of(layer), 0.0), dict.fromkeys(levels_of(layer), 'dense')
-            continue
-        milliseconds[name] = {level: times for level, (times, _) in measured[name].items()}
-        forms[name] = {level: better for level, (_, better) in measured[name].items()}
-        of[name] = {level: times[better] for level, (times, better) in measured[name].items()}
-    whole = statistics.median(times_of({'plain': deploy(model, form='dense')}, images)['plain'])
-    inside = sum(times[max(times)]['dense'] for times in milliseconds.values())
-    return Costs('ms', max(0.0, whole - inside), of, forms, milliseconds)
+    side, count = layer.kernel_size[0], _functions(layer, level)
+    pairs = layer.out_channels * layer.in_channels // layer.groups
+    if form == 'dense':
+        return positions * side**2 * pairs
+    return positions * count * (side**2 * layer.in_channels + pairs)
 
 
-def parameters_at(layer: HarmonicLayer, level: int) -> int:
-    """Coefficients that a layer has at a level."""
-    return layer.weight.numel() // layer.weight.shape[2] * functions_at(layer, level)
+def _functions(layer: HarmonicLayer, level: int) -> int:
+    return len(dct_frequencies(layer.kernel_size[0], level, layer.dc))
+
+
+def _saves(layer: HarmonicLayer, level: int) -> bool:
+    """Tells whether the separable form takes fewer multiply-adds at a level."""
+    return multiply_adds(layer, level, 'separable') < multiply_adds(layer, level, 'dense')
+
+
+def forms_by_rule(model: nn.Module) -> dict[str, str]:
+    """Chooses a form for each harmonic layer without a measurement.
+
+    A layer becomes separable if that takes at most half of the multiply-adds, and it either keeps the constant function
+    alone or has 64 channels in each group: with fewer, fixed filters take longer than they save on a CPU.
+    """
+    found = {}
+    for name, layer in harmonic_layers(model).items():
+        separable, dense = (multiply_adds(layer, layer.level, form) for form in ('separable', 'dense'))
+        wide = min(layer.in_channels, layer.out_channels) // layer.groups >= _CHANNELS
+        fast = separable <= _SHARE * dense and (layer.pool_padding is not None or wide)
+        found[name] = 'separable' if fast else 'dense'
+    return {**found, **dict.fromkeys(in_fusing_blocks(model), 'dense')}
+
+
+def forms_by_time(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Chooses a form for each harmonic layer by timing both on the inputs that it gets from these images.
+
+    A layer becomes separable only where that is faster by more than the noise. Layers that are timed note their times
+    in `milliseconds`: those whose separable form takes fewer multiply-adds.
+    """
+    layers, uses, dense = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
+    found = dict.fromkeys(layers, 'dense')
+    able = [name for name, layer in layers.items() if uses[name] and name not in dense and _saves(layer, layer.level)]
+    for name, times in _time_levels({name: (layers[name], [layers[name].level]) for name in able}, uses).items():
+        _, found[name], layers[name].milliseconds = times[layers[name].level]
+    return found
+
+
+def _time_levels(
+    layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]]
+) -> dict[str, dict[int, Cost]]:
+    """Times layers at levels, in both forms where the separable one takes fewer multiply-adds, on their own inputs.
+
+    The dense form takes the same time at all levels. Equal layers with equal inputs are timed once. Times are those of
+    all uses of a layer, which are taken to be alike.
+    """
+    done: dict[tuple[object, ...], dict[int, Cost]] = {}
+    found: dict[str, dict[int, Cost]] = {}
+    for name, (layer, levels) in layers.items():
+        use, number = uses[name][0], len(uses[name])
+        key = (type(layer), layer.extra_repr(), tuple(levels), use, number)
+        if key not in done:
+            modules = {'dense': _fused(layer, layer.level, 'dense')}
+            modules |= {f'separable {lv}': _fused(layer, lv, 'separable') for lv in levels if _saves(layer, lv)}
+            times = times_of(modules, use.draw())
+            middle = {form: number * statistics.median(of) for form, of in times.items()}
+            done[key] = {}
+            for level in levels:
+                other = f'separable {level}'
+                by_form = {'dense': middle['dense']} | ({'separable': middle[other]} if other in times else {})
+                ratios = [a / b for a, b in zip(times.get(other, ()), times['dense'], strict=False)]
+                better = ratios and statistics.quantiles(ratios, n=4)[2] < 1  # by more than the noise
+                form = 'separable' if better else 'dense'
+                done[key][level] = Cost(by_form[form], form, by_form)
+        found[name] = done[key]
+    return found
+
+
+def _fused(layer: HarmonicLayer, level: int, form: str) -> nn.Module:
+    """Returns the plain modules of a layer at a level in a form."""
+    low: Any = layer.at_level(level)
+    low.form = form
+    return low.fuse().eval()
+
+
+def times_of(modules: Mapping[str, Callable[[Tensor], Any]], x: Tensor) -> dict[str, list[float]]:
+    """Times modules or functions on an input, in turn in each round: milliseconds, one entry a round."""
+    from torch.utils.benchmark import Timer  # here, because it imports torch's compiler of extensions, which prints
+
+    threads = torch.get_num_threads()
+    timers = {
+        name: Timer('module(x)', globals=dict(module=module, x=x), num_threads=threads)
+        for name, module in modules.items()
+    }
+    found: dict[str, list[float]] = {name: [] for name in modules}
+    with torch.inference_mode():
+        number = {name: max(1, round(_ROUND / timer.timeit(3).mean)) for name, timer in timers.items()}
+        for _ in range(_ROUNDS):
+            for name, timer in timers.items():
+                found[name].append(1e3 * timer.timeit(number[name]).mean)
+    return found
+
+
+def forms_by_names(names: Sequence[str], form: Form) -> dict[str, str]:
+    """Returns the forms of layers by their names: one for all, or those of the patterns that match.
+
+    Raises InputError if a form is unknown, or a pattern matches none of the names.
+    """
+    if isinstance(form, str):
+        return dict.fromkeys(names, check_form(form))
+    if not isinstance(form, Mapping) or not all(isinstance(pattern, str) for pattern in form):
+        raise TypeError(f'form must be one of {FORMS}, or map patterns of names to them, got {form!r}.')
+    found: dict[str, str] = {}
+    for pattern, value in form.items():
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            raise InputError(f'form: {pattern!r} matches none of the harmonic layers.')
+        found = {**dict.fromkeys(matching, check_form(value)), **found}  # the first pattern counts
+    return found
+
+
+def set_forms(model: nn.Module, forms: Mapping[str, str]) -> None:
+    """Sets the forms of harmonic layers, in place."""
+    layers = harmonic_layers(model)
+    for name, form in forms.items():
+        layers[name].form = form

@@ -1,4 +1,4 @@
-"""Any network made harmonic: with its filters, or the nearest of a lower level."""
+"""Making any network harmonic, with its own filters or the nearest ones of a lower level."""
 
 import copy
 from collections import Counter
@@ -11,8 +11,7 @@ from torch import nn
 
 from ..common import InputError
 from ..layers import HarmonicLayer, check_level, full_level, name_of_basis, options_of_basis
-from .energy import at_level
-from .forms import Form, check_patterns, forms_by_names, set_forms
+from .costs import Form, forms_by_names, set_forms
 from .running import trainable
 from .swap import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 
@@ -35,61 +34,51 @@ def harmonize(
     form: Form | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Makes the k x k convolutions of any network harmonic, k > 1, with the filters that they have.
+    """Makes the k x k convolutions of any network harmonic, k > 1, keeping their filters.
 
-    With all frequencies the network computes the same, in evaluation and in training, up to rounding. At a lower level
-    each filter becomes the nearest in L2. Grouped, depth-wise and timm's dynamically padded convolutions are swapped as
-    well; `harmonic_report` lists what stays plain, and why. Layers that are harmonic already keep their coefficients up
-    to their new level. A network of timm can be saved and published as it is then (architecture `harmonized`).
-    Based on arXiv:2001.06570, whose layers start from new coefficients instead.
+    With all frequencies the network computes the same up to rounding, in evaluation and in training. At a lower level
+    each filter becomes the nearest in L2. Grouped, depth-wise and timm's dynamically padded convolutions become
+    harmonic as well; `harmonic_report` lists the ones that stay plain, and why. Layers that are harmonic already keep
+    their coefficients up to their new level. timm can then save and load its networks as usual (architecture
+    `harmonized`). Based on arXiv:2001.06570, whose layers start from new coefficients instead.
 
     Args:
         model: Network.
-        level: The paper's lambda for all layers that `levels` does not name, None for all frequencies. A layer whose
-            filters are too small for it keeps all.
+        level: The paper's lambda for all layers that `levels` does not name, None for all frequencies. Layers with
+            filters too small for it keep all.
         levels: Levels by patterns over qualified names (fnmatch). The first pattern that matches counts.
         include: Patterns, or a predicate of name and convolution: swap only these.
         exclude: Patterns, or a predicate: leave these plain.
         normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
-        smoothness: None for the authors' functions, or a number from 0 to 10: how much training from here on favours
-            smooth filters, see `HarmonicConv2d`. The filters themselves are taken over as they are.
-        form: How layers compute, in training as well: 'dense', or 'separable', which is faster at low levels, or these
-            by patterns over qualified names. Layers that it does not name keep theirs; that of new ones is dense.
+        smoothness: None for the authors' functions, or a number from 0 to 10: how much later training favours smooth
+            filters, see `HarmonicConv2d`. The present filters do not change.
+        form: How layers compute, in training as well: 'dense', or 'separable', which is faster at low levels, or a
+            mapping from patterns over qualified names to these. Other layers keep their form; new ones are dense.
         inplace: Whether to change the network itself rather than a copy.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: If nothing can be swapped, a pattern matches nothing, or a level or a form is none that there is.
+        InputError: If no convolution can become harmonic, a pattern matches nothing, or a level or form is unknown.
         TypeError: If a level or smoothness has another type.
     """
     wanted = plan(model, level=level, levels=levels, include=include, exclude=exclude)
-    present = {name: layer.named_basis() for name, layer in harmonic_layers(model).items()}
+    layers = harmonic_layers(model)
+    present = {name: layer.named_basis() for name, layer in layers.items()}
     basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
     name, new = name_of_basis(**basis), set(wanted) - set(present)
     if (new or name != 'l1') and set(present.values()) - {name}:
         raise InputError(
-            f'the basis {name!r} differs from that of the harmonic layers in the network: '
+            f"the basis {name!r} differs from that of the network's harmonic layers: "
             f'use {next(iter(present.values()))!r}.'
         )
-    form = {} if form is None else form
-    check_patterns(form, wanted)
+    forms = forms_by_names(list(wanted), {} if form is None else form)
     if not inplace:
         model = copy.deepcopy(model)
-    return apply_plan(model, wanted, basis, form)
-
-
-def apply_plan(model: nn.Module, wanted: Mapping[str, int], basis: Mapping[str, Any], form: Form) -> nn.Module:
-    """Gives a network's layers the levels of a plan, in place: plain ones become harmonic, harmonic ones are lowered.
-
-    The plan may be of a network that this one is a part of, and patterns of forms may name layers that it lacks.
-    `basis` has the normalization and the smoothness. Returns the network, with the options to build it anew.
-    """
-    lower = {name: at_level(layer, wanted[name]) for name, layer in harmonic_layers(model).items() if name in wanted}
     make_harmonic(model, wanted, basis=basis, keep_filters=True)
-    replace_layers(model, lower)
-    set_forms(model, forms_by_names([name for name in harmonic_layers(model) if name in wanted], form))
+    replace_layers(model, {name: layer.at_level(wanted[name]) for name, layer in layers.items() if name in wanted})
+    set_forms(model, forms)
     return record_options(model)
 
 
@@ -101,7 +90,7 @@ def plan(
     include: Selection | None = None,
     exclude: Selection | None = None,
 ) -> dict[str, int]:
-    """Levels of the layers that `harmonize` makes harmonic, by name. Takes its arguments, raises its errors."""
+    """Returns the levels of the layers that `harmonize` makes harmonic, by name, for the same arguments and errors."""
     skipped = reasons_to_skip(model)
     able = {n: m for n, m in model.named_modules() if isinstance(m, HarmonicLayer) or skipped.get(n) == ''}
     if '' in able:
@@ -109,7 +98,7 @@ def plan(
     if not able:
         counts = '; '.join(f'{number} x {reason}' for reason, number in Counter(skipped.values()).items())
         raise InputError(
-            f'{type(model).__name__} has no convolution that can be harmonic: {counts or "it has no convolutions"}.'
+            f'{type(model).__name__} has no convolution that can become harmonic: {counts or "it has no convolutions"}.'
         )
     chosen = {
         name: module
@@ -121,9 +110,11 @@ def plan(
         for pattern in _patterns(selection):
             _check_pattern(what, pattern, able, skipped)
     if not chosen:
-        raise InputError(f'include and exclude leave none of the {len(able)} convolutions that can be harmonic.')
+        raise InputError(f'include and exclude leave none of the {len(able)} convolutions that can become harmonic.')
     if levels is not None and not isinstance(levels, Mapping):
-        raise TypeError(f'levels must map patterns of names to levels, got {levels!r}. level is one for all.')
+        raise TypeError(
+            f'levels must map patterns of names to levels, got {levels!r}. For one level for all, pass level.'
+        )
     full = {name: full_level(module.kernel_size[0]) for name, module in chosen.items()}
     top = max(full.values())
     patterns: dict[str, int] = {}
@@ -161,9 +152,9 @@ def _check_pattern(what: str, pattern: str, able: Mapping[str, nn.Module], skipp
 
 
 def record_options(model: Any) -> nn.Module:
-    """Records in a network of timm that it is `harmonized` now, with the options to build it anew; returns it.
+    """Records in a network of timm that it is `harmonized` now, with the options to rebuild it; returns it.
 
-    A network that timm did not build stays as it is.
+    Networks that timm did not build do not change.
     """
     cfg = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict) or not cfg.get('architecture'):
@@ -186,8 +177,9 @@ def record_options(model: Any) -> nn.Module:
     separable = [name for name, layer in layers.items() if layer.form == 'separable']
     if separable:
         args['form'] = 'separable' if len(separable) == len(layers) else dict.fromkeys(separable, 'separable')
-    if '' in reasons_to_skip(model).values():  # others could be harmonic, and are not
+    if '' in reasons_to_skip(model).values():  # other convolutions stayed plain by choice
         args['include'] = list(layers)
-    args.update(options_of_basis(next(iter(layers.values())).named_basis()))
+    layer = next(iter(layers.values()))
+    args.update(options_of_basis(layer.normalization, layer.smoothness))
     model._model_args = args
     return model

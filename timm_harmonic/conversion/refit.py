@@ -1,10 +1,9 @@
-"""Refitting a truncated network to the complete one, on images without labels and without a gradient."""
+"""Refitting a truncated network to the complete one by least squares, on unlabelled images and without a gradient."""
 
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,20 +12,130 @@ from torch.utils._pytree import tree_leaves
 
 from ..common import InputError
 from ..common.progress import progress
-from ..layers import HarmonicLayer, dct_frequencies, full_level
-from .energy import COMPUTED, has_own_weight, levels_of
-from .losses import Losses, losses_by_filters
-from .moments import Moments, Samples, by_group, coefficients_of
-from .norms import by_batch, estimate_statistics, norms_behind
+from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, dct_frequencies, full_level, owns_weight
 from .running import Use, check_changeable, evaluating, images_in, trainable, uses_of, watching
 from .swap import check_unwrapped, harmonic_layers
 
-_BYTES = 2**31  # of images that are kept
-_SUMS = 2**30  # bytes of sums that are there at a time, where levels are compared
+_BYTES = 2**31  # of images kept in memory
+_SUMS = 2**30  # bytes of sums held at a time while levels are compared
 _BATCH = 32  # images that run through a network together
-_HELD_OUT = 4  # one of so many images judges
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last leaves the coefficients as they are
-_RIDGE = 1e-2  # where levels are compared
+_HELD_OUT = 4  # one image in this many is held out
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last keeps the coefficients
+_RIDGE = 1e-2  # while levels are compared
+_ELEMENTS = 2**24  # of features held at a time: 128 MiB in float64
+# Random positions suffice: this many for each feature of a group, and at least this many for a group.
+_POSITIONS, _FEWEST = 64, 2**14
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class Moments:
+    """Sums of products of F features, o outputs and 1 by group of a layer: (groups, F + o + 1, F + o + 1), float64.
+
+    Least squares needs nothing else, whatever the number of images.
+    """
+
+    def __init__(self, features: int, sums: Tensor) -> None:
+        self.features, self.sums = features, sums
+
+    def add(self, features: Tensor, outputs: Tensor) -> None:
+        """Adds rows: features (groups, N, F) and outputs (groups, N, o) in float64."""
+        both = torch.cat([features, outputs, torch.ones_like(outputs[..., :1])], 2)
+        self.sums += both.transpose(1, 2) @ both
+
+    @property
+    def rows(self) -> float:
+        """Number of rows added."""
+        return float(self.sums[0, -1, -1])
+
+    def plus(self, other: 'Moments') -> 'Moments':
+        """Returns the sums over the rows of both."""
+        return Moments(self.features, self.sums + other.sums)
+
+    def of(self, kept: Tensor) -> 'Moments':
+        """Returns the sums for some of the features, by their places."""
+        places = torch.cat([kept, torch.arange(self.features, self.sums.shape[1])]).to(self.sums.device)
+        return Moments(len(kept), self.sums[:, places][:, :, places])
+
+    def variance(self) -> Tensor:
+        """Returns the variance of the outputs, (groups, o)."""
+        means = self.sums[:, self.features : -1, -1] / self.rows
+        squares = self.sums.diagonal(dim1=1, dim2=2)[:, self.features : -1] / self.rows
+        return (squares - means.square()).clamp_min(0)
+
+    def error(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Returns the mean squared error (groups, o) of weights (groups, F, o) and biases (groups, o)."""
+        identity = torch.eye(weight.shape[2]).to(weight).expand(len(weight), -1, -1)
+        residual = torch.cat([-weight, identity, -bias[:, None]], 1)
+        return (residual * (self.sums @ residual)).sum(1).clamp_min(0) / self.rows
+
+    def solve(self, start: Tensor, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
+        """Solves least squares for weights (groups, F, o) and biases (groups, o), which are 0 without intercept.
+
+        The ridge pulls the weights towards `start`, by this share of each feature's energy.
+        """
+        count = self.features
+        ff, fy = self.sums[:, :count, :count].clone(), self.sums[:, :count, count:-1].clone()
+        f, y = self.sums[:, :count, -1:], self.sums[:, count:-1, -1:]
+        if intercept:
+            ff -= f @ f.transpose(1, 2) / self.rows
+            fy -= f @ y.transpose(1, 2) / self.rows
+        energy = ff.diagonal(dim1=1, dim2=2)
+        least = 1e-9 * energy.amax(1, keepdim=True) + torch.finfo(ff.dtype).tiny  # for features that are always 0
+        change = fy - ff @ start
+        ff.diagonal(dim1=1, dim2=2).add_(ridge * energy + least)
+        weight = start + torch.linalg.solve(ff, change)
+        bias = (y - weight.transpose(1, 2) @ f)[..., 0] / self.rows
+        return weight, bias if intercept else torch.zeros_like(bias)
+
+
+def rows_of(values: Tensor, groups: int) -> Tensor:
+    """Reshapes channels (B, groups * c, N) into rows (groups, B * N, c) in float64."""
+    values = values.to('cpu' if values.device.type == 'mps' else values.device, torch.float64)
+    return values.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def by_group(weight: Tensor, groups: int) -> Tensor:
+    """Reshapes coefficients (O, C / groups, P, 1) into weights (groups, F, o) in float64."""
+    rows = weight.detach().to('cpu' if weight.device.type == 'mps' else weight.device, torch.float64).flatten(1)
+    return rows.unflatten(0, (groups, -1)).transpose(1, 2)
+
+
+class Samples:
+    """Moments of a layer on the images that it is fitted to and, apart, on the held-out ones.
+
+    A random share of the positions of its output counts, enough for the features of a group. The layer computes in
+    float32 at least.
+    """
+
+    def __init__(self, layer: HarmonicLayer, positions: int) -> None:
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        self.layer: Any = layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
+        count = layer.in_channels // layer.groups * len(layer.basis)
+        size = count + layer.out_channels // layer.groups + 1
+        device = 'cpu' if layer.weight.device.type == 'mps' else layer.weight.device
+        sums = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=device)
+        self.fit, self.test = Moments(count, sums), Moments(count, sums.clone())
+        self.share = min(1.0, max(_POSITIONS * count, _FEWEST) / positions)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def check(self, name: str) -> None:
+        """Raises InputError, with the layer's name, if its inputs or outputs are not finite."""
+        for moments in (self.fit, self.test):
+            if not moments.sums.isfinite().all():
+                raise InputError(f'{name} has inputs or outputs that are not finite on the data.')
+
+    def add(self, x: Tensor, outputs: Tensor, held_out: Tensor) -> None:
+        """Adds inputs (B, C, H, W) and outputs (B, O, H', W'); `held_out` (B,) marks the held-out images."""
+        number = outputs[0, 0].numel()
+        size = number * self.layer.in_channels * len(self.layer.basis)
+        for part in torch.arange(len(x)).split(max(1, _ELEMENTS // size)):
+            features = self.layer.features(x[part].to(self.layer.weight.dtype)).flatten(2)
+            wanted = outputs[part].flatten(2)
+            places = torch.randperm(number, generator=self.generator)[: max(1, round(self.share * number))]
+            for moments, chosen in ((self.fit, ~held_out[part]), (self.test, held_out[part])):
+                if chosen.any():
+                    both = (v[chosen.to(v.device)][:, :, places.to(v.device)] for v in (features, wanted))
+                    moments.add(*(rows_of(values, self.layer.groups) for values in both))
 
 
 @trainable
@@ -35,37 +144,44 @@ def refit(
 ) -> nn.Module:
     """Fits the coefficients of a truncated network to what the complete one computes, on unlabelled images.
 
-    Layer after layer, in the order in which they run: least squares of the complete network's output of the layer on
-    the responses that the truncated layer keeps, to the input that it has in the truncated network. So a layer makes up
-    for what those before it left out. A ridge pulls to the present coefficients. How strong it is, and whether a layer
-    is changed at all, every fourth image decides. The last fit is to all images, unless that is worse for those. Then
-    the statistics of batch normalisation are estimated anew, where the network has any. On the images that decide, what
-    comes out is never further from the complete network's output than the truncated network is: it is the best of that,
-    of it with new statistics, and of the refitted one.
+    It fits layer after layer, in the order in which they run: least squares of the complete network's output of the
+    layer on the responses that the truncated layer keeps, for the input that it gets in the truncated network. Each
+    layer thus compensates for the layers before it. A ridge pulls towards the present coefficients. Every fourth image
+    is held out to choose the ridge, and whether a layer changes at all. The final fit uses all images unless that
+    increases the error on the held-out ones. Then the statistics of batch normalisation are re-estimated. The result
+    is the best on the held-out images of three: the truncated network, the same with re-estimated statistics, and the
+    refitted one.
 
-    The images are kept in memory, 2 GiB at most. Layers take their sums of products one after the other, float64: for F
-    features and o outputs of a group 16 (F + o)^2 bytes, 196 MiB for 512 channels at level 3 of 3 x 3, and about as
-    much again while they are added up and solved.
+    The images stay in memory, 2 GiB at most. One layer at a time needs sums of 16 (F + o)^2 bytes for F features and o
+    outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3, and about as much again to solve them.
 
     Args:
         model: Complete network. Layers that are harmonic in `small` may be plain in it.
         small: The same network, truncated.
         data: Batches of images (B, C, H, W), alone or first in a tuple or list. Labels are not used.
-        batches: How many are read at most. Data without an end need it.
+        batches: The most batches to read. Endless data need it.
         inplace: Whether to change `small` itself rather than a copy.
 
     Returns:
         The refitted network.
 
     Raises:
-        ValueError: If the networks do not fit together, there are fewer than eight images or more than 2 GiB of them,
-            a batch is empty or not finite, or what a layer computes on it is not. Nothing is changed then.
-        TypeError: If one of them is no network, or data are no batches.
+        InputError: If the networks do not match, `data` hold fewer than eight images or more than 2 GiB of them, a
+            batch is empty or not finite, or a layer's output on it is not. Nothing has changed then.
+        TypeError: If an argument is not a network, or `data` are not batches.
     """
     _check_pair(model, small)
     if inplace:
         check_changeable(small)
-    parts = data if isinstance(data, Parts) else read_images(data, next(small.parameters()), batches)
+    best = refitted(model, small, read_images(data, next(small.parameters()), batches))
+    if not inplace:
+        return best
+    small.load_state_dict(best.state_dict())
+    return small
+
+
+def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.Module:
+    """Returns a refitted copy of a truncated network, see `refit`, on images of `read_images`."""
     _check_outputs(model, small, parts[0])
     fitted, counted = copy.deepcopy(small), copy.deepcopy(small)
     with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
@@ -80,21 +196,17 @@ def refit(
         if not math.isfinite(errors[small]):
             raise InputError('the networks give values that are not finite on the data.')
         best = min(errors, key=lambda network: math.inf if math.isnan(errors[network]) else errors[network])
-    if not inplace:
-        return copy.deepcopy(small) if best is small else best
-    if best is not small:
-        small.load_state_dict(best.state_dict())
-    return small
+    return copy.deepcopy(small) if best is small else best
 
 
 class Parts(list[Tensor]):
-    """Images that were read by `read_images`."""
+    """Images read by `read_images`."""
 
 
 def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Parts:
-    """All images of data, see `images_in`, in parts of about 32 of one size.
+    """Reads all images of `data`, see `images_in`, into parts of about 32 images of one size.
 
-    Raises ValueError if there are fewer than eight, more than 2 GiB, or a single one of its size.
+    Raises InputError if they are fewer than eight, more than 2 GiB, or a single one of its size.
     """
     read: list[Tensor] = []
     total = 0
@@ -102,64 +214,79 @@ def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -
         read.append(images)
         total += images.nbytes
         if total > _BYTES:
-            raise InputError(f'data have more than {_BYTES / 2**30:g} GiB of images, which are kept: pass batches.')
+            raise InputError(
+                f'data hold more than {_BYTES / 2**30:g} GiB of images, which stay in memory: limit batches.'
+            )
     if (count := sum(map(len, read))) < 2 * _HELD_OUT:
-        raise InputError(f'refitting needs at least {2 * _HELD_OUT} images, data have {count}.')
+        raise InputError(f'data hold {count} images: at least {2 * _HELD_OUT} are needed.')
     parts = Parts()
     for size in dict.fromkeys(images.shape[1:] for images in read):
         alike = torch.cat([images for images in read if images.shape[1:] == size])
         if len(alike) == 1:
-            raise InputError(f'data have a single image of size {tuple(size)}: refitting needs two at least of each.')
-        # In any order, but always the same one: folders are read class by class, and a batch is to be like all images.
+            raise InputError(f'data hold a single image of size {tuple(size)}: two or more of each size are needed.')
+        # Shuffled, always in the same way: folders come class by class, and every batch should resemble all images.
         order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
         parts += alike[order.to(alike.device)].tensor_split(-(-len(alike) // _BATCH))
     return parts
 
 
-def losses_by_refit(model: nn.Module, parts: Sequence[Tensor]) -> Losses:
-    """Share of each harmonic layer's output that refitting it leaves over at each level, on images that judge.
+def losses_on_images(model: nn.Module, parts: Sequence[Tensor], refit: bool) -> dict[str, dict[int, float]]:
+    """Returns the share of each harmonic layer's output that becomes error at each level, on images of `read_images`.
 
-    Every layer has its complete input. The mean squared error is divided by the output's variance, and averaged over
-    output channels. One run gives the sums for all levels of a layer; there are as many runs as the sums need to stay
-    below 1 GiB, or to hold one layer. `parts` are of `read_images`. A layer that no image reaches is judged by its
-    filters.
+    Every layer gets its complete input. With the error e and the complete output y, E[e^2] / Var[y] is averaged over
+    output channels, because normalisation divides each by its own deviation. With `refit` that is what refitting the
+    layer leaves over, on the held-out images; else the ratio is mapped into [0, 1) as ratio / (1 + ratio). Runs repeat
+    so that the sums stay below 1 GiB, or hold one layer. Layers that no image reaches are left out. Raises InputError
+    if outputs are not finite.
     """
-    layers, found = harmonic_layers(model), losses_by_filters(model)
+    layers, found = harmonic_layers(model), {}
+    samples: dict[str, Samples] = {}
+
+    def add(name: str, layer: HarmonicLayer, x: Tensor, output: Tensor) -> None:
+        samples[name].add(x, output, held_out)
+
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
         for names in _batches_of_layers({name: layers[name] for name in uses if uses[name]}):
-            samples = {name: Samples(layers[name], _positions(uses[name], parts)) for name in names}
-            for part, judges in _with_judges(parts):
-                with watching(model, partial(_add, samples, judges), names):
+            samples |= {name: Samples(layers[name], _positions(uses[name], parts)) for name in names}
+            for part, mask in _with_held_out(parts):
+                held_out = mask
+                with watching(model, add, names):
                     model(part)
             for name in names:
                 samples[name].check(name)
+                fit, test = samples[name].fit, samples.pop(name).test
                 intercept = layers[name].bias is not None or name in norms
-                found[name] = _losses_of(layers[name], samples.pop(name), intercept)
+                moments = (fit, test, intercept) if refit else (None, fit.plus(test))
+                found[name] = _losses_of(layers[name], *moments)
     return found
 
 
-def _add(
-    samples: dict[str, Samples], judges: Tensor, name: str, layer: HarmonicLayer, x: Tensor, output: Tensor
-) -> None:
-    samples[name].add(x, output, judges)
-
-
-def _losses_of(layer: HarmonicLayer, samples: Samples, intercept: bool) -> dict[int, float]:
+def _losses_of(layer: HarmonicLayer, fit: Moments | None, test: Moments, intercept: bool = False) -> dict[int, float]:
+    """Returns the losses of a layer's levels on moments `test`, refitted on `fit` or as truncated."""
     side, channels = layer.kernel_size[0], layer.in_channels // layer.groups
     present = dct_frequencies(side, layer.level, layer.dc)
     lost = {layer.level: 0.0}
-    for level in levels_of(layer)[1:]:
+    for level in layer.levels()[1:]:
         kept = torch.tensor([present.index(pair) for pair in dct_frequencies(side, level, layer.dc)])
         places = (len(present) * torch.arange(channels)[:, None] + kept).flatten()
-        start = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
-        fit, judge = samples.fit.of(places), samples.judge.of(places)
-        lost[level] = min(1.0, _relative(judge, *fit.solve(start, _RIDGE, intercept)))
+        weight = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
+        if fit is None:
+            ratio = _relative(test.of(places), weight, _bias_of(layer, weight))
+            lost[level] = ratio / (1 + ratio)
+        else:
+            lost[level] = min(1.0, _relative(test.of(places), *fit.of(places).solve(weight, _RIDGE, intercept)))
     return lost
 
 
+def _bias_of(layer: HarmonicLayer, weight: Tensor) -> Tensor:
+    """Returns a layer's bias beside weights (groups, F, o): (groups, o)."""
+    nothing = weight.new_zeros(layer.groups, weight.shape[2])
+    return nothing if layer.bias is None else layer.bias.to(nothing).reshape(nothing.shape)
+
+
 def _batches_of_layers(layers: dict[str, HarmonicLayer]) -> Iterator[list[str]]:
-    """Names of layers whose sums are there together."""
+    """Yields names of layers whose sums fit into memory together."""
     names: list[str] = []
     total = 0
     for name, layer in layers.items():
@@ -177,28 +304,26 @@ def _batches_of_layers(layers: dict[str, HarmonicLayer]) -> Iterator[list[str]]:
 def _refit_layer(
     model: nn.Module, small: nn.Module, name: str, uses: Sequence[Use], parts: Sequence[Tensor], norm: Any
 ) -> None:
-    """Fits one layer of a truncated network, in place. `norm` is what normalises its output, if anything does."""
+    """Fits one layer of a truncated network, in place. `norm` is the module that normalises its output, if any."""
     layer: Any = small.get_submodule(name)
     samples = Samples(layer, _positions(uses, parts))
-    for part, judges in _with_judges(parts):
+    for part, held_out in _with_held_out(parts):
         wanted = [output for _, output in _run_to(model, name, len(uses), part)]
         with by_batch(small):
             given = [x for x, _ in _run_to(small, name, len(uses), part)]
         for x, output in zip(given, wanted, strict=True):
-            samples.add(x, output, judges)
+            samples.add(x, output, held_out)
     samples.check(name)
     start = by_group(layer.weight, layer.groups)
-    nothing = start.new_zeros(layer.groups, start.shape[2])
-    present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
     intercept = layer.bias is not None or norm is not None
-    errors = {ridge: _relative(samples.judge, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
+    errors = {ridge: _relative(samples.test, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
-    if errors[best] >= _relative(samples.judge, start, present):
+    if errors[best] >= _relative(samples.test, start, _bias_of(layer, start)):
         return
-    # By all images, unless that is worse for those that judge.
-    solved = [moments.solve(start, best, intercept) for moments in (samples.fit.plus(samples.judge), samples.fit)]
-    weight, bias = min(solved, key=lambda of: _relative(samples.judge, *of))
-    layer.weight.copy_(coefficients_of(weight, layer.weight))
+    # On all images, unless that increases the error on the held-out ones.
+    solved = [moments.solve(start, best, intercept) for moments in (samples.fit.plus(samples.test), samples.fit)]
+    weight, bias = min(solved, key=lambda of: _relative(samples.test, *of))
+    layer.weight.copy_(weight.transpose(1, 2).reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(bias.flatten())
     elif norm is not None:
@@ -207,19 +332,19 @@ def _refit_layer(
 
 
 def _positions(uses: Sequence[Use], parts: Sequence[Tensor]) -> int:
-    """Positions of a layer's output over all images, by its uses for the first part of them."""
+    """Counts the positions of a layer's output over all images, by its uses for the first part of them."""
     return sum(use.positions for use in uses) * sum(map(len, parts)) // len(parts[0])
 
 
-def _relative(judge: Moments, weight: Tensor, bias: Tensor) -> float:
-    """Error over the outputs' variance, mean over the outputs that vary."""
-    variance = judge.variance()
+def _relative(test: Moments, weight: Tensor, bias: Tensor) -> float:
+    """Returns the error over the outputs' variance, averaged over the outputs that vary."""
+    variance = test.variance()
     alive = variance > 1e-12 * variance.max()
-    return float((judge.error(weight, bias)[alive] / variance[alive]).mean()) if alive.any() else 0.0
+    return float((test.error(weight, bias)[alive] / variance[alive]).mean()) if alive.any() else 0.0
 
 
-def _with_judges(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of the images, and which of their images judge (B,)."""
+def _with_held_out(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields parts of the images, with a mask (B,) of those held out."""
     first = 0
     for part in parts:
         yield part, (first + torch.arange(len(part))) % _HELD_OUT == _HELD_OUT - 1
@@ -227,15 +352,15 @@ def _with_judges(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class _Enough(Exception):
-    """Raised to end a run whose rest is not needed."""
+    """Ends a run early."""
 
 
 def _run_to(model: nn.Module, name: str, uses: int, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Runs images through a network up to a module, which is used so many times: its inputs and outputs."""
+    """Runs images through a network up to the last of a module's uses, and returns its inputs and outputs."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def note(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        # What follows may work in place.
+        # The next modules may work in place.
         found.append((x.clone() if uses > 1 else x, output.clone()))
         if len(found) == uses:
             raise _Enough
@@ -246,15 +371,15 @@ def _run_to(model: nn.Module, name: str, uses: int, images: Tensor) -> list[tupl
 
 
 def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> float:
-    """Squared error of a network's outputs on the images that judge, over the variance of another network's.
+    """Returns the squared error of a network's outputs on the held-out images, over the variance of another's.
 
     The variance is that within each part.
     """
     error, variance = 0.0, 0.0
     with torch.no_grad(), evaluating(model), evaluating(small):
-        for part, judges in _with_judges(parts):
-            images = part[judges.to(part.device)]
-            if not len(images):  # of a batch that is smaller than four
+        for part, held_out in _with_held_out(parts):
+            images = part[held_out.to(part.device)]
+            if not len(images):  # the part has fewer than four
                 continue
             for wanted, found in zip(_outputs(model, images), _outputs(small, images), strict=True):
                 error += float((found.double() - wanted.double()).square().sum())
@@ -263,12 +388,12 @@ def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) ->
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The tensors of numbers that a network returns."""
+    """Returns the floating-point tensors among a network's outputs."""
     return [x for x in tree_leaves(model(images)) if isinstance(x, Tensor) and x.is_floating_point()]
 
 
 def _check_outputs(model: nn.Module, small: nn.Module, images: Tensor) -> None:
-    """Raises ValueError if the networks' outputs cannot be compared."""
+    """Raises InputError if the networks' outputs cannot be compared."""
     with torch.no_grad(), evaluating(model), evaluating(small):
         wanted, found = _outputs(model, images), _outputs(small, images)
     shapes = [[tuple(x.shape) for x in outputs] for outputs in (wanted, found)]
@@ -290,11 +415,13 @@ def _check_pair(model: nn.Module, small: nn.Module) -> None:
         alike = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'groups')
         if other is None or any(getattr(other, key, None) != getattr(layer, key) for key in alike):
             raise InputError(
-                f'{name} of the truncated network is not in the complete one: it must be the same network.'
+                f'{name} of the truncated network has no equal in the complete one: pass the same network.'
             )
         if isinstance(other, HarmonicLayer) and other.level < layer.level:
-            raise InputError(f'{name} of the complete network keeps less than that of the truncated one: swap them.')
-        if not has_own_weight(layer):
+            raise InputError(
+                f'{name} keeps fewer frequencies in the complete network than in the truncated one: swap them.'
+            )
+        if not owns_weight(layer):
             raise InputError(f'cannot refit {name}: {COMPUTED}.')
     first, second = (next(network.parameters()) for network in (model, small))
     if (first.device, first.dtype) != (second.device, second.dtype):
@@ -302,3 +429,72 @@ def _check_pair(model: nn.Module, small: nn.Module) -> None:
             f'the networks must be on one device and of one dtype, got {first.dtype} on {first.device} and '
             f'{second.dtype} on {second.device}.'
         )
+
+
+def norms_of(model: nn.Module) -> list[Any]:
+    """Returns the batch normalisations of a network whose statistics follow the data, except inside harmonic blocks.
+
+    Levels do not change the statistics of a harmonic block's responses. A momentum of 0 freezes statistics.
+    """
+    inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d)}
+    norms = [module for module in model.modules() if isinstance(module, _NORMS) and id(module) not in inside]
+    return [norm for norm in norms if norm.track_running_stats and norm.momentum != 0]
+
+
+def norms_behind(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
+    """Returns the modules with a running mean that directly follow a harmonic layer, by the layer's name."""
+    found: dict[str, nn.Module] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+        outputs[name] = output
+
+    def follow(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.update({name: module for name, output in outputs.items() if inputs and inputs[0] is output})
+
+    norms = [m for m in model.modules() if isinstance(getattr(m, 'running_mean', None), Tensor)]
+    handles = [norm.register_forward_pre_hook(follow) for norm in norms]
+    try:
+        with watching(model, note), torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def by_batch(model: nn.Module) -> Iterator[None]:
+    """Makes a network normalise by the statistics of each batch, without updating its running ones."""
+    norms = norms_of(model)
+    before = [(norm.training, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.training, norm.momentum = True, 0.0
+    try:
+        yield
+    finally:
+        for norm, (training, momentum, count) in zip(norms, before, strict=True):
+            norm.training, norm.momentum = training, momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+def estimate_statistics(model: nn.Module, parts: Sequence[Tensor]) -> None:
+    """Re-estimates the statistics of a network's batch normalisation as their mean over batches, in place.
+
+    It does what torch.optim.swa_utils.update_bn does, but keeps everything else in evaluation: no dropout. Modules that
+    no image reaches in evaluation, such as an auxiliary head, keep their statistics.
+    """
+    norms = norms_of(model)
+    before = [(norm.training, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    with torch.no_grad(), evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.training, norm.momentum = True, None
+        try:
+            for part in parts if norms else ():
+                model(part)
+        finally:
+            for norm, (training, momentum, state) in zip(norms, before, strict=True):
+                norm.training, norm.momentum = training, momentum
+                if not norm.num_batches_tracked:
+                    norm.load_state_dict(state)

@@ -1,42 +1,49 @@
-"""What is harmonic in a network, what is not, and what it costs."""
+"""What is harmonic in a network and what it costs, as a table; what a truncation keeps, as a picture."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from .energy import energy_kept
-from .forms import multiply_adds
+from .costs import multiply_adds
 from .running import uses_of
 from .swap import harmonic_layers, reasons_to_skip
+from .truncate import losses_by_filters
+
+_CAPTION = (
+    'A layer at level L keeps the frequencies i + j < L, left of the line. Frequency: sign changes of a DCT function, '
+    'down\nand across. Energy: the sum of squared coefficients. Dark cells right of the line cost little.'
+)
+_FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
 
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
-    """One convolution of a network. What is about frequencies is None for a plain one."""
+    """One convolution of a network. Fields about frequencies are None for a plain one."""
 
     name: str  # qualified
     kernel_size: tuple[int, ...]
     groups: int
     level: int | None  # the paper's lambda, 2k - 1 for all frequencies
-    kept: int | None  # frequencies that the layer keeps
-    frequencies: int | None  # frequencies that there are
+    kept: int | None  # number of frequencies kept
+    frequencies: int | None  # number of all frequencies
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
-    energy_kept: float | None  # share of the filters' energy; None too for coefficients loaded at their level
+    energy_kept: float | None  # share of the filters' energy; None if unknown, as for coefficients loaded at a level
     basis: str | None  # 'l1' (the authors'), 'ortho' or 'smoothness=S'
     form: str | None  # 'dense' or 'separable'
     macs_before: int | None  # multiply-adds of the plain convolution for one image; None without images
     macs: int | None  # multiply-adds in its form
-    ms_before: float | None  # milliseconds of the plain convolution, for the batch that it was timed with
+    ms_before: float | None  # milliseconds of the plain convolution, for the batch it was timed on
     ms: float | None  # milliseconds in its form; None if it was not timed
-    reason: str  # why it stays plain; empty if it is harmonic or could be
+    reason: str  # why it has to stay plain; empty if it is or could be harmonic
 
 
 @dataclasses.dataclass(frozen=True)
 class HarmonicReport:
-    """All convolutions of a network, in its order. Prints as a table."""
+    """All convolutions of a network, in its order. It prints as a table."""
 
     model: str  # name of the architecture, or of the class
     convolutions: tuple[Convolution, ...]
@@ -44,17 +51,18 @@ class HarmonicReport:
     parameters: int  # of the network
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
+        """Returns the report as plain values, for JSON."""
         return dataclasses.asdict(self)
 
     def to_markdown(self) -> str:
-        """The report as a Markdown table."""
-        return '\n'.join([self._summary(), '', *self._lines(box='MARKDOWN'), ''])
+        """Returns the report as a Markdown table."""
+        return '\n'.join([self.summary(), '', *self._lines(box='MARKDOWN'), ''])
 
     def __str__(self) -> str:
-        return '\n'.join([*self._lines(pad_edge=False, padding=(0, 2, 0, 0)), self._summary()])
+        return '\n'.join([*self._lines(pad_edge=False, padding=(0, 2, 0, 0)), self.summary()])
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """Returns one sentence: how much is harmonic, and the parameters."""
         harmonic = sum(conv.level is not None for conv in self.convolutions)
         return (
             f'{self.model}: {harmonic} of {len(self.convolutions)} convolutions are harmonic, {self.parameters:,} of '
@@ -62,13 +70,13 @@ class HarmonicReport:
         )
 
     def _lines(self, box: str = '', **style: Any) -> list[str]:
-        from rich import box as boxes  # here, because it takes as long to import as the rest of the package
+        from rich import box as boxes  # here, because importing it takes as long as the rest of the package
         from rich.console import Console
         from rich.table import Table
 
         table = Table(box=getattr(boxes, box) if box else None, **style)
         rows = [_cells(conv) for conv in self.convolutions]
-        # What nobody counted or timed has no column.
+        # Only what was counted or timed has a column.
         columns = [title for title in _COLUMNS if title not in _MEASURED or any(row[title] for row in rows)]
         for title in columns:
             table.add_column(title.partition('.')[0], justify='left' if title in _TEXTS else 'right', no_wrap=True)
@@ -105,21 +113,21 @@ def _cells(conv: Convolution) -> dict[str, str]:
         conv.form or '',
         *('' if macs is None else f'{macs:,}' for macs in (conv.macs, conv.macs_before)),
         *('' if ms is None else f'{ms:.3g}' for ms in (conv.ms, conv.ms_before)),
-        conv.reason if conv.reason or harmonic else 'not asked for',
+        conv.reason if conv.reason or harmonic else 'not selected',
     )
     return dict(zip(_COLUMNS, cells, strict=True))
 
 
 def _numel(parameter: Tensor) -> int:
-    """Numbers in a parameter; none yet in one of a lazy layer."""
+    """Counts the numbers in a parameter; a lazy layer has none yet."""
     return 0 if isinstance(parameter, nn.UninitializedParameter) else parameter.numel()
 
 
 def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicReport:
-    """Lists all convolutions of a network, harmonic and plain: print it, or take `to_dict()` or `to_markdown()`.
+    """Lists all convolutions of a network, harmonic and plain: print it, or use `to_dict()` or `to_markdown()`.
 
-    With images, an example batch (B, C, H, W), multiply-adds of the harmonic layers are counted. Milliseconds are there
-    if layers were timed, as `truncate` with cost='time' and `deploy` do.
+    With images, an example batch (B, C, H, W), it counts the harmonic layers' multiply-adds. Milliseconds show where
+    `deploy`, or `truncate` with cost='time', has timed layers.
     """
     reasons, layers = reasons_to_skip(model), harmonic_layers(model)
     positions: dict[str, int] = {}
@@ -137,7 +145,8 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
         if name in layers:
             kept, frequencies = module.weight.shape[2], module.kernel_size[0] ** 2
             about |= dict(level=module.level, kept=kept, frequencies=frequencies, basis=module.named_basis())
-            about |= dict(parameters_before=size // kept * frequencies, energy_kept=energy_kept(module))
+            about |= dict(parameters_before=size // kept * frequencies)
+            about |= dict(energy_kept=module.energy_kept)
             about |= dict(form=module.form)
             if name in positions:
                 forms = ('dense', module.form)
@@ -151,3 +160,37 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     name = get_model_args(model).get('base_model') or cfg.get('architecture') or type(model).__name__
     return HarmonicReport(name, tuple(found), parameters + dropped, parameters)
+
+
+def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
+    """Draws a PNG of a truncation: the energy of each layer by frequency, and the level that it keeps."""
+    import matplotlib
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    losses, report = losses_by_filters(model), harmonic_report(small)
+    levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
+    names, top = list(losses), max(max(of) for of in losses.values())
+    shares = np.full((len(names), top), np.nan)
+    for row, name in enumerate(names):
+        lost = {0: 1.0, min(losses[name]) - 1: 1.0, **losses[name]}
+        for total in range(max(losses[name])):
+            shares[row, total] = 100 * (lost.get(total, 1.0) - lost[total + 1]) if total + 1 in lost else np.nan
+    with matplotlib.rc_context(_FONTS):
+        figure = Figure(figsize=(8, max(4.2, 1.9 + 0.16 * len(names))), layout='constrained')  # room for every name
+        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
+        axes = figure.subplots()
+        norm = LogNorm(vmin=0.05, vmax=100, clip=True)
+        image = axes.imshow(shares, aspect='auto', cmap='viridis', norm=norm, interpolation='nearest')
+        edges = np.array([levels[name] - 0.5 for name in names])
+        axes.step([*edges, edges[-1]], np.arange(len(names) + 1) - 0.5, where='pre', color='#D55E00', linewidth=2)
+        axes.set_yticks(range(len(names)), [f'{name}  L={levels[name]}' for name in names])
+        axes.set_xticks(range(top))
+        axes.tick_params(length=2)
+        axes.set_xlabel('frequency i + j')
+        axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
+        figure.colorbar(image, ax=axes, label="share of the energy of a layer's filters (%)", shrink=0.8, pad=0.02)
+        figure.supxlabel(_CAPTION, x=0.01, ha='left', fontsize=8, color='0.35')
+        figure.savefig(path, format='png', dpi=130)

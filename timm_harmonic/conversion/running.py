@@ -15,15 +15,15 @@ from .swap import harmonic_layers
 
 P = ParamSpec('P')
 R = TypeVar('R')
-Watch = Callable[[str, Any, Tensor, Tensor], None]  # is told a module's name, the module, its input and its output
+Watch = Callable[[str, Any, Tensor, Tensor], None]  # gets a module's name, the module, its input and its output
 
 
 def trainable(function: Callable[P, R]) -> Callable[P, R]:
-    """Has a function make tensors that can be trained, when it is called in inference mode as well."""
+    """Makes a function create trainable tensors even when it is called in inference mode."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        gradients = torch.is_grad_enabled()  # leaving inference mode would switch them on
+        gradients = torch.is_grad_enabled()  # leaving inference mode would switch gradients on
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             return function(*args, **kwargs)
 
@@ -31,13 +31,13 @@ def trainable(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_changeable(model: nn.Module) -> None:
-    """Raises ValueError if a network cannot be changed in place: its tensors were made in inference mode."""
+    """Raises InputError if a network cannot change in place because its tensors were made in inference mode."""
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
-        raise InputError('the network was made in inference mode, and cannot be changed in place: leave inplace out.')
+        raise InputError('a network made in inference mode cannot change in place: leave inplace out.')
 
 
 class Use(NamedTuple):
-    """One use of a layer: what its input is like, and how many positions its output has, over the batch."""
+    """One use of a layer: the properties of its input, and the number of positions of its output over the batch."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -46,17 +46,16 @@ class Use(NamedTuple):
     positions: int
 
     def draw(self) -> Tensor:
-        """Random values like the input, in its memory format."""
+        """Draws random values like the input, in its memory format."""
         x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return x.copy_(torch.randn(self.shape, device=self.device))
 
 
 def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Iterator[Tensor]:
-    """The images (B, C, H, W) of each batch, on the device and in the dtype of `like`.
+    """Yields the images (B, C, H, W) of each batch, on the device and in the dtype of `like`.
 
-    A batch is a tensor of images, or has it first in a tuple or list. `batches` is how many are read at most. Raises
-    ValueError if there are none, or one has no images or values that are not finite, naming it; TypeError if data are
-    no batches.
+    A batch is a tensor of images, alone or first in a tuple or list. At most `batches` are read. Raises InputError if
+    there are none, or if one is empty or not finite, naming it; TypeError if `data` are not batches.
     """
     if isinstance(data, (Tensor, str)):
         given = f'images {tuple(data.shape)}: pass [images]' if isinstance(data, Tensor) else repr(data)
@@ -73,12 +72,12 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
             raise InputError(f'batch {number} of data has values that are not finite.')
         yield images.detach().to(like)
     if number < 0:
-        raise InputError('data have no batches: give at least one batch of images.')
+        raise InputError('data hold no batches: pass at least one batch of images.')
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a network into evaluation, and each of its modules back into training afterwards if it was."""
+    """Puts a network into evaluation, and afterwards each of its modules back into the mode it had."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -90,7 +89,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None) -> Iterator[None]:
-    """Has modules of a network tell what they compute, for as long as this lasts: by default the harmonic layers."""
+    """Reports what modules of a network compute, by default the harmonic layers, while the context lasts."""
 
     def hook_of(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -108,22 +107,22 @@ def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None)
 
 
 def uses_of(model: nn.Module, images: Tensor) -> dict[str, list[Use]]:
-    """How a network, in evaluation, uses each harmonic layer for a batch of images: once, not at all, or repeatedly.
+    """Records how a network in evaluation uses each harmonic layer for a batch of images: once, never, or repeatedly.
 
-    Layers are in the order of their first use. Raises TypeError if images are no tensor, ValueError if there are none,
-    or they are on another device than the network.
+    Layers come in the order of their first use. Raises TypeError if images are not a tensor, InputError if they are
+    empty or on another device than the network.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f'images must be an example batch (B, C, H, W), got {type(images).__name__}.')
     if not images.numel():
-        raise InputError(f'images have shape {tuple(images.shape)}: give at least one image.')
+        raise InputError(f'images have shape {tuple(images.shape)}: pass at least one image.')
     parameter = next(model.parameters())
     if images.device != parameter.device:
-        raise InputError(f'images are on {images.device}, the network is on {parameter.device}: put them together.')
+        raise InputError(f'images are on {images.device}, the network is on {parameter.device}: move one of them.')
     found: dict[str, list[Use]] = {}
 
     def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        # Strides as of a copy: an expanded input has places that share memory.
+        # The strides of a copy: elements of an expanded input share memory.
         stride = torch.empty_like(x, device='meta').stride()
         found.setdefault(name, []).append(Use(x.shape, stride, x.dtype, x.device, output[:, 0].numel()))
 

@@ -1,28 +1,35 @@
-"""Which convolutions of a network can be harmonic, and how they are swapped. Every network goes through here."""
+"""Which convolutions of a network can become harmonic, and the one way in which layers are swapped."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from timm.layers import Conv2dSame, PatchEmbed, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.models import reparameterize_model
 from torch import nn
 
-from ..layers import HarmonicBlock2d, HarmonicConv2d, HarmonicConv2dSame, HarmonicLayer, conv_args
-from .energy import COMPUTED, energy_of, has_own_weight, share_of_energy
+from ..common import InputError
+from ..layers import (
+    COMPUTED,
+    HarmonicBlock2d,
+    HarmonicConv2d,
+    HarmonicConv2dSame,
+    HarmonicLayer,
+    conv_args,
+    owns_weight,
+)
 
-# Which harmonic layer takes the place of which convolution.
+# The harmonic layer that replaces each kind of convolution.
 _HARMONIC: dict[type[nn.Module], type[HarmonicConv2d]] = {nn.Conv2d: HarmonicConv2d, Conv2dSame: HarmonicConv2dSame}
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-# What holds a network, by class, and what to give in its place.
-_WRAPPERS = dict(
-    DistributedDataParallel='change network.module before you wrap it',
-    FullyShardedDataParallel='change the network before you wrap it',
-    DataParallel='change network.module before you wrap it',
-    OptimizedModule='change the network before you compile it, or network._orig_mod',
-)
-# Where torch keeps hooks of a module.
+# Classes that wrap a network, and what to pass instead.
+_WRAPPED = 'change network.module before you wrap it'
+_WRAPPERS = dict(DistributedDataParallel=_WRAPPED, FullyShardedDataParallel=_WRAPPED, DataParallel=_WRAPPED)
+_WRAPPERS |= dict(OptimizedModule='change the network before you compile it, or network._orig_mod')
+# The attributes in which torch keeps a module's hooks.
 _HOOKS = (
     '_forward_hooks',
     '_forward_pre_hooks',
@@ -33,30 +40,30 @@ _HOOKS = (
     '_load_state_dict_pre_hooks',
     '_load_state_dict_post_hooks',
 )
-# What timm calls on a block to fuse it for inference, see timm.models.reparameterize_model.
+# The methods by which timm fuses a block for inference, see timm.models.reparameterize_model.
 _FUSING = ('fuse', 'reparameterize', 'switch_to_deploy')
 
 
 def harmonic_layers(model: nn.Module) -> dict[str, HarmonicLayer]:
-    """The harmonic layers of a network by qualified name, in its order."""
+    """Returns the harmonic layers of a network by qualified name, in its order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, HarmonicLayer)}
 
 
 def check_unwrapped(model: Any) -> None:
-    """Raises TypeError for what is no network, or holds one: that would go on with the layers of before."""
+    """Raises TypeError unless `model` is a bare network: a wrapper would keep using the old layers."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f'a network is wanted, an nn.Module as of timm.create_model(...), got {model!r}.')
+        raise TypeError(f'expected a network (nn.Module), as timm.create_model returns it, got {model!r}.')
     kind = type(model).__name__
     if kind in _WRAPPERS:
         raise TypeError(f'{kind} holds the network: {_WRAPPERS[kind]}.')
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError('the network is scripted or traced: give the one that it was made from.')
+        raise TypeError('the network is scripted or traced: pass the original network.')
 
 
 def reasons_to_skip(model: nn.Module) -> dict[str, str]:
-    """Why convolutions of any kind have to stay plain, by qualified name in the network's order.
+    """Explains why each convolution has to stay plain, by qualified name in the network's order.
 
-    Empty text: the convolution can be harmonic.
+    An empty text means that the convolution can become harmonic.
     """
     check_unwrapped(model)
     patches = {id(module.proj) for module in model.modules() if isinstance(module, PatchEmbed)}
@@ -75,7 +82,7 @@ def reasons_to_skip(model: nn.Module) -> dict[str, str]:
         ]
         reasons[name] = _reason_to_skip(conv)
         if not reasons[name] and id(conv) in patches:
-            reasons[name] = 'patch embedding: timm resizes its filters to the size of the patches'
+            reasons[name] = 'patch embedding: timm resizes its filters to the patches'
         elif not reasons[name] and others:
             reasons[name] = f'shares its {others[0]}'
     return reasons
@@ -88,7 +95,7 @@ def _reason_to_skip(conv: nn.Module) -> str:
     if not isinstance(conv, nn.Conv2d):
         return f'{len(conv.kernel_size)}-D'
     if isinstance(conv.weight, nn.UninitializedParameter):
-        return 'has no weights yet (lazy): run images through the network first'
+        return 'has no weights yet (lazy): run an image through the network first'
     height, width = conv.kernel_size
     if height != width:
         return f'not square ({height} x {width})'
@@ -96,15 +103,15 @@ def _reason_to_skip(conv: nn.Module) -> str:
         return '1 x 1'
     if isinstance(conv, _STANDARDISED):
         return f'its weights are standardised ({kind})'
-    if not has_own_weight(conv):
+    if not owns_weight(conv):
         return COMPUTED
     if type(conv) not in _HARMONIC:
-        return f'{kind} may compute something else than nn.Conv2d'
+        return f'{kind} may compute something other than nn.Conv2d'
     return changes_of(conv) or _own_state(conv)
 
 
 def changes_of(layer: nn.Module) -> str:
-    """What somebody has put on a layer that another layer in its place would lack; empty if nothing."""
+    """Names what replacing a layer would lose: hooks or a forward of its own. Empty if nothing."""
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         return 'has hooks, which would be lost'
     if {'forward', '_conv_forward'} & vars(layer).keys():
@@ -113,14 +120,14 @@ def changes_of(layer: nn.Module) -> str:
 
 
 def _own_state(conv: nn.Module) -> str:
-    """Why a convolution's parameters are not those that nn.Conv2d makes; empty if they are."""
+    """Explains how a convolution's parameters differ from those that nn.Conv2d makes; empty if they do not."""
     names = [name for name, _ in (*conv.named_parameters(), *conv.named_buffers()) if name not in ('weight', 'bias')]
     if names or next(conv.children(), None) is not None:
         return 'has parameters, buffers or modules of its own, which would be lost'
     if conv.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f'its weights are {conv.weight.dtype}'
     if conv.weight.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
-        return f'its weights {tuple(conv.weight.shape)} are not what its arguments say'
+        return f'its weights {tuple(conv.weight.shape)} contradict its arguments'
     return ''
 
 
@@ -132,16 +139,16 @@ def make_harmonic(
     stem: str = '',
     keep_filters: bool = False,
 ) -> None:
-    """Swaps convolutions of a network for harmonic layers, in place.
+    """Replaces convolutions of a network by harmonic layers, in place.
 
-    A block that fuses its convolutions for inference by itself (RepVGG, MobileOne and others) fuses the harmonic layers
-    in it first.
+    Blocks that fuse their own convolutions for inference (RepVGG, MobileOne and others) will fuse their harmonic layers
+    first.
 
     Args:
-        model: Network; itself not a convolution.
-        levels: Level of each convolution to swap, by qualified name. Other names are ignored.
-        basis: normalization and smoothness of the layers, where they are not the defaults.
-        stem: Name of the convolution that becomes a `HarmonicBlock2d`, if one does.
+        model: Network; not itself a convolution.
+        levels: Level of each convolution to replace, by qualified name. Other names are ignored.
+        basis: normalization and smoothness of the layers, where they differ from the defaults.
+        stem: Name of the convolution that becomes a `HarmonicBlock2d`, if any.
         keep_filters: Whether layers take over the filters. Otherwise they start from their own initialisation.
     """
     layers: dict[str, nn.Module] = {}
@@ -154,9 +161,9 @@ def make_harmonic(
         kind = _HARMONIC[type(conv)]
         if keep_filters:
             layers[name] = layer = kind.from_conv2d(conv, **options)
-            if not conv.weight.is_meta:
-                whole = conv.weight.detach().to('cpu', torch.float64).square().sum()
-                layer.energy_kept = share_of_energy(energy_of(layer).sum(), whole)
+            if layer.energy_kept is None and not conv.weight.is_meta:
+                whole = float(conv.weight.detach().to('cpu', torch.float64).square().sum())
+                layer.energy_kept = float(layer.energy().sum()) / whole if whole else 1.0
         else:
             layers[name] = (HarmonicBlock2d if name == stem else kind)(**conv_args(conv), **options)
     blocks = {name.rpartition('.')[0] for name in replace_layers(model, layers)}
@@ -169,9 +176,9 @@ def make_harmonic(
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Puts layers into a network, in place, wherever it uses those of these names. Returns all names replaced.
+    """Replaces layers of a network by name, in place. Returns all names replaced.
 
-    They may be more than were given: a network may use one layer in several places.
+    These may be more than were given, because a network may use one layer in several places.
     """
     new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     places = [(n, new[id(m)]) for n, m in model.named_modules(remove_duplicate=False) if id(m) in new]
@@ -181,7 +188,7 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[st
 
 
 def in_fusing_blocks(model: nn.Module) -> set[str]:
-    """Names of the harmonic layers in blocks that fuse their convolutions by themselves: they end up dense."""
+    """Returns the names of harmonic layers in blocks that fuse their own convolutions: these end up dense."""
     blocks = [
         name + '.'
         for name, module in model.named_modules()
@@ -191,9 +198,9 @@ def in_fusing_blocks(model: nn.Module) -> set[str]:
 
 
 class _FuseHarmonicFirst:
-    """Stands for a block's own method that fuses its convolutions: that method reads filters.
+    """Fuses a block's harmonic layers before the block's own method does, which reads filters.
 
-    An object rather than a function, so that a copy of the block gets a copy of it.
+    An object rather than a function, so that a copy of the block gets its own copy.
     """
 
     def __init__(self, block: nn.Module, method: str) -> None:
@@ -206,3 +213,21 @@ class _FuseHarmonicFirst:
         replace_layers(self.block, {name: layer.fuse() for name, layer in layers.items()})
         del self.block.__dict__[self.method]
         return getattr(self.block, self.method)(*args, **kwargs)
+
+
+def make_plain(model: nn.Module, forms: Mapping[str, str]) -> nn.Module:
+    """Returns a plain copy of a network in evaluation, with harmonic layers fused in these forms (else dense).
+
+    Raises InputError if a layer cannot be fused or has hooks.
+    """
+    plain = copy.deepcopy(model).eval()
+    layers, within = harmonic_layers(plain), in_fusing_blocks(plain)
+    for name, layer in layers.items():
+        layer.form = forms.get(name, 'dense')
+        if reason := changes_of(layer):
+            raise InputError(f'cannot deploy {name or type(layer).__name__}: {reason}. Remove that first.')
+    if isinstance(plain, HarmonicLayer):
+        return plain.fuse()
+    # Not left to timm's function alone: it does not see a layer that one module has under two names.
+    replace_layers(plain, {name: layer.fuse() for name, layer in layers.items() if name not in within})
+    return reparameterize_model(plain, inplace=True)

@@ -1,26 +1,28 @@
-"""Dropping high frequencies: which levels the layers of a network keep."""
+"""Dropping high frequencies: what each level loses, which levels fit a budget, and `truncate`, which drops the rest."""
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..common import InputError
-from ..layers import HarmonicLayer
-from .choose import choose_levels
-from .costs import Costs, mac_costs, parameter_costs, time_costs
-from .energy import at_level, levels_of
+from ..layers import dct_frequencies
+from .costs import Costs, costs_of
 from .harmonize import PatternLevels, plan, record_options
-from .losses import Losses, losses_by_filters, losses_by_images
-from .refit import Parts, losses_by_refit, read_images
-from .refit import refit as fit_to
+from .refit import Parts, losses_on_images, read_images, refitted
 from .running import check_changeable, trainable
 from .swap import check_unwrapped, harmonic_layers, replace_layers
 
 _COSTS = ('parameters', 'macs', 'time')
+_LEAST = 1e-12  # share of energy: keeping nothing is worse than anything else, but not infinitely bad
+_GAP = 5e-4  # the choice of levels may be this much worse than the best one
+
+# By layer and level, from the present level downwards: the share of the layer's energy that the level loses.
+Losses = dict[str, dict[int, float]]
 
 
 @trainable
@@ -30,53 +32,47 @@ def truncate(
     level: int | None = None,
     levels: PatternLevels | None = None,
     energy: float | None = None,
-    max_params: int | None = None,
     ratio: float | None = None,
     cost: str = 'parameters',
     images: Tensor | None = None,
     data: Iterable[Any] | None = None,
     refit: bool = False,
-    losses: Losses | None = None,
     batches: int | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Drops the high frequencies of a network's harmonic layers. Each filter becomes the nearest in L2.
 
-    Pass exactly one of level (with or without levels), levels, energy, max_params, ratio. With `energy`, each layer
-    gets the lowest level that keeps this share of its energy. With `max_params` or `ratio`, levels are chosen over all
-    layers together, so that as little energy as possible is lost for the budget, see `choose_levels`.
+    Pass exactly one of level (with or without levels), levels, energy, ratio. With `energy`, each layer gets the lowest
+    level that keeps this share of its energy. With `ratio`, the levels of all layers are chosen together, so that the
+    network meets the budget and loses as little energy as possible, see `choose_levels`.
 
-    Energy is that of the filters or, with `data`, of the layers' outputs on these images, see `losses_by_images`. It
-    counts as a share of the layer's own, because normalisation after a layer takes its scale away.
+    Energy is that of the filters or, with `data`, of the layers' outputs on these images, see `losses_on_images`. Each
+    layer counts its share of its own energy, because a normalisation after it removes its scale.
 
-    `ratio` is a share of the parameters, of the multiply-adds, or of the time in evaluation. The latter two are those
-    of each layer in its better form, which it gets: timm's `reparameterize_model` then makes the network that is so
-    fast. `deploy` chooses forms anew.
+    With 'macs' or 'time' as the cost, each layer counts in its cheaper form, and takes that form: timm's
+    `reparameterize_model` then makes the network of that cost. `deploy` chooses forms again.
 
     Args:
         model: Network with harmonic layers, see `harmonize`.
         level: The paper's lambda for all layers that `levels` does not name.
         levels: Levels by patterns over qualified names (fnmatch). The first pattern that matches counts.
         energy: Share of each layer's present energy to keep, in (0, 1].
-        max_params: Parameters that the network may have, all its layers counted.
         ratio: Share of the present cost to keep, in (0, 1].
-        cost: What the ratio is of: 'parameters', 'macs' (multiply-adds), or 'time' (measured).
-        images: For macs and time an example batch (B, C, H, W), on the device and in the dtype and memory format that
+        cost: The cost: 'parameters' (of the whole network), 'macs' (multiply-adds), or 'time' (measured).
+        images: Example batch (B, C, H, W) for macs and time, on the device and in the dtype and memory format that
             count.
-        data: Batches of images (B, C, H, W), alone or first in a tuple or list. For energy, max_params, ratio and
-            refit.
-        refit: Whether to fit the coefficients to what the complete network computes on the data, by the function
-            `refit`. Energies are then what it leaves over, see `losses_by_refit`. No label is used.
-        losses: In place of energies and data: by layer and level, the share of it that is lost, from 0 to 1.
-        batches: How many batches of the data are read at most. Data without an end need it.
+        data: Batches of images (B, C, H, W), alone or first in a tuple or list. For energy, ratio and refit.
+        refit: Whether to fit the remaining coefficients to the outputs of the complete network on `data`, by the
+            function `refit`. Losses are then what refitting leaves over. Labels are not used.
+        batches: The most batches of `data` to read. Endless data need it.
         inplace: Whether to change the network itself rather than a copy.
 
     Returns:
         The network, with fewer parameters. With macs or time, `harmonic_report` shows the forms.
 
     Raises:
-        ValueError: If no layer is harmonic, an argument is out of range or missing, a pattern matches nothing, a layer
-            has weights that are not finite, or the network cannot be made so small.
+        InputError: If no layer is harmonic, an argument is out of range or missing, a pattern matches nothing, a layer
+            has weights that are not finite, or no choice of levels meets the budget.
         TypeError: If a level or a number has another type.
     """
     check_unwrapped(model)
@@ -85,49 +81,36 @@ def truncate(
     layers = harmonic_layers(model)
     if not layers:
         raise InputError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
-    options = dict(level=level, levels=levels, energy=energy, max_params=max_params, ratio=ratio)
-    given = [name for name, value in options.items() if value is not None]
-    if len(given) != 1 and given != ['level', 'levels']:
-        raise InputError(
-            f'pass exactly one of level and levels, energy, max_params, ratio; got {" and ".join(given) or "none"}.'
-        )
-    for name, share in (('energy', energy), ('ratio', ratio)):
-        if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
-            raise TypeError(f'{name} must be a number above 0 and at most 1, got {share!r}.')
-        if share is not None and not 0 < share <= 1:
-            raise InputError(f'{name} must be above 0 and at most 1, got {share!r}.')
-    if losses is not None and data is not None and not refit:
-        raise InputError('pass data or losses: losses are what data would tell.')
+    by_hand = level is not None or levels is not None
+    _check_amount(dict(level=level, levels=levels, energy=energy, ratio=ratio))
     _check_cost(cost, images, ratio)
-    if refit:
-        if data is None:
-            raise InputError('refit needs data: batches of images.')
-        data = read_images(data, next(model.parameters()), batches)
-    if given[0] in ('level', 'levels'):
-        if (data is not None and not refit) or losses is not None:
-            raise InputError('data and losses are for energy, max_params and ratio: given levels need no choice.')
+    if refit and data is None:
+        raise InputError('refit needs data: batches of images.')
+    if by_hand and data is not None and not refit:
+        raise InputError('data serve to choose levels or to refit: with given levels, pass refit=True or no data.')
+    parts = None if data is None else read_images(data, next(model.parameters()), batches)
+    if by_hand:
         chosen = plan(model, level=level, levels=levels, include=lambda name, layer: name in layers)
+    elif energy is not None:
+        losses = _losses(model, parts, refit)
+        chosen = {
+            name: min((lv for lv, lost in of.items() if lost <= 1 - energy), default=max(of))
+            for name, of in losses.items()
+        }
     else:
-        costs = _costs(model, cost, images)
-        budget = 0.0 if energy is not None else _budget(costs, max_params, ratio)
-        losses = _losses(model, data, batches) if losses is None else _check_losses(losses, layers)
-        if energy is not None:
-            chosen = {
-                name: min((lv for lv, lost in of.items() if lost <= 1 - energy), default=max(of))
-                for name, of in losses.items()
-            }
-        else:
-            chosen = choose_levels(losses, costs, budget)
-    lower = {name: at_level(layer, chosen[name]) for name, layer in layers.items()}
+        assert ratio is not None
+        costs = costs_of(model, cost, images)
+        budget = _budget(costs, ratio)
+        chosen = choose_levels(_losses(model, parts, refit), costs, budget)
+    lower = {name: layer.at_level(chosen[name]) for name, layer in layers.items()}
     if cost != 'parameters':
         for name, layer in lower.items():
-            layer.form = costs.forms[name][chosen[name]]
-            layer.milliseconds = costs.milliseconds.get(name, {}).get(chosen[name])
+            _, layer.form, layer.milliseconds = costs.of[name][chosen[name]]
     small = copy.deepcopy(model) if refit or not inplace else model
     replace_layers(small, lower)
     if refit:
-        assert data is not None
-        small = fit_to(model, small, data, inplace=True)
+        assert parts is not None
+        small = refitted(model, small, parts)
     if inplace and small is not model:
         replace_layers(model, harmonic_layers(small))
         model.load_state_dict(small.state_dict())
@@ -135,38 +118,23 @@ def truncate(
     return record_options(small)
 
 
-def _budget(costs: Costs, max_params: int | None, ratio: float | None) -> float:
-    """What the network may cost. Raises ValueError if the ratio is below the least that is possible."""
-    if ratio is not None:
-        if ratio * costs.present < costs.least:
-            raise InputError(
-                f'ratio={ratio:g} is too small: {math.ceil(1e3 * costs.least / costs.present) / 1e3:g} is the least, '
-                f'{costs.text(costs.least)} of {costs.text(costs.present)} with every layer at its cheapest level.'
-            )
-        return ratio * costs.present
-    if not isinstance(max_params, int) or isinstance(max_params, bool):
-        raise TypeError(f'max_params must be an integer, got {max_params!r}.')
-    return max_params
-
-
-def _costs(model: nn.Module, cost: str, images: Tensor | None) -> Costs:
-    if cost == 'parameters':
-        return parameter_costs(model)
-    assert images is not None
-    return mac_costs(model, images) if cost == 'macs' else time_costs(model, images)
-
-
-def _losses(model: nn.Module, data: Iterable[Any] | None, batches: int | None) -> Losses:
-    if data is None:
-        return losses_by_filters(model)
-    return losses_by_refit(model, data) if isinstance(data, Parts) else losses_by_images(model, data, batches)
+def _check_amount(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) != 1 and given != ['level', 'levels']:
+        raise InputError(f'pass exactly one of level and levels, energy, ratio; got {" and ".join(given) or "none"}.')
+    for name in ('energy', 'ratio'):
+        share = options[name]
+        if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
+            raise TypeError(f'{name} must be a number above 0 and at most 1, got {share!r}.')
+        if share is not None and not 0 < float(share) <= 1:
+            raise InputError(f'{name} must be above 0 and at most 1, got {share!r}.')
 
 
 def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:
     if cost not in _COSTS:
         raise InputError(f'cost must be one of {_COSTS}, got {cost!r}.')
     if cost == 'parameters' and images is not None:
-        raise InputError("images are for cost='macs' and cost='time'. Images to weigh frequencies by are data.")
+        raise InputError("images are for cost='macs' and cost='time'. To weigh frequencies by images, pass data.")
     if cost != 'parameters' and ratio is None:
         raise InputError(f'cost={cost!r} needs ratio, the share of it to keep.')
     if cost != 'parameters' and not isinstance(images, Tensor):
@@ -175,15 +143,114 @@ def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:
         )
 
 
-def _check_losses(losses: Losses, layers: Mapping[str, HarmonicLayer]) -> Losses:
-    """Losses of one's own. Raises TypeError if they are no such mapping, ValueError if one is missing or no share."""
-    if not isinstance(losses, Mapping) or not all(isinstance(of, Mapping) for of in losses.values()):
-        raise TypeError('losses must map names of layers to losses by level, as {"layer1.0.conv1": {5: 0.0, 4: 0.1}}.')
-    for name, layer in layers.items():
-        for level in levels_of(layer):
-            if level not in losses.get(name, {}):
-                raise InputError(f'losses have no entry for {name} at level {level}.')
-            loss = losses[name][level]
-            if not isinstance(loss, (Real, Tensor)) or not 0 <= loss <= 1:
-                raise InputError(f'losses of {name} must be shares from 0 to 1, got {loss!r}.')
-    return {name: {level: float(losses[name][level]) for level in levels_of(layer)} for name, layer in layers.items()}
+def _budget(costs: Costs, ratio: float) -> float:
+    """Returns the cost that a ratio allows. Raises InputError if no choice of levels is that cheap."""
+    if ratio * costs.present < costs.least:
+        raise InputError(
+            f'ratio={ratio:g} is too small: {math.ceil(1e3 * costs.least / costs.present) / 1e3:g} is the least, '
+            f'{costs.text(costs.least)} of {costs.text(costs.present)} with every layer at its cheapest level.'
+        )
+    return ratio * costs.present
+
+
+def _losses(model: nn.Module, parts: Parts | None, refit: bool) -> Losses:
+    by_filters = losses_by_filters(model)  # also judges layers that no image reaches
+    return by_filters if parts is None else by_filters | losses_on_images(model, parts, refit)
+
+
+def losses_by_filters(model: nn.Module) -> Losses:
+    """Returns the share of the energy of each harmonic layer's filters that each level loses; 0 at the present level.
+
+    If all filters of a layer are zero, any lower level loses everything. Raises InputError if weights are not finite.
+    """
+    found = {}
+    for name, layer in harmonic_layers(model).items():
+        energy = layer.energy()
+        sums = torch.tensor([i + j for i, j in dct_frequencies(layer.kernel_size[0], layer.level, layer.dc)])
+        lost = {level: float(energy[sums >= level].sum()) for level in layer.levels()}
+        total = float(energy.sum())
+        found[name] = _check_finite(
+            name, {level: part / total if total else float(level < layer.level) for level, part in lost.items()}
+        )
+    return found
+
+
+def _check_finite(name: str, losses: dict[int, float]) -> dict[int, float]:
+    if not torch.tensor(list(losses.values())).isfinite().all():
+        raise InputError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')
+    return losses
+
+
+class _Option(NamedTuple):
+    """A level of a layer: what it costs, and how much it harms."""
+
+    cost: float
+    harm: float
+    level: int
+
+
+def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]:
+    """Chooses levels for all layers together, so that the network costs at most `budget`.
+
+    Each layer passes on what the one before left, so the shares kept multiply: the sum of -ln(1 - loss) should be
+    small. The choice is within 0.05 % of the best one, a multiple-choice knapsack: dynamic programming over the layers,
+    which keeps partial choices that no other one beats in cost and harm, and of these only the ones whose Lagrangian
+    bound leaves hope of a better total. Raises InputError if no choice is cheap enough.
+    """
+    if budget < costs.least:
+        raise InputError(
+            f'a budget of {costs.text(budget)} is too small: the network has {costs.text(costs.present)}, and '
+            f'{costs.text(costs.least)} with every layer at its cheapest level.'
+        )
+    if costs.present <= budget:
+        return {name: max(of) for name, of in losses.items()}
+    layers = {
+        name: [_Option(costs.of[name][lv].cost, -math.log(max(1 - lost, _LEAST)), lv) for lv, lost in of.items()]
+        for name, of in losses.items()
+    }
+    # The layer whose choice matters most to the budget comes first: the last ones then fill what is left of it.
+    names = sorted(layers, key=lambda name: min(layers[name]).cost - max(layers[name]).cost)
+    limit = (budget - costs.rest) * (1 + 1e-12)  # sums differ by their order
+    price, best = _relax([layers[name] for name in names], limit)
+    # What the layers after each place cost at least, add at least to harm + price * cost, and have in `best`.
+    rest = [(0.0, 0.0, 0.0, 0.0)]
+    for name, option in zip(reversed(names), reversed(best), strict=True):
+        least, bound, cost, harm = rest[-1]
+        cheapest, lowest = min(layers[name]).cost, min(of.harm + price * of.cost for of in layers[name])
+        rest.append((least + cheapest, bound + lowest, cost + option.cost, harm + option.harm))
+    rest.reverse()
+    upper = rest[0][3]
+    partial: list[tuple[float, float, tuple[_Option, ...]]] = [(0.0, 0.0, ())]
+    for place, name in enumerate(names):
+        least, bound, relaxed_cost, relaxed_harm = rest[place + 1]
+        longer = sorted(
+            (cost + of.cost, harm + of.harm, (*chosen, of)) for cost, harm, chosen in partial for of in layers[name]
+        )
+        partial, lowest = [], math.inf
+        for cost, harm, chosen in longer:
+            hopeful = harm + bound - price * (limit - cost) < upper * (1 - _GAP)
+            if harm < lowest and hopeful and cost + least <= limit:
+                partial.append((cost, harm, chosen))
+                lowest = harm
+        for cost, harm, chosen in partial:
+            if cost + relaxed_cost <= limit and harm + relaxed_harm < upper:
+                upper, best = harm + relaxed_harm, [*chosen, *best[place + 1 :]]
+    return dict(zip(names, (option.level for option in best), strict=True))
+
+
+def _relax(layers: list[list[_Option]], limit: float) -> tuple[float, list[_Option]]:
+    """Solves the Lagrangian relaxation: the least price of cost at which the choices fit the limit, and the choices."""
+
+    def choices(price: float) -> list[_Option]:
+        return [min(options, key=lambda of: (of.harm + price * of.cost, of.cost)) for options in layers]
+
+    def fits(price: float) -> bool:
+        return sum(of.cost for of in choices(price)) <= limit
+
+    low, high = 0.0, 1e-12
+    while not fits(high):
+        low, high = high, 4 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high, choices(high)

@@ -1,1 +1,1 @@
-"""Repositories of the Hugging Face Hub: folders from checkpoints or compressed networks, cards, publishing."""
+"""Folders for the Hugging Face Hub with their cards, and ONNX files."""

@@ -1,8 +1,7 @@
-"""The plain network for a device: as ONNX, checked, and what it takes against the network that it was made from."""
+"""ONNX files of plain networks, checked in ONNX Runtime, and their measurements."""
 
 import copy
 import importlib
-import importlib.util
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -13,27 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ..common import InputError
-from ..conversion.costs import count_macs
-from ..conversion.timing import times_of
+from ..conversion.costs import count_macs, times_of
 
 _NAME = 'deployed.onnx'
-_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 _TOLERANCE = 1e-3  # of the largest output
 
 
-def check_packages() -> None:
-    """Raises InputError if a package is missing that ONNX needs."""
-    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise InputError(f'--deploy needs packages: pip install {" ".join(missing)}')
-
-
 def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: Path) -> dict[str, Any]:
-    """Writes a plain network as deployed.onnx, and measures it against the plain network that it was made from.
+    """Writes a compressed network as deployed.onnx and measures it beside the complete one, both from `deploy`.
 
-    Both are of `deploy`. Times are medians of runs that alternate, for the batch of images: milliseconds in torch on
-    the device of the images, and in ONNX Runtime on the CPU. Returns what was measured, of both. Raises InputError if
-    ONNX Runtime does not compute what torch does.
+    Times are medians of alternating runs on the batch of images, in milliseconds: in torch on the device of the images,
+    and in ONNX Runtime on the CPU.
+
+    Returns the measurements by network. Raises InputError if the outputs in ONNX Runtime differ from those in torch.
     """
     with tempfile.TemporaryDirectory() as other:
         networks = {'plain': (plain, Path(other) / _NAME), 'compressed': (small, folder / _NAME)}
@@ -58,20 +49,20 @@ def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: P
 
 
 def export_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes a plain network as ONNX, for batches of any size. Its input is `images`."""
+    """Writes a plain network as ONNX, for batches of any size. Its input is called `images`."""
     batches = ({0: torch.export.Dim.DYNAMIC},)
     options: dict[str, Any] = dict(input_names=['images'], dynamic_shapes=batches, dynamo=True, verbose=False)
-    example = torch.cat([images.cpu()] * 2)  # of one image, torch 2.7 takes the batch for fixed
+    example = torch.cat([images.cpu()] * 2)  # from a batch of one, torch 2.7 infers a fixed size
     program: Any = torch.onnx.export(copy.deepcopy(network).cpu().eval(), (example,), **options)
     program.save(path, external_data=False)
 
 
 def onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
-    """What runs an ONNX file in ONNX Runtime on the CPU, with torch's number of threads."""
+    """A function that runs an ONNX file in ONNX Runtime on the CPU, with as many threads as torch."""
     onnxruntime: Any = importlib.import_module('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # sessions take turns
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # they alternate
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run(None, dict(images=images.contiguous().numpy()))[0])
 

@@ -1,6 +1,6 @@
 """The harmonic layers, and the DCT basis that their filters are composed of."""
 
-from .base import HarmonicLayer, conv_args, read_name
+from .base import COMPUTED, HarmonicLayer, conv_args, owns_weight
 from .block import HarmonicBlock2d
 from .compose import compose, format_of
 from .conv import HarmonicConv2d, HarmonicConv2dSame
@@ -13,6 +13,7 @@ from .dct import (
     full_level,
     name_of_basis,
     options_of_basis,
+    options_of_code,
     project,
 )
 from .separable import FORMS, check_form

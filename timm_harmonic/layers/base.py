@@ -1,5 +1,6 @@
-"""What both harmonic layers share: nn.Conv2d's arguments, the coefficients and the basis that they refer to."""
+"""Base class of both harmonic layers: nn.Conv2d's arguments, the coefficients, the basis and the level."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -11,51 +12,50 @@ from torch import Tensor, nn
 
 from ..common import InputError
 from .compose import format_of
-from .dct import check_level, check_smoothness, dct_basis, dct_frequencies, full_level, name_of_basis
+from .dct import (
+    check_level,
+    check_smoothness,
+    code_of_basis,
+    dct_basis,
+    dct_frequencies,
+    dct_spectrum,
+    full_level,
+    is_constant,
+    name_of_basis,
+    options_of_basis,
+    options_of_code,
+)
 from .separable import check_form, mixing, pool_padding, responding
 
 IntPair = int | tuple[int, int]
 
+COMPUTED = 'its weight is computed (weight_norm, spectral_norm, pruning or the like): make that permanent first'
 _FEW_CHANNELS = 16  # of a filter
-# The arguments of nn.Conv2d that it stores under the same names.
+# The arguments that nn.Conv2d stores under their own names.
 _CONV_ARGS = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
 
 def conv_args(conv: nn.Module) -> dict[str, Any]:
-    """Arguments that give another convolution, plain or harmonic, this one's geometry, device and dtype."""
+    """Returns the arguments that give another convolution this one's geometry, device and dtype."""
     args = {name: getattr(conv, name) for name in _CONV_ARGS}
     return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
-def write_name(name: str, device: torch.device | str = 'cpu') -> Tensor | None:
-    """The name of a basis as a layer's `basis_name`: bytes (N,), None for the authors' basis.
-
-    A letter's code is doubled and one is added: an average that scripts make of equal bytes may be one less.
-    """
-    if name == 'l1':
-        return None
-    return torch.tensor([2 * code + 1 for code in name.encode('ascii')], dtype=torch.uint8, device=device)
-
-
-def read_name(basis_name: Tensor | None) -> str:
-    """The name in a layer's `basis_name`, whatever dtype a script has averaged or cast it to."""
-    if basis_name is None:
-        return 'l1'
-    codes = basis_name.to('cpu', torch.uint8).flatten()
-    doubled = len(codes) > 0 and codes[0] >= 2 * ord('a')  # files of before have the letters' own codes
-    return bytes((codes // 2 if doubled else codes).tolist()).decode(errors='replace')
+def owns_weight(layer: nn.Module) -> bool:
+    """Tells whether a layer's weight is a parameter, not recomputed by pruning, weight_norm and the like."""
+    return 'weight' in dict(layer.named_parameters(recurse=False))
 
 
 class HarmonicLayer(nn.Module):
-    """Arguments, coefficients and basis of a harmonic layer; subclasses say what is convolved."""
+    """Arguments, coefficients and basis of a harmonic layer; subclasses define what is convolved."""
 
-    if TYPE_CHECKING:  # TorchScript would take an annotated bias for optional
+    if TYPE_CHECKING:  # TorchScript would make an annotated bias optional
         weight: Tensor
         bias: Tensor | None
         basis: Tensor
-        basis_name: Tensor | None
+        basis_code: Tensor | None
 
-    dynamic_padding = False  # by the size of the input, as timm's Conv2dSame does
+    dynamic_padding = False  # pads by the size of the input, as timm's Conv2dSame does
 
     def __init__(
         self,
@@ -93,11 +93,12 @@ class HarmonicLayer(nn.Module):
         self.level = check_level(level, full_level(side))
         self.dc = dc
         self.normalization = normalization
+        options_of_basis(normalization, smoothness)  # raises before anything is allocated
         self.smoothness = check_smoothness(smoothness)
         self.form = check_form(form)
-        # Share of the filters' energy that truncation left. Conversions set it; unknown for new or loaded coefficients.
-        self.energy_kept: float | None = None
-        # What evaluation takes by form, for one batch of example images. Measurements set it.
+        # Share of the filters' energy that truncation left; None if unknown. Conversions set it.
+        self.energy_kept = self._energy_of_new()
+        # Time of evaluation by form, for one batch of example images. Measurements set it.
         self.milliseconds: dict[str, float] | None = None
 
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
@@ -105,7 +106,7 @@ class HarmonicLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
         self.register_buffer('basis', None, persistent=False)
-        self.register_buffer('basis_name', None)
+        self.register_buffer('basis_code', None)
         self._add_norm()
         self.init_non_persistent_buffers()
         self.reset_parameters()
@@ -118,20 +119,22 @@ class HarmonicLayer(nn.Module):
         raise NotImplementedError
 
     def init_non_persistent_buffers(self) -> None:
-        """Builds the basis anew on the coefficients' device, in the precision that filters are composed in.
+        """Rebuilds the basis on the coefficients' device, in the precision that filters are composed in.
 
-        Its name goes into the state dict, as bytes of text, unless it is the authors' basis.
+        The state dict holds the code of the basis, unless it is the authors' basis.
         """
+        like = self._coefficients_in_memory()
+        with torch.inference_mode(False):  # inference tensors could not be trained with
+            self.basis = self.basis_for(like)
+            code = code_of_basis(self.normalization, self.smoothness)
+            self.basis_code = None if code is None else code.to(like.device)
+        alone = self.basis_for(torch.empty(0, device='cpu')) if len(self.basis) == 1 else None
+        pools = alone is not None and is_constant(alone[0]) and self.padding_mode == 'zeros'
         # An attribute, because TorchScript has to know whether it is None.
-        pools = self.level == 1 and self.dc and self.padding_mode == 'zeros'
         self.pool_padding = pool_padding(self.kernel_size[0], self.padding, self.dilation) if pools else None
-        stored = self._stored_coefficients()
-        with torch.inference_mode(False):  # a buffer that is made in inference mode cannot be trained with
-            self.basis = self.basis_for(stored)
-            self.basis_name = write_name(self.named_basis(), stored.device)
 
-    def _stored_coefficients(self) -> Tensor:
-        """The parameter that the coefficients are or, pruned and normed, are computed from: it is what casts reach."""
+    def _coefficients_in_memory(self) -> Tensor:
+        """Returns the parameter that casts reach: the coefficients or, pruned or normed, what computes them."""
         names = ('weight', 'parametrizations.weight.')
         for name, parameter in self.named_parameters():
             if name.startswith(names):
@@ -139,17 +142,16 @@ class HarmonicLayer(nn.Module):
         return self.weight
 
     def basis_for(self, like: Tensor) -> Tensor:
-        """Basis (P, k, k) on a tensor's device and in its precision, but never below float32.
+        """Builds the basis (P, k, k) on a tensor's device and in its precision, but never below float32.
 
-        It is float64 if a filter has few channels, on devices that have float64: in so short a sum the rounding of the
-        filters would show, and there are few coefficients. On CUDA it always is: where TF32 is allowed, as timm's
-        scripts do, products of float32 have three digits.
+        Filters over few channels take float64 where the device has it: rounding would show in so short a sum, and few
+        coefficients cost little. So does everything on CUDA: where TF32 is allowed, as timm's scripts do, products in
+        float32 keep three digits.
         """
         kind = like.device.type
         exact = kind == 'cuda' or (kind != 'mps' and self.in_channels // self.groups <= _FEW_CHANNELS)
         dtype = torch.promote_types(like.dtype, torch.float64 if exact else torch.float32)
-        side = self.kernel_size[0]
-        options = (side, self.level, self.dc, self.normalization, self.smoothness)
+        options = (self.kernel_size[0], self.level, self.dc, self.normalization, self.smoothness)
         return dct_basis(*options, device=like.device, dtype=dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
@@ -168,26 +170,22 @@ class HarmonicLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key, weight = f'{prefix}basis_name', f'{prefix}weight'
+        key, weight = f'{prefix}basis_code', f'{prefix}weight'
         stored = state_dict.get(weight)
+        # Pruned or normed, the weight is computed from what the state dict holds in its place.
+        computed = any(name.startswith((f'{weight}_', f'{prefix}parametrizations.weight.')) for name in state_dict)
+        problem = self.other_basis(state_dict.get(key)) if isinstance(stored, Tensor) or computed else ''
         if isinstance(stored, Tensor):
             try:
-                coefficients = self.coefficients_of(stored, local_metadata.get('assign_to_params_buffers', False))
+                coefficients = self.projected(stored, local_metadata.get('assign_to_params_buffers', False))
             except ValueError as error:
-                error_msgs.append(f'{weight}: {error}')
-                return
+                problem, coefficients = str(error), stored
             if coefficients is not stored:  # they refer to our basis now
-                state_dict = {**state_dict, weight: coefficients}
-            elif problem := self.other_basis(state_dict.get(key)):
-                error_msgs.append(f'{weight}: {problem}')
-                return
-        else:
-            # Pruned or normed, the weight is computed from what is there in its place.
-            computed = any(name.startswith((weight, f'{prefix}parametrizations.weight.')) for name in state_dict)
-            if computed and (problem := self.other_basis(state_dict.get(key))):
-                error_msgs.append(f'{weight}: {problem}')
-                return
-        self.energy_kept = None
+                problem, state_dict = '', {**state_dict, weight: coefficients}
+        if problem:
+            error_msgs.append(f'{weight}: {problem}')
+            return
+        self.energy_kept = self._energy_of_new()
         reports = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, *reports)
         if key in missing_keys:
@@ -195,47 +193,109 @@ class HarmonicLayer(nn.Module):
         # With assign=True the coefficients may be on another device or in another dtype now.
         self.init_non_persistent_buffers()
 
-    def coefficients_of(self, stored: Tensor, assign: bool) -> Tensor:
-        """What a state dict holds, or the coefficients of it if it is something else that the layer can take.
+    def projected(self, stored: Tensor, assign: bool) -> Tensor:
+        """Returns the coefficients in a state dict; subclasses project what else they accept.
 
-        `assign` says that the tensor becomes the parameter, and is not copied into it. Raises ValueError with a reason.
+        `assign` tells that the tensor becomes the parameter, rather than being copied into it. Raises InputError.
         """
         return stored
 
     def named_basis(self) -> str:
-        """What the coefficients refer to, see `name_of_basis`."""
+        """Names what the coefficients refer to, see `name_of_basis`."""
         return name_of_basis(self.normalization, self.smoothness)
 
-    def other_basis(self, basis_name: Tensor | None) -> str:
-        """Why coefficients do not fit if their state dict has this name of a basis; empty if they do."""
-        theirs, ours = read_name(basis_name), self.named_basis()
-        return '' if theirs == ours else f"its coefficients refer to the basis {theirs!r}, the layer's to {ours!r}"
+    def other_basis(self, code: Tensor | None) -> str:
+        """Explains why coefficients do not fit if their state dict has this `basis_code`; empty if they do."""
+        ours = code_of_basis(self.normalization, self.smoothness)
+        try:
+            theirs = options_of_code(code)
+        except InputError as error:
+            return str(error)
+        if theirs == options_of_code(ours):
+            return ''
+        name = name_of_basis(theirs.get('normalization', 'l1'), theirs.get('smoothness'))
+        return f'its coefficients refer to the basis {name!r}, those of the layer to {self.named_basis()!r}'
 
     def coefficients(self) -> Tensor:
-        """Coefficients (O, C / groups, P, 1) of the filters that evaluation uses."""
+        """Returns the coefficients (O, C / groups, P, 1) of the filters that evaluation uses."""
         return self.weight
 
+    def _energy_of_new(self) -> float | None:
+        """Returns the share of energy kept by new or loaded coefficients: unknown below the full level."""
+        return 1.0 if self.level == full_level(self.kernel_size[0]) else None
+
+    def energy(self) -> Tensor:
+        """Returns the energy of the filters at each kept frequency, summed over all filters: (P,), float64, on the CPU.
+
+        The functions are orthogonal, so the energies add up to the squared norm of `filters()`.
+        """
+        functions = self.basis.detach().to('cpu', torch.float64).square().sum((1, 2))
+        return self.coefficients().detach().to('cpu', torch.float64).square().sum((0, 1, 3)) * functions
+
+    def levels(self) -> range:
+        """Returns the levels that the layer can be lowered to, from its own downwards."""
+        return range(self.level, 0 if self.dc else 1, -1)
+
+    def kept_at(self, level: int) -> tuple[list[int], Tensor]:
+        """Returns the places of the functions kept at a lower level, and the factors of their coefficients.
+
+        The spectrum is relative to the functions that a layer keeps, so the coefficients change with it.
+        """
+        side, dc = self.kernel_size[0], self.dc
+        present = dct_frequencies(side, self.level, dc)
+        kept = [present.index(pair) for pair in dct_frequencies(side, level, dc)]
+        before, after = (dct_spectrum(side, of, dc, self.smoothness) for of in (self.level, level))
+        return kept, before[kept] / after
+
+    def at_level(self, level: int | None) -> 'HarmonicLayer':
+        """Returns a copy without the frequencies i + j >= level. Each filter becomes the nearest in L2.
+
+        A level above the layer's own drops nothing. Raises InputError if the level is out of range or leaves nothing,
+        the weight is computed, or the layer cannot tell its normalisation to leave out responses.
+        """
+        if not owns_weight(self):
+            raise InputError(f'cannot truncate {self}: {COMPUTED}.')
+        new = copy.deepcopy(self)
+        level = min(self.level, check_level(level, full_level(self.kernel_size[0])))
+        if level == self.level:
+            return new
+        kept, factors = self.kept_at(level)
+        new._keep_responses(kept)
+        weight = (self.weight.detach()[:, :, kept] * factors.to(self.basis)[:, None]).to(self.weight)
+        # A clone, because torch may mistake the format of these strides, and then refuses to change it.
+        weight = weight.clone(memory_format=format_of(self.weight))
+        new.weight = nn.Parameter(weight, self.weight.requires_grad)
+        new.level, new.milliseconds = level, None
+        new.init_non_persistent_buffers()
+        if new.energy_kept is not None and not self.weight.is_meta:
+            energy = float(self.energy().sum())
+            new.energy_kept *= float(new.energy().sum()) / energy if energy else 1.0
+        return new
+
+    def _keep_responses(self, kept: list[int]) -> None:
+        """Drops the normalisation of all responses but those to these functions, in a layer that has one."""
+
     def extra_repr(self) -> str:
-        """Arguments that differ from the defaults, in nn.Conv2d's manner."""
+        """Lists the arguments that differ from the defaults, as nn.Conv2d does."""
         full = full_level(self.kernel_size[0])
         defaults = dict(level=full, dc=True, normalization='l1', smoothness=None, form='dense')
         ours = [f', {k}={getattr(self, k)!r}' for k, default in defaults.items() if getattr(self, k) != default]
         return nn.Conv2d.extra_repr(cast(nn.Conv2d, self)) + ''.join(ours)
 
     def _convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        """What nn.Conv2d computes, with the filters given."""
+        """Convolves as nn.Conv2d does, with these filters."""
         if self.padding_mode != 'zeros':
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             return F.conv2d(x, filters, bias, self.stride, (0, 0), self.dilation, groups)
         return F.conv2d(x, filters, bias, self.stride, self.padding, self.dilation, groups)
 
     def _respond(self, x: Tensor, functions: Tensor) -> Tensor:
-        """Responses (B, C * P, H', W') of every channel to functions (P, k, k), in the order c * P + n."""
+        """Returns the responses (B, C * P, H', W') of every channel to functions (P, k, k), in the order c * P + n."""
         filters = responding(functions.to(self.weight.dtype), self.in_channels)
         return self._convolve(x, filters, None, self.in_channels)
 
     def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer in separable form: responses (B, C * P, H', W') to the functions, mixed by the coefficients."""
+        """Computes the separable form: responses (B, C * P, H', W') to the functions, mixed by the coefficients."""
         if self.pool_padding is not None:
             responses = F.avg_pool2d(x, self.kernel_size, self.stride, self.pool_padding)
             coefficients = coefficients * self.basis.sum().to(coefficients.dtype)
@@ -244,7 +304,7 @@ class HarmonicLayer(nn.Module):
         return F.conv2d(responses, mixing(coefficients), bias, groups=self.groups)
 
     def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:
-        """A plain convolution with these filters and the layer's geometry, but for the arguments that are changed."""
+        """Builds a plain convolution with these filters and the layer's geometry, except for the arguments changed."""
         args = dict(conv_args(self), bias=bias is not None, **changed)
         same = self.dynamic_padding and args['kernel_size'] == self.kernel_size  # 1 x 1 needs no padding
         if same:
@@ -259,7 +319,7 @@ class HarmonicLayer(nn.Module):
         return conv.to(memory_format=format_of(self.weight)).train(self.training)
 
     def _to_sequential(self, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
-        """Plain modules that compute the separable form: `respond`, which is fixed, and `mix`."""
+        """Builds plain modules that compute the separable form: `respond`, which is fixed, and `mix`."""
         channels = len(self.basis) * self.in_channels
         if self.pool_padding is not None:
             pool: Any = AvgPool2dSame if self.dynamic_padding else nn.AvgPool2d

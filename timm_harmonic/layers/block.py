@@ -2,8 +2,8 @@
 
     y = mix(normalise(respond(x)))
 
-respond() filters every input channel by every DCT function, mix() is a 1 x 1 convolution. The three are linear once the
-statistics of the responses are known, so they are computed as one dense convolution wherever that is possible.
+respond() filters every input channel by every DCT function, mix() is a 1 x 1 convolution. Once the statistics of the
+responses are known, all three are linear, so the layer computes them as one dense convolution wherever it can.
 """
 
 from typing import Any
@@ -17,16 +17,16 @@ from .base import HarmonicLayer
 from .compose import compose, outside_autocast
 from .dct import dct_spectrum
 
-# With smoothness, what is added to a variance before it divides. For images of mean 0 and deviation 1 the variances of
-# the responses are 1 on average. Without a floor, a frequency is amplified as much as it is rare in training, and
-# sharper images, which have more of it, look like others.
+# With smoothness, the floor under each variance. On images of mean 0 and deviation 1 the variances of the responses
+# average 1. Without a floor, normalisation amplifies a frequency by as much as it is rare in training, and sharper
+# images, which hold more of it, look like other images.
 _FLOOR = 0.05
-# Responses that are computed at a time where only their statistics are wanted.
+# Responses computed at a time where only their statistics are needed.
 _PIECE_CPU, _PIECE = 2**19, 2**26
 
 
 def _scale(var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """What normalisation multiplies the responses (C * P,) by."""
+    """Returns the factors (C * P,) by which normalisation scales the responses."""
     scale = torch.rsqrt(var.to(dtype) + eps)
     if gamma is not None:
         scale = scale * gamma
@@ -34,7 +34,7 @@ def _scale(var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) ->
 
 
 def _times(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
-    """Coefficients (O, I, P, 1) times factors of the responses (C * P,), channel-major."""
+    """Multiplies coefficients (O, I, P, 1) by factors of the responses (C * P,), channel-major."""
     # (groups, O / groups, I, P) * (groups, 1, I, P)
     grouped = (groups, -1, weight.shape[1], weight.shape[2])
     return (weight.reshape(grouped) * factors.reshape(grouped)).reshape(weight.shape)
@@ -50,11 +50,11 @@ def _fuse_norm(
     eps: float,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Coefficients (O, I, P, 1) and bias (O,) that equal normalising the responses and mixing them.
+    """Fuses the normalisation of the responses into the mix: coefficients (O, I, P, 1) and bias (O,).
 
     A response r_cn enters the mix as weight_ocn s_n (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn), with
-    the spectrum s. Statistics, gamma and beta are (C * P,), channel-major. The coefficients are for the basis, which is
-    s_n times the functions that r_cn is the response to. The dtype of the spectrum is the precision of the result.
+    the spectrum s. Statistics, gamma and beta are (C * P,), channel-major. The coefficients refer to the basis: s_n
+    times the functions whose responses are r_cn. The result has the spectrum's dtype.
     """
     weight = weight.to(spectrum.dtype)
     scale = _scale(var, gamma, eps, spectrum.dtype)
@@ -66,11 +66,11 @@ def _fuse_norm(
 
 
 def _in_format_of(y: Tensor, x: Tensor) -> Tensor:
-    """y in the memory format of x, so that the next layers run as after a plain convolution."""
+    """Brings y into the memory format of x, so that the next layers run as after a plain convolution."""
     return y.contiguous() if x.is_contiguous() else y
 
 
-# Leaves for torch.fx: their branches on dtype, device and memory format must not be frozen in a trace.
+# torch.fx treats these as leaves: a trace would freeze their branches on dtype, device and memory format.
 torch.fx.wrap('_fuse_norm')
 torch.fx.wrap('_in_format_of')
 torch.fx.wrap('compose')
@@ -79,27 +79,27 @@ torch.fx.wrap('compose')
 class HarmonicBlock2d(HarmonicLayer):
     """The paper's harmonic block with normalised responses, its choice for the stem (arXiv:2001.06570).
 
-    Every input channel is filtered by every DCT function. The C * P responses are batch-normalised without affine
-    parameters, then mixed by a 1 x 1 convolution. The layer computes this as one dense convolution with the
-    normalisation fused in: by running statistics in evaluation, by those of the batch in training. If the input needs a
-    gradient in training, it takes the three steps explicitly. The form of the layer is that of evaluation.
+    The layer filters every input channel by every DCT function, batch-normalises the C * P responses without affine
+    parameters, and mixes them by a 1 x 1 convolution. It computes this as one dense convolution with the normalisation
+    fused in: by running statistics in evaluation, by those of the batch in training. If the input needs a gradient in
+    training, it takes the three steps explicitly. `form` is the form of evaluation.
 
     Takes the arguments of `HarmonicConv2d` and has the same attributes.
 
-    With a smoothness the normalised response to function n is multiplied by s_n before it is mixed, and variances have
-    a floor: normalising makes nearly empty high frequencies as large as the others, and both take that back. The
-    coefficients and the output then start at the scale of a plain convolution. The authors' start sqrt(P) times as
-    large, which optimizers like Adam, whose steps do not know the scale, take as long to change.
+    Normalisation makes nearly empty high frequencies as large as the others. With a smoothness the layer undoes that:
+    it multiplies the normalised response to function n by s_n before mixing, and puts a floor under the variances. Its
+    coefficients and its output then start at the scale of a plain convolution. The authors' coefficients start sqrt(P)
+    times as large, and Adam-like optimizers, whose steps ignore the scale, need that much longer to change them.
 
     Attributes:
         weight: Mixing coefficients (O, C / groups, P, 1).
-        spectrum: The factors s (P,), a buffer that is in no state dict; ones without smoothness.
-        bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n. Its eps is 1e-5, as the
-            authors' is, and 0.05 with a smoothness, for images of about mean 0 and deviation 1.
+        spectrum: The factors s (P,), a non-persistent buffer; ones without smoothness.
+        bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n. Its eps is the authors' 1e-5;
+            with a smoothness it is 0.05, for images of about mean 0 and deviation 1.
 
     Raises:
         TypeError: If kernel_size, level or smoothness has another type.
-        ValueError: If an argument is out of range, naming it.
+        InputError: If an argument is out of range, naming it.
     """
 
     def _add_norm(self) -> None:
@@ -109,9 +109,10 @@ class HarmonicBlock2d(HarmonicLayer):
         self.register_buffer('spectrum', None, persistent=False)
 
     def reset_parameters(self) -> None:
-        """Kaiming normal over fan-out; bias zero.
+        """Initialises the coefficients by Kaiming normal over fan-out, and the bias with zeros.
 
-        The std is sqrt(2 / O), that of the mix, as in the authors' code. With a smoothness it is sqrt(2 / (O * P)).
+        The std is sqrt(2 / O), the fan-out of the mix, as in the authors' code. With a smoothness it is
+        sqrt(2 / (O * P)).
         """
         weight = self.weight if self.smoothness is not None else self.weight.flatten(1)[..., None, None]
         nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
@@ -133,51 +134,59 @@ class HarmonicBlock2d(HarmonicLayer):
         return _in_format_of(y, x)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the coefficients mix in evaluation: normalised responses (B, C * P, H', W') times the spectrum."""
+        """Returns what evaluation mixes: normalised responses (B, C * P, H', W') times the spectrum."""
         spectrum = self.spectrum.to(self.weight.dtype).repeat(self.in_channels)
         return self.bn(self.responses(x)) * spectrum[:, None, None]
 
     def responses(self, x: Tensor) -> Tensor:
-        """DCT responses (B, C * P, H', W') of images (B, C, H, W), before normalisation, in channels_last order."""
-        # In this order filtering, normalising and mixing take half the time on a CPU, for a stem with 3 channels.
+        """Returns the DCT responses (B, C * P, H', W') of images before normalisation, in channels_last order."""
+        # In this order a stem with 3 channels filters, normalises and mixes in half the time on a CPU.
         return self._respond(x.contiguous(memory_format=torch.channels_last), self._functions())
 
     def _functions(self) -> Tensor:
-        """The functions (P, k, k) whose responses are normalised: the basis as it is before smoothness scales it."""
+        """Returns the functions (P, k, k) whose responses are normalised: the basis before smoothness scales it."""
         return self.basis / self.spectrum[:, None, None]
 
     def init_non_persistent_buffers(self) -> None:
-        """Builds the basis and the spectrum anew, see `HarmonicConv2d`."""
+        """Rebuilds the basis and the spectrum, see `HarmonicConv2d`."""
         super().init_non_persistent_buffers()
         with torch.inference_mode(False):
             self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
 
     def has_statistics(self) -> bool:
-        """Whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
+        """Tells whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
         return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None
 
     def coefficients(self) -> Tensor:
-        """Coefficients (O, C / groups, P, 1) of the filters that evaluation uses, normalisation included."""
+        """Returns the coefficients (O, C / groups, P, 1) of the filters of evaluation, normalisation included."""
         self._check_statistics('weigh frequencies')
         scale = _scale(self.bn.running_var, self.bn.weight, self.bn.eps, self.basis.dtype)
         return _times(self.weight.to(scale.dtype), scale, self.groups)
 
     def filters(self) -> Tensor:
-        """The filters (O, C / groups, k, k) of evaluation, differentiable."""
+        """Composes the filters (O, C / groups, k, k) of evaluation, differentiably."""
         return self._fused()[0]
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
-        """Plain modules that compute the same in evaluation, with a bias; see `HarmonicConv2d.fuse`.
-
-        This layer stays as it is.
+        """Returns new plain modules that compute the same in evaluation, with a bias; see `HarmonicConv2d.fuse`.
 
         Raises:
-            ValueError: If `bn` was replaced by a module without running statistics.
+            InputError: If a module without running statistics has replaced `bn`.
         """
         self._check_statistics('fuse')
         if self.form == 'separable':
             return self._to_sequential(*self._mix_in_eval())
         return self._to_conv2d(*self._fused())
+
+    def _keep_responses(self, kept: list[int]) -> None:
+        bn, count = self.bn, self.weight.shape[2]
+        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or next(bn.children(), None) is not None:
+            raise InputError(f'cannot truncate: {type(bn).__name__} is no batch normalisation that can drop responses.')
+        index = torch.arange(bn.num_features, device=self.weight.device).reshape(-1, count)[:, kept].flatten()
+        for tensor in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
+            if tensor is not None:
+                tensor.data = tensor.data[index]
+        bn.num_features = len(index)
 
     def _check_statistics(self, purpose: str) -> None:
         if not self.has_statistics():
@@ -187,13 +196,13 @@ class HarmonicBlock2d(HarmonicLayer):
         return self._fused_by(self.bn.running_mean, self.bn.running_var)
 
     def _fused_by(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Filters (O, C / groups, k, k) and bias (O,), with the responses normalised by these statistics."""
+        """Composes filters (O, C / groups, k, k) and bias (O,) that normalise the responses by these statistics."""
         coefficients, bias = self._mix_by(mean, var)
         filters = compose(coefficients, self.basis, self.weight)
         return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
 
     def _mix_in_eval(self) -> tuple[Tensor, Tensor]:
-        """Coefficients (O, C / groups, P, 1) and bias (O,), with the normalisation of evaluation fused in."""
+        """Returns coefficients (O, C / groups, P, 1) and bias (O,), with the normalisation of evaluation fused in."""
         coefficients, bias = self._mix_by(self.bn.running_mean, self.bn.running_var)
         return coefficients.to(self.weight.dtype), bias.to(self.weight.dtype)
 
@@ -205,29 +214,29 @@ class HarmonicBlock2d(HarmonicLayer):
 
     @torch.jit.unused
     def _can_be_dense(self, x: Tensor) -> bool:
-        """Whether training can use one dense convolution: the normalisation is our own, and x needs no gradient."""
-        # With a gradient for x the responses would have to be kept. The explicit form also takes inputs without
-        # statistics: an empty batch, and an image without a batch dimension, which it refuses.
+        """Tells whether training can use one dense convolution: `bn` is our own, and x needs no gradient."""
+        # A gradient for x would need the responses. The explicit form also handles inputs without statistics: an empty
+        # batch, and an image without a batch dimension, which it refuses.
         if isinstance(x, torch.fx.Proxy) or type(self.bn) is not nn.BatchNorm2d or not self.bn.training:
             return False
-        # What does not fit is refused before statistics change.
+        # Inputs that do not fit are refused before statistics change.
         fits = x.ndim == 4 and x.shape[1] == self.in_channels
         fits = fits and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
         return fits and len(x) > 0 and not x.requires_grad
 
     @torch.jit.unused
     def _fused_by_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Filters and bias with this batch's statistics fused in; updates the running ones as nn.BatchNorm2d does."""
+        """Fuses this batch's statistics into filters and bias, and updates the running ones as nn.BatchNorm2d does."""
         with outside_autocast(x.device.type):
             mean, var, count = self._response_statistics(x.to(torch.promote_types(x.dtype, torch.float32)))
             self._update_running_statistics(mean.detach(), var.detach(), count)
             return self._fused_by(mean, var)
 
     def _response_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Mean and biased variance (C * P,) of the responses over batch and positions, and their number.
+        """Returns mean and biased variance (C * P,) of the responses over batch and positions, and their number.
 
-        Each channel of each image is filtered as an image of its own, a few at a time, and only its statistics are
-        kept. Pieces that fit into the cache take half the time on a CPU, and pieces save memory everywhere.
+        It filters each channel of each image as an image of its own, a few at a time, and keeps the statistics alone.
+        Pieces that fit into the cache take half the time on a CPU, and pieces save memory everywhere.
         """
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
         functions = self._functions().to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
@@ -240,14 +249,14 @@ class HarmonicBlock2d(HarmonicLayer):
         for part in images.split(max(1, piece // (positions * len(functions)))):
             responses = self._convolve(part, functions, None, 1)
             count = responses.shape[2] * responses.shape[3]
-            if x.device.type == 'cpu':  # half the time of var_mean
+            if x.device.type == 'cpu':  # takes half the time of var_mean
                 mean = responses.mean((2, 3), keepdim=True)
                 var = torch.linalg.vector_norm(responses.sub_(mean), dim=(2, 3)).square() / count
             else:
                 var, mean = torch.var_mean(responses, (2, 3), correction=0)
             means.append(mean.flatten(1))
             variances.append(var)
-        # (B, C * P), each over equally many responses
+        # (B, C * P), each over the same number of responses
         of_images = torch.cat(means).reshape(batch, -1)
         mean = of_images.mean(0)
         within = torch.cat(variances).reshape(batch, -1).mean(0)
@@ -260,7 +269,7 @@ class HarmonicBlock2d(HarmonicLayer):
         if bn.running_mean is None:
             return
         bn.num_batches_tracked.add_(1)
-        # Without momentum: the average over all batches, as a tensor, so that the device is not waited for.
+        # Without momentum, the average over all batches: a tensor, because a number would wait for the device.
         factor = bn.momentum
         if factor is None:
             factor = (1 / bn.num_batches_tracked).to(bn.running_mean.dtype)

@@ -8,12 +8,11 @@ from torch import Tensor
 
 
 def compose(coefficients: Tensor, basis: Tensor, like: Tensor | None = None) -> Tensor:
-    """Filters of coefficients: torch.einsum('oinz,nxy->oixy', coefficients, basis).
+    """Composes filters (O, I, k, k) from coefficients: torch.einsum('oinz,nxy->oixy', coefficients, basis).
 
-    The dtype of basis is the precision of the product, whatever autocast says. Filters (O, I, k, k) have the memory
-    format of `like`, a weight, or of the coefficients.
+    They have the dtype of the basis, whatever autocast says, and the memory format of `like` or of the coefficients.
     """
-    # Autocast leaves float64 alone, and TorchScript cannot switch autocast off.
+    # Autocast does not touch float64, and TorchScript cannot switch autocast off.
     if basis.dtype == torch.float64 or torch.jit.is_scripting():
         return _product(coefficients, basis, like)
     with outside_autocast(coefficients.device.type):
@@ -30,10 +29,10 @@ def _product(coefficients: Tensor, basis: Tensor, like: Tensor | None) -> Tensor
         # channels_last is (O, P, I) in memory: (k * k, P) @ (O, P, I) gives the (O, k, k, I) that a convolution wants.
         filters = functions.t().expand(out_channels, -1, -1).bmm(coefficients.squeeze(-1).transpose(1, 2))
         return filters.reshape(out_channels, side, side, in_channels).permute(0, 3, 1, 2)
-    # A trace must not depend on the number of channels, which it sees as tensors.
+    # A trace sees the number of channels as tensors, and must not branch on it.
     pairs = coefficients.device.type == 'cpu' and not torch.jit.is_tracing()
     if pairs and count <= 25 and out_channels * in_channels % 2 == 0:
-        # With few functions the product is narrow. Two rows at a time take half the time on a CPU.
+        # With few functions the product is narrow: two rows at a time take half the time on a CPU.
         size = functions.shape[1]
         functions = torch.cat([F.pad(functions, (0, size)), F.pad(functions, (size, 0))])
     # (O * I, P) @ (P, k * k), or (O * I / 2, 2 * P) @ (2 * P, 2 * k * k)
@@ -44,7 +43,7 @@ def _product(coefficients: Tensor, basis: Tensor, like: Tensor | None) -> Tensor
 
 
 def outside_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Context in which autocast is off, on devices that have it (meta has none)."""
+    """Returns a context that switches autocast off, on devices that have it (meta has none)."""
     if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -56,13 +55,13 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def _one_channel_last(weight: Tensor) -> bool:
-    """Whether a weight of one channel is in channels_last: it is contiguous as well, but convolutions go by strides."""
+    """Tells whether a weight of one channel is in channels_last: contiguous as well, but convolutions read strides."""
     if torch.jit.is_tracing():  # sizes are tensors there
         return False
     return weight.shape[1] == 1 and weight.shape[2] > 1 and weight.stride(1) == 1
 
 
 def format_of(weight: Tensor) -> torch.memory_format:
-    """Memory format of a weight: contiguous or channels_last."""
+    """Returns the memory format of a weight: contiguous or channels_last."""
     last = not weight.is_contiguous() or _one_channel_last(weight)
     return torch.channels_last if last else torch.contiguous_format

@@ -3,7 +3,7 @@
     filters[o, i] = sum_n weight[o, i, n] * basis[n]
 
 `basis` (P, k, k) holds the DCT functions d_n, a level keeps the low frequencies among them, and `weight` (O, I, P, 1)
-is what is learned. With all k * k functions every filter can be written so.
+is what is learned. With all k * k functions any filter can be expressed.
 """
 
 import torch
@@ -15,21 +15,21 @@ from .base import HarmonicLayer, conv_args
 from .compose import compose, format_of
 from .dct import project
 
-# Leaves for torch.fx: their branches on dtype, device, memory format and image size must not be frozen in a trace.
+# torch.fx treats these as leaves: a trace would freeze their branches on dtype, device, memory format and image size.
 torch.fx.wrap('compose')
 torch.fx.wrap('pad_same')
 
-_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of filters that can be projected
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of filters to project
 
 
 class HarmonicConv2d(HarmonicLayer):
     """Convolution with filters sum_n weight[o, i, n] d_n over DCT functions d_n (arXiv:2001.06570).
 
-    It equals filtering every input channel by every DCT function and mixing the responses by a 1 x 1 convolution: its
-    two forms, see `form`. Input (B, C, H, W), output as nn.Conv2d's, for any H and W.
+    The layer has two forms (see `form`), because filtering every input channel by every DCT function and mixing the
+    responses by a 1 x 1 convolution computes the same. It maps (B, C, H, W) as nn.Conv2d does, for any H and W.
 
-    A state dict may hold filters (O, C / groups, k, k) of a plain convolution in place of the coefficients. They are
-    projected: exactly if the layer keeps all frequencies, else to the nearest in L2.
+    A state dict may hold filters (O, C / groups, k, k) of a plain convolution in place of the coefficients. The layer
+    projects them: exactly if it keeps all frequencies, else onto the nearest ones in L2.
 
     Args:
         in_channels: Channels of the input, C.
@@ -44,33 +44,33 @@ class HarmonicConv2d(HarmonicLayer):
         level: The paper's lambda: keep the frequencies with i + j < level. None keeps all k * k.
         dc: Whether to keep the constant function.
         normalization: 'l1' (the authors') or 'ortho'.
-        smoothness: None for the authors' layer. A number from 0 to 10 takes functions of unit energy, scaled by
-            s_ij = c (1 + i + j)^(-smoothness); normalization does not count then. See below.
+        smoothness: None for the authors' layer. A number from 0 to 10 scales functions of unit energy by
+            s_ij = c (1 + i + j)^(-smoothness), whatever the normalization. See below.
         device: Device of the parameters.
-        dtype: Type of the parameters.
+        dtype: Dtype of the parameters.
         form: How the layer computes: 'dense', one convolution with composed filters, or 'separable', fixed filters for
-            each channel and a 1 x 1 convolution, which is faster at low levels. It is in no state dict.
+            each channel and a 1 x 1 convolution, which is faster at low levels. The state dict does not hold it.
 
-    Smoothness is a prior: filters should be smooth unless the data say otherwise. It has no parameter, and drops no
-    function. For coefficients w_n the filter has f_n = s_n w_n at frequency n, so:
-    - At the start the energy of the filters falls as s_n^2: they are smooth random filters.
+    Smoothness builds in a prior for smooth filters, which training can override. It adds no parameter and drops no
+    function. Coefficients w_n give the filter f_n = s_n w_n at frequency n. Therefore:
+    - The energy of the initial filters falls as s_n^2: they are smooth random filters.
     - Weight decay on coefficients is a Sobolev penalty on filters, sum_n (1 + i + j)^(2 smoothness) f_n^2.
     - A gradient step moves f_n by s_n^2 times the gradient: SGD preconditioned by s^2.
-    - Adam-like optimizers step by s_n instead of s_n^2, as they divide by the size of the gradient. The decay of AdamW
-      takes the same share of every coefficient, so it is no such penalty.
-    What a filter can be in the end is the same: with many images, or a long training, little of the prior is left.
+    - Adam-like optimizers divide by the size of the gradient, so they step by s_n instead of s_n^2. AdamW's decay
+      shrinks every coefficient by the same share, so it does not act as that penalty.
+    The filters that a layer can express stay the same: many images or a long training leave little of the prior.
 
     Attributes:
         weight: Coefficients (O, C / groups, P, 1).
         bias: (O,) or None.
-        basis: DCT functions (P, k, k), a buffer that is in no state dict.
-        basis_name: Bytes of text that name a basis which is not the authors', a buffer in the state dict. Coefficients
-            of another basis are not loaded.
+        basis: DCT functions (P, k, k), a non-persistent buffer.
+        basis_code: Binary digits (32,) that encode a basis other than the authors', a buffer in the state dict; else
+            None. The layer refuses coefficients of another basis.
         level: The paper's lambda as an integer, 2k - 1 for all frequencies.
 
     Raises:
         TypeError: If kernel_size, level or smoothness has another type.
-        ValueError: If an argument is out of range, naming it.
+        InputError: If an argument is out of range, naming it.
     """
 
     def reset_parameters(self) -> None:
@@ -80,7 +80,7 @@ class HarmonicConv2d(HarmonicLayer):
             nn.init.zeros_(self.bias)
 
     def filters(self) -> Tensor:
-        """The filters (O, C / groups, k, k), differentiable, in the coefficients' dtype."""
+        """Composes the filters (O, C / groups, k, k), differentiably, in the coefficients' dtype."""
         return compose(self.weight, self.basis).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,14 +89,11 @@ class HarmonicConv2d(HarmonicLayer):
         return self._convolve(x, self.filters(), self.bias, self.groups)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the coefficients mix: the responses (B, C * P, H', W') to the basis, in the order c * P + n."""
+        """Returns what the coefficients mix: responses (B, C * P, H', W') to the basis, in the order c * P + n."""
         return self._respond(x, self.basis)
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
-        """Plain modules that compute the same: a new nn.Conv2d, in separable form an nn.Sequential of two modules.
-
-        This layer stays as it is.
-        """
+        """Returns new plain modules that compute the same: an nn.Conv2d or, in separable form, an nn.Sequential."""
         if self.form == 'separable':
             return self._to_sequential(self.weight, self.bias)
         return self._to_conv2d(self.filters(), self.bias)
@@ -111,10 +108,10 @@ class HarmonicConv2d(HarmonicLayer):
         smoothness: float | None = None,
         form: str = 'dense',
     ) -> 'HarmonicConv2d':
-        """A harmonic layer with the filters of a convolution: exact with all frequencies, else the nearest in L2.
+        """Builds a layer with the filters of a convolution: exact with all frequencies, else the nearest in L2.
 
         Args:
-            conv: Convolution with square filters. It stays as it is.
+            conv: Convolution with square filters. It does not change.
             level: The paper's lambda, None for all frequencies.
             dc: Whether to keep the constant function.
             normalization: 'l1' or 'ortho'.
@@ -122,11 +119,11 @@ class HarmonicConv2d(HarmonicLayer):
             form: 'dense' or 'separable'.
 
         Returns:
-            Layer on conv's device, with its dtype, training flag and requires_grad.
+            The layer, on conv's device, with its dtype, training flag and requires_grad.
 
         Raises:
             TypeError: If level or smoothness has another type.
-            ValueError: If the filters are not square, or an argument is out of range.
+            InputError: If the filters are not square, or an argument is out of range.
         """
         options = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness, form=form)
         layer = nn.utils.skip_init(cls, **conv_args(conv), **options)
@@ -138,23 +135,23 @@ class HarmonicConv2d(HarmonicLayer):
                 layer.bias.requires_grad_(conv.bias.requires_grad)
         return layer.to(memory_format=format_of(conv.weight)).train(conv.training)
 
-    def coefficients_of(self, stored: Tensor, assign: bool) -> Tensor:
-        """Projects filters (O, C / groups, k, k), in the better of the two precisions, and rounds them once."""
+    def projected(self, stored: Tensor, assign: bool) -> Tensor:
+        """Projects filters (O, C / groups, k, k) in the higher of the two precisions, and rounds them once."""
         if stored.shape != (*self.weight.shape[:2], *self.kernel_size) or self.kernel_size == (1, 1):
             return stored
         if stored.dtype not in _PRECISIONS:
-            raise InputError(f'filters in {stored.dtype} are no numbers to project: convert them first')
+            raise InputError(f'cannot project filters of dtype {stored.dtype}: convert them to floating point first')
         wide = stored.detach().to(torch.promote_types(stored.dtype, self.weight.dtype))
         coefficients = _within(project(wide, self.basis_for(wide)), self.weight.dtype)
-        return coefficients.to(stored.dtype) if assign else coefficients  # else they are rounded when they are copied
+        return coefficients.to(stored.dtype) if assign else coefficients  # copying rounds them
 
 
 def _within(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
-    """Coefficients that a dtype can hold. Raises ValueError if it cannot: smoothness makes some of them large."""
+    """Returns coefficients that a dtype can hold. Raises InputError if it cannot: smoothness enlarges some of them."""
     if dtype == torch.float16 and not coefficients.is_meta and coefficients.numel():
         largest = float(coefficients.abs().max())
         if largest > torch.finfo(dtype).max:
-            raise InputError(f'coefficients up to {largest:.3g} are too large for {dtype}: take less smoothness')
+            raise InputError(f'coefficients up to {largest:.3g} overflow {dtype}: lower the smoothness')
     return coefficients
 
 
@@ -166,9 +163,9 @@ class HarmonicConv2dSame(HarmonicConv2d):
 
     dynamic_padding = True
 
-    # TorchScript knows no super() in what it compiles, so forward() is written out.
+    # TorchScript cannot compile super(), so forward() is written out.
     def features(self, x: Tensor) -> Tensor:
-        """What the coefficients mix, see `HarmonicConv2d.features`."""
+        """Returns what the coefficients mix, see `HarmonicConv2d.features`."""
         return super().features(pad_same(x, self.kernel_size, self.stride, self.dilation))
 
     def forward(self, x: Tensor) -> Tensor:

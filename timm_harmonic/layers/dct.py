@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..common import InputError
 
-NORMALIZATIONS = ('l1', 'ortho')
-MAX_SMOOTHNESS = 10.0  # the highest of 7 x 7 frequencies is then scaled by 1e-11: more is what a level is for
+NORMALIZATIONS = ('l1', 'ortho')  # state dicts store places in this tuple: append only
+MAX_SMOOTHNESS = 10.0  # scales the highest 7 x 7 frequency by 1e-11; to drop it, lower the level
 
 
 def full_level(kernel_size: int) -> int:
@@ -20,7 +20,7 @@ def full_level(kernel_size: int) -> int:
 
 
 def check_level(level: int | None, top: int, name: str = 'level') -> int:
-    """A level as an integer; None stands for `top`. Raises TypeError for another type, ValueError outside 1..top."""
+    """Returns a level as an integer, `top` for None. Raises TypeError for another type, InputError outside 1..top."""
     if level is None:
         return top
     message = f'{name} must be None or an integer from 1 to {top} (2k - 1, all frequencies), got {level!r}.'
@@ -32,7 +32,7 @@ def check_level(level: int | None, top: int, name: str = 'level') -> int:
 
 
 def check_smoothness(smoothness: float | None) -> float | None:
-    """A smoothness as a float, or None. Raises TypeError for another type, ValueError outside 0..10."""
+    """Returns a smoothness as a float, or None. Raises TypeError for another type, InputError outside 0..10."""
     if smoothness is None:
         return None
     message = f'smoothness must be None or a number from 0 to {MAX_SMOOTHNESS:g}, got {smoothness!r}.'
@@ -40,32 +40,60 @@ def check_smoothness(smoothness: float | None) -> float | None:
         raise TypeError(message)
     if not 0 <= smoothness <= MAX_SMOOTHNESS:
         raise InputError(message)
-    return abs(float(smoothness))  # -0.0 would have a name of its own
+    return abs(float(smoothness))  # -0.0 is 0.0
 
 
-def name_of_basis(normalization: str, smoothness: float | None) -> str:
-    """The functions that coefficients refer to: 'l1' (the authors'), 'ortho' or 'smoothness=S'.
+def options_of_basis(normalization: str, smoothness: float | None) -> dict[str, Any]:
+    """Checks the options of a basis and returns those that differ from the authors'.
 
-    Raises ValueError or TypeError if an argument is out of range.
+    Smoothness scales functions of unit energy, so that normalization 'l1' does not count with it. Raises InputError or
+    TypeError if an option is out of range.
     """
     if normalization not in NORMALIZATIONS:
         raise InputError(f'normalization must be one of {NORMALIZATIONS}, got {normalization!r}.')
     smoothness = check_smoothness(smoothness)
-    return normalization if smoothness is None else f'smoothness={smoothness!r}'
+    usual = ('l1',) if smoothness is None else ('l1', 'ortho')
+    options: dict[str, Any] = {} if normalization in usual else dict(normalization=normalization)
+    return options if smoothness is None else dict(options, smoothness=smoothness)
 
 
-def options_of_basis(name: str) -> dict[str, Any]:
-    """The options that `name_of_basis` names, where they are not the defaults. Raises ValueError for other names."""
-    if name in NORMALIZATIONS:
-        return {} if name == 'l1' else dict(normalization=name)
-    option, _, value = name.partition('=')
-    if option != 'smoothness':
-        raise InputError(f'unknown basis {name!r}.')
-    return dict(smoothness=check_smoothness(float(value)))
+def name_of_basis(normalization: str, smoothness: float | None) -> str:
+    """Names the functions that coefficients refer to: 'l1' (the authors'), 'ortho', 'smoothness=1.0'."""
+    options = options_of_basis(normalization, smoothness)
+    kind = options.pop('normalization', None)
+    return ', '.join(filter(None, (kind, *(f'{key}={value!r}' for key, value in options.items())))) or 'l1'
+
+
+def code_of_basis(normalization: str, smoothness: float | None) -> Tensor | None:
+    """Encodes the options of a basis for a state dict: 32 binary digits (bool), None for the authors' basis.
+
+    The digits hold the place of the normalization in NORMALIZATIONS and the smoothness in millionths. Averaging equal
+    booleans leaves them as they are; averaged integers may come out one less.
+    """
+    options = options_of_basis(normalization, smoothness)
+    number = NORMALIZATIONS.index(options.get('normalization', 'l1'))
+    if 'smoothness' in options:
+        number += 16 * (1 + round(1e6 * options['smoothness']))
+    return torch.tensor([bool(number >> place & 1) for place in range(32)], device='cpu') if number else None
+
+
+def options_of_code(code: Tensor | None) -> dict[str, Any]:
+    """Decodes `code_of_basis` into the options of the basis that differ from the defaults.
+
+    Any dtype will do, as scripts average and cast buffers. Raises InputError for an unknown code.
+    """
+    if code is None:
+        return {}
+    digits = (code.detach().cpu().double().flatten() > 0.5).tolist()
+    number = sum(digit << place for place, digit in enumerate(digits))
+    kind, millionths = number % 16, number // 16 - 1
+    if kind >= len(NORMALIZATIONS) or millionths > 1e6 * MAX_SMOOTHNESS:
+        raise InputError(f'basis_code {number} names no basis of this version.')
+    return options_of_basis(NORMALIZATIONS[kind], None if millionths < 0 else millionths / 1e6)
 
 
 def dct_frequencies(kernel_size: int, level: int | None = None, dc: bool = True) -> list[tuple[int, int]]:
-    """Frequency pairs (i, j) that a layer keeps: those with i + j < level, i along rows (outer), j along columns.
+    """Returns the frequency pairs (i, j) that a level keeps: i + j < level, i along rows (outer), j along columns.
 
     Arguments and errors are those of `dct_basis`.
     """
@@ -77,7 +105,7 @@ def dct_frequencies(kernel_size: int, level: int | None = None, dc: bool = True)
     pairs = [(i, j) for i in range(kernel_size) for j in range(kernel_size) if i + j < level and (dc or i + j > 0)]
     if not pairs:
         raise InputError(
-            f'no function is left with kernel_size={kernel_size}, level={level}, dc=False: raise level or set dc=True.'
+            f'kernel_size={kernel_size}, level={level} and dc=False leave no function: raise level or set dc=True.'
         )
     return pairs
 
@@ -85,9 +113,10 @@ def dct_frequencies(kernel_size: int, level: int | None = None, dc: bool = True)
 def dct_spectrum(
     kernel_size: int, level: int | None = None, dc: bool = True, smoothness: float | None = None
 ) -> Tensor:
-    """What smoothness scales each kept function by: s_ij = c (1 + i + j)^(-smoothness), the mean of s^2 being 1.
+    """Returns the factors (P,) by which smoothness scales the kept functions, in float64 on the CPU.
 
-    Returns (P,) in float64, on the CPU; ones if smoothness is None. Arguments and errors are those of `dct_basis`.
+    s_ij = c (1 + i + j)^(-smoothness), with c such that the mean of s^2 is 1. All factors are 1 without smoothness.
+    Arguments and errors are those of `dct_basis`.
     """
     sums = torch.tensor([i + j for i, j in dct_frequencies(kernel_size, level, dc)], dtype=torch.float64, device='cpu')
     spectrum = (1 + sums) ** -(check_smoothness(smoothness) or 0.0)
@@ -104,9 +133,9 @@ def dct_basis(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """DCT-II basis functions d_ij(x, y) = cos(pi (x + 1/2) i / k) cos(pi (y + 1/2) j / k).
+    """Returns the DCT-II basis functions d_ij(x, y) = cos(pi (x + 1/2) i / k) cos(pi (y + 1/2) j / k).
 
-    They are orthogonal to each other, however they are scaled. Computed on the CPU in float64, then cast.
+    They are orthogonal in every scaling. They are computed on the CPU in float64, then cast.
 
     Args:
         kernel_size: Side k of the functions.
@@ -114,19 +143,19 @@ def dct_basis(
         dc: Whether to keep the constant function (0, 0).
         normalization: 'l1' divides each function by the sum of its absolute values, as the authors do.
             'ortho' gives each function unit energy.
-        smoothness: None for functions as `normalization` says. A number from 0 to 10 scales functions of unit energy
-            by (1 + i + j)^(-smoothness), and all by one factor, so that their mean energy is 1 (`dct_spectrum`).
+        smoothness: None for functions as `normalization` says. A number from 0 to 10 scales functions of unit energy by
+            (1 + i + j)^(-smoothness), and all by one factor that makes their mean energy 1 (`dct_spectrum`).
         device: Device of the result.
-        dtype: Type of the result, torch's default dtype if None.
+        dtype: Dtype of the result; None stands for torch's default dtype.
 
     Returns:
         Tensor (P, k, k), i outer and j inner.
 
     Raises:
         TypeError: If kernel_size, level or smoothness has another type.
-        ValueError: If an argument is out of range, naming it.
+        InputError: If an argument is out of range, naming it.
     """
-    l1 = name_of_basis(normalization, smoothness) == 'l1'
+    l1 = not options_of_basis(normalization, smoothness)
     pairs = torch.tensor(dct_frequencies(kernel_size, level, dc), device='cpu')
     grid = torch.arange(kernel_size, dtype=torch.float64, device='cpu')
     cosines = torch.cos(torch.pi * (grid + 0.5) * grid[:, None] / kernel_size)  # (frequency, position)
@@ -137,10 +166,16 @@ def dct_basis(
     return basis.to(device=device, dtype=dtype or torch.get_default_dtype())
 
 
-def project(filters: Tensor, basis: Tensor) -> Tensor:
-    """Coefficients (O, I, P, 1) of filters (O, I, k, k): exact on a complete basis, else of the nearest filters in L2.
+def is_constant(function: Tensor) -> bool:
+    """Tells whether a function (k, k) has one value everywhere, so that average pooling computes its response."""
+    return bool((function == function[0, 0]).all())
 
-    The basis (P, k, k) is orthogonal, of any norm. Its dtype is the precision of the result.
+
+def project(filters: Tensor, basis: Tensor) -> Tensor:
+    """Projects filters (O, I, k, k) onto a basis: coefficients (O, I, P, 1).
+
+    A complete basis represents the filters exactly, others the nearest ones in L2. The functions (P, k, k) must be
+    orthogonal, and may have any norm. The result has the basis' dtype.
     """
     dual = basis / basis.square().sum((1, 2), keepdim=True)
     # (O, I, k * k) @ (k * k, P)

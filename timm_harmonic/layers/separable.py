@@ -2,10 +2,10 @@
 
     y = mix(respond(x))
 
-respond() filters each channel by the P functions that the layer keeps, mix() has the coefficients. It computes what the
-dense form computes, one k x k convolution with composed filters. For C input and O output channels and each position it
-takes P k^2 C + P C O / groups multiply-adds in place of k^2 C O / groups: fewer the lower the level. Where only the
-constant function is kept, respond() is average pooling.
+respond() filters each channel by the P functions that the layer keeps, mix() holds the coefficients. The dense form
+computes the same by one k x k convolution with composed filters. For C input and O output channels the separable form
+takes P k^2 C + P C O / groups multiply-adds at each position, the dense one k^2 C O / groups: the lower the level, the
+more it saves. If the layer keeps only a constant function, respond() is average pooling.
 """
 
 from torch import Tensor
@@ -16,16 +16,16 @@ FORMS = ('dense', 'separable')
 
 
 def check_form(form: str) -> str:
-    """The name of a form. Raises ValueError for another."""
+    """Returns the name of a form. Raises InputError for any other text."""
     if form not in FORMS:
         raise InputError(f'form must be one of {FORMS}, got {form!r}.')
     return form
 
 
 def pool_padding(side: int, padding: str | tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int] | None:
-    """Padding of the average pooling that filters as a constant of this side does; None if no pooling does.
+    """Returns the padding of the average pooling that equals a constant filter of this side, or None if none does.
 
-    Around the image are zeros. nn.AvgPool2d pads evenly, by half of its window at most, and has no dilation.
+    Zeros surround the image. nn.AvgPool2d pads evenly, by at most half of its window, and has no dilation.
     """
     if dilation != (1, 1):
         return None
@@ -37,10 +37,10 @@ def pool_padding(side: int, padding: str | tuple[int, int], dilation: tuple[int,
 
 
 def responding(basis: Tensor, channels: int) -> Tensor:
-    """Depth-wise filters (C * P, 1, k, k) that give the responses in the order c * P + n."""
+    """Returns depth-wise filters (C * P, 1, k, k) whose responses come in the order c * P + n."""
     return basis.repeat(channels, 1, 1).unsqueeze(1)
 
 
 def mixing(coefficients: Tensor) -> Tensor:
-    """Coefficients (O, C / groups, P, 1) as the weight (O, C / groups * P, 1, 1) of a 1 x 1 convolution."""
+    """Returns coefficients (O, C / groups, P, 1) as the weight (O, C / groups * P, 1, 1) of a 1 x 1 convolution."""
     return coefficients.flatten(1)[:, :, None, None]

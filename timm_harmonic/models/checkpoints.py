@@ -14,61 +14,68 @@ from torch import Tensor, nn
 
 from ..common import TimmHarmonicError, first_line
 from ..conversion.swap import harmonic_layers
-from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum
+from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum, options_of_code
 
 StateDict = dict[str, Any]
 Names = str | Sequence[str] | None
 
-# Where training scripts keep parameters in what they save: timm its averaged ones, and everyone the last ones (`params`
-# in the authors' scripts for CIFAR and STL-10).
+# Where training scripts keep parameters: timm its averaged ones, and everyone the last ones (`params` in the authors'
+# scripts for CIFAR and STL-10).
 _AVERAGED, _LAST = ('state_dict_ema', 'model_ema'), ('state_dict', 'model', 'params')
+_BASIS = '.basis_code'  # the state dict's entry for a layer's basis, missing if it is the authors'
 
 
 class CheckpointError(TimmHarmonicError):
-    """A file or a state dict does not fit the model; the message says where."""
+    """Weights cannot be found or read, or do not fit the model; the message says which and why."""
 
 
 def read_checkpoint(path: str | os.PathLike) -> StateDict:
-    """What a file of safetensors or torch.save holds, on the CPU: tensors and plain Python values, never code.
+    """Reads a file of safetensors or torch.save onto the CPU: tensors and plain Python values, never code.
 
-    Raises FileNotFoundError if there is no file, CheckpointError if it is a web page, damaged, not a checkpoint, or
-    would run code.
+    Raises CheckpointError if the file is missing, damaged, not a checkpoint, or would run code.
     """
     path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'no checkpoint at {path!r}.')
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f'no checkpoint at {path!r}: {error.strerror}.') from error
     try:
         if path.endswith('.safetensors'):
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in what timm's train.py saves
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # bytes that are no checkpoint make the readers raise anything
-        if _is_web_page(path):
+            checkpoint: Any = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # train.py of timm saves its options
+                checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # the readers raise anything for bytes that are not a checkpoint
+        if re.match(rb'\s*<[!?a-zA-Z]', start):
             problem = 'is a web page, not a checkpoint: download the file itself again.'
         elif isinstance(error, pickle.UnpicklingError):
             problem = (
-                'was not loaded: it is no checkpoint, or it holds more than tensors and plain values and could run '
+                'was not loaded: it is not a checkpoint, or it holds more than tensors and plain values and could run '
                 f'code. Download it again, or save its state dict alone. ({first_line(error)})'
             )
         else:
             reason = f'{type(error).__name__}: {first_line(error)}'
-            problem = f'is truncated or damaged, or no checkpoint: download or save it again. ({reason})'
+            place = os.path.realpath(path)  # the Hub's client downloads a file again only without a link's target
+            problem = (
+                f'is truncated or damaged, or not a checkpoint: remove {place}, download or save it again. ({reason})'
+            )
         raise CheckpointError(f'{path!r} {problem}') from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f'{path!r} holds a {type(checkpoint).__name__}, not a state dict.')
+    if not isinstance(checkpoint, dict) or not checkpoint:
+        kind = 'nothing' if checkpoint == {} else f'a {type(checkpoint).__name__}'
+        raise CheckpointError(f'{path!r} holds {kind}, not a state dict.')
     return checkpoint
-
-
-def _is_web_page(path: str) -> bool:
-    with open(path, 'rb') as file:
-        return re.match(rb'\s*<[!?a-zA-Z]', file.read(64)) is not None
 
 
 def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     """The state dict in what a training script saved, without the prefixes of wrapped modules.
 
-    `use_ema` says whether to take averaged parameters; None takes them if there are any, as timm does. Raises
-    CheckpointError if there are none of the kind that is asked for.
+    Args:
+        checkpoint: A state dict, or a dict that holds one or two under timm's names.
+        use_ema: Whether to take averaged parameters. None takes them if they exist, as timm does.
+
+    Raises:
+        CheckpointError: If the requested parameters do not exist, or a key or value is not a parameter's.
     """
     averaged = [checkpoint[key] for key in _AVERAGED if isinstance(checkpoint.get(key), dict)]
     last = [checkpoint[key] for key in _LAST if isinstance(checkpoint.get(key), dict)]
@@ -76,48 +83,40 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
         raise CheckpointError(f'the checkpoint has no averaged weights ({" or ".join(_AVERAGED)}).')
     if use_ema is False and averaged and not last:
         raise CheckpointError('the checkpoint has averaged weights (EMA) only.')
-    found = (last if use_ema is False else averaged + last) or [checkpoint]
-    state = _check_names(found[0])
-    for key, value in state.items():
-        _check_tensor(key, value)
-    return state
-
-
-def _check_names(state: StateDict) -> StateDict:
-    """The state dict without prefixes. Raises CheckpointError for keys that are no text or meet in one name."""
+    state = ((last if use_ema is False else averaged + last) or [checkpoint])[0]
     if strange := [key for key in state if not isinstance(key, str)]:
-        raise CheckpointError(f'the checkpoint has a key {strange[0]!r}, which is no name of a parameter.')
+        raise CheckpointError(f'the checkpoint has the key {strange[0]!r}, which is not the name of a parameter.')
     clean = clean_state_dict(state)
     if len(clean) != len(state):
         raise CheckpointError('the checkpoint has one parameter under two names, with and without the prefix module.')
+    for key, value in clean.items():
+        _check_tensor(key, value)
     return clean
 
 
 def _check_tensor(key: str, value: Any) -> None:
-    """Raises CheckpointError for what is no dense tensor, or would take much more memory than its numbers do."""
+    """Raises CheckpointError unless a value is a dense tensor with as many numbers in memory as in its shape."""
     if not isinstance(value, Tensor):
         raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
     if value.layout != torch.strided or value.is_quantized:
         raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
-    if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:
+    if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:  # a small file that would fill the memory
         raise CheckpointError(
-            f'{key} {tuple(value.shape)} of the checkpoint repeats fewer numbers than its shape has: save it with '
-            '.contiguous(), if that is what it should be.'
+            f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save it with .contiguous().'
         )
 
 
 def convert_state_dict(
     checkpoint: StateDict, model: nn.Module, *, names: dict[str, str], norms: Sequence[str]
 ) -> StateDict:
-    """Brings a state dict into a model's layout. One that is in it already is returned as it is.
+    """Converts a state dict to a model's layout; one that already has it is unchanged.
 
     Accepts bare and wrapped state dicts ('state_dict' and the like), with and without `module.`, the authors' names
     (harm1, harm2, classifier.N), shapes and frozen `.dct` tensors. Adapts the statistics of a stem with normalised
-    responses to the model's input channels. timm then adapts the stem's weight and drops another classifier.
+    responses to the model's input channels; timm then adapts the stem's weight and drops a classifier of other classes.
 
-    `names` are regular expressions over parameter names with their replacements, `norms` the batch-norms that see the
-    output of a stem without a bias. Raises CheckpointError if a key or shape fits nothing, a parameter is missing, or
-    the basis is another one.
+    `names` are regular expressions for the authors' parameter names, with their replacements; `norms` are the
+    batch-norms that follow a stem without a bias. Raises CheckpointError if a key, a shape or the basis does not fit.
     """
     target, layers = model.state_dict(), harmonic_layers(model)
     stem = model.pretrained_cfg['first_conv']
@@ -129,8 +128,8 @@ def convert_state_dict(
             continue
         if attribute == 'weight' and name in layers:
             value = _coefficients_4d(value, layers[name].basis.shape[0])
-        elif key in target and value.numel() == target[key].numel() and attribute == 'weight' and value.ndim == 2:
-            value = value.reshape(target[key].shape)  # a linear layer that is a convolution here
+        elif attribute == 'weight' and value.ndim == 2 and key in target and value.numel() == target[key].numel():
+            value = value.reshape(target[key].shape)  # a linear layer of the authors, a 1 x 1 or 7 x 7 convolution here
         state[key] = value
     if stem in layers:
         _adapt_stem(state, stem, layers[stem], norms, model.pretrained_cfg['input_size'][0])
@@ -139,7 +138,7 @@ def convert_state_dict(
 
 
 def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
-    """A state dict with regular expressions over its keys replaced, one after the other."""
+    """Replaces regular expressions in the keys of a state dict, in order."""
     for pattern, replacement in names.items():
         renamed = {re.sub(pattern, replacement, key): value for key, value in state.items()}
         if len(renamed) != len(state):
@@ -149,7 +148,7 @@ def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
 
 
 def _coefficients_4d(value: Tensor, count: int) -> Tensor:
-    """(O, I * P, 1, 1) or (O, I, P, 1, 1), the authors' shapes, as (O, I, P, 1); anything else as it is."""
+    """Reshapes (O, I * P, 1, 1) or (O, I, P, 1, 1), the authors' shapes, to (O, I, P, 1); other shapes stay."""
     if value.ndim == 5 and tuple(value.shape[2:]) == (count, 1, 1):
         return value[..., 0]
     if value.ndim == 4 and tuple(value.shape[2:]) == (1, 1) and value.shape[1] % count == 0:
@@ -158,13 +157,13 @@ def _coefficients_4d(value: Tensor, count: int) -> Tensor:
 
 
 def _check_basis(key: str, dct: Tensor, layer: HarmonicLayer) -> None:
-    """The authors keep (1, P, k, k), or (C * P, 1, k, k) where responses are normalised."""
+    """Compares the authors' (1, P, k, k), or (C * P, 1, k, k) where responses are normalised, with ours."""
     count, side = layer.basis.shape[:2]
     fits = dct.is_floating_point() and dct.numel() and dct.numel() % layer.basis.numel() == 0
     stored = dct.reshape(-1, count, side, side) if fits else None
     if stored is None or not torch.allclose(stored, layer.basis.to(dct).expand_as(stored), rtol=0, atol=1e-6):
         raise CheckpointError(
-            f"{key} {tuple(dct.shape)} is another basis than the model's {tuple(layer.basis.shape)} "
+            f"{key} {tuple(dct.shape)} is not the model's basis {tuple(layer.basis.shape)} "
             f'(level={layer.level}, dc={layer.dc}, {layer.named_basis()}).'
         )
 
@@ -172,13 +171,13 @@ def _check_basis(key: str, dct: Tensor, layer: HarmonicLayer) -> None:
 def _adapt_stem(state: StateDict, stem: str, layer: HarmonicLayer, norms: Sequence[str], declared: int) -> None:
     """Adapts the response statistics of a stem, as timm adapts the weight of a convolution.
 
-    More channels repeat the source's. One channel answers as a gray image in all source channels would: timm sums the
-    weights, so they are brought to a common scale first, and the means' share goes into the next shift.
+    Additional channels repeat the source's. One channel responds as all source channels would to the same gray image:
+    timm sums the weights, so they are brought to a common scale first, and the next shift absorbs the means.
     """
     weight, mean, var = (state.get(f'{stem}.{key}') for key in ('weight', 'bn.running_mean', 'bn.running_var'))
     count, channels = layer.basis.shape[0], layer.in_channels
     if weight is None or mean is None or var is None or weight.shape[2:] != (count, 1) or mean.numel() % count:
-        return  # check_fit reports these with everything else that does not fit
+        return  # check_fit reports these with the other misfits
     source = mean.numel() // count
     if source == channels:
         return
@@ -207,56 +206,63 @@ def _adapt_stem(state: StateDict, stem: str, layer: HarmonicLayer, norms: Sequen
 
 
 def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Names) -> None:
-    """Raises CheckpointError, naming what does not fit, unless every key and shape of a state dict fits a network.
+    """Raises CheckpointError, naming the misfits, unless every key and shape of a state dict fits a network.
 
-    Left out is what timm adapts: classifiers and the stems' input channels, named as in timm's configs. Plain filters
-    fit a harmonic convolution, which projects them when it loads them.
+    Classifiers, and the input channels of stems, may differ: timm adapts them. They are named as in timm's configs.
+    Plain filters fit a harmonic convolution, which projects them when it loads them.
     """
-    target = model.state_dict()
+    target, layers = model.state_dict(), harmonic_layers(model)
     heads = {f'{name}.{what}' for name in names_of(classifiers) for what in ('weight', 'bias')}
     first = {f'{name}.weight' for name in names_of(stems)}
     modules = model.named_modules(remove_duplicate=False)  # a network may use one layer in several places
-    projected = {f'{n}.weight': m.kernel_size for n, m in modules if isinstance(m, HarmonicConv2d)}
+    sides = {f'{n}.weight': list(m.kernel_size) for n, m in modules if isinstance(m, HarmonicConv2d)}
+    basis_keys = {f'{name}{_BASIS}' for name in layers}
+    optional = ('num_batches_tracked', _BASIS)
+    common = [key for key in state if key in target and key not in basis_keys]
+
+    def plain(key: str) -> bool:
+        return key in sides and list(state[key].shape[2:]) == sides[key]
 
     def misfit(key: str) -> bool:
         ours, theirs = list(target[key].shape), list(state[key].shape)
-        if key in projected and theirs[2:] == list(projected[key]):
+        if plain(key):
             ours[2:] = theirs[2:]
         if key in first and len(ours) == len(theirs) == 4:
             ours[1] = theirs[1] = 0
-        return ours != theirs
+        return key not in heads and ours != theirs
 
-    layers = harmonic_layers(model)
-    names = {f'{name}.basis_name' for name in layers}
-    not_needed = ('num_batches_tracked', *names)
     problems = {
         'another basis': [
-            f'{name}.weight: {problem}; build the network with that'
+            f'{key}: {problem}; build the network with that'
             for name, layer in layers.items()
-            if f'{name}.weight' in state
-            and list(state[f'{name}.weight'].shape[2:]) != list(projected.get(f'{name}.weight', ()))
-            and (problem := layer.other_basis(state.get(f'{name}.basis_name')))
+            if (key := f'{name}.weight') in state and not plain(key) and (problem := _other_basis(state, name, layer))
         ],
-        'missing': [k for k in target if k not in state and k not in heads and not k.endswith(not_needed)],
-        'unexpected': [k for k in state if k not in target and k not in heads and k not in names],
-        'no real numbers': [
+        'missing': [k for k in target if k not in state and k not in heads and not k.endswith(optional)],
+        'unexpected': [k for k in state if k not in target and k not in heads and k not in basis_keys],
+        'not real numbers': [
             f'{k} in {state[k].dtype}'
-            for k in state
-            if k in target and target[k].is_floating_point() and not state[k].is_floating_point()
+            for k in common
+            if target[k].is_floating_point() and not state[k].is_floating_point()
         ],
-        'wrong shape': [
-            f'{k} {tuple(state[k].shape)} for {tuple(target[k].shape)}'
-            for k in state
-            if k in target and k not in heads and k not in names and misfit(k)
-        ],
+        'wrong shape': [f'{k} {tuple(state[k].shape)} for {tuple(target[k].shape)}' for k in common if misfit(k)],
     }
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
         raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.')
 
 
+def _other_basis(state: StateDict, name: str, layer: HarmonicLayer) -> str:
+    return layer.other_basis(state.get(f'{name}{_BASIS}'))
+
+
+def basis_options(state: StateDict) -> dict[str, Any]:
+    """Returns the options of a network's basis from its state dict; none if it is the authors'."""
+    found = [options_of_code(value) for key, value in state.items() if key.endswith(_BASIS)]
+    return found[0] if found and all(options == found[0] for options in found) else {}
+
+
 def names_of(names: Names) -> Sequence[str]:
-    """One name, several or none, as timm's configs have them, as a sequence."""
+    """The names in an entry of timm's configs, which may be one name, several, or None."""
     return (names,) if isinstance(names, str) else names or ()
 
 

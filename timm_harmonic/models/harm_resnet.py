@@ -20,14 +20,14 @@ from .weights import TAG, build_model, released_cfg
 __all__ = ['HarmonicResNet', 'checkpoint_filter_fn']
 
 _STEM_POOLS = (None, 'avg', 'max')
-_TIMM_TAPS = 5  # timm's ResNet counts the stem and four stages
+_TIMM_TAPS = 5  # of timm's ResNet: the stem and four stages
 
 
 class HarmonicResNet(ResNet):
     """timm's ResNet with harmonic layers in place of its k x k convolutions, k > 1.
 
     The stem is a `HarmonicBlock2d` (normalised responses), every other convolution a `HarmonicConv2d`. Without a pool
-    the stem has stride 4 and is no feature of its own: features have the reductions 4, 8, 16, 32.
+    the stem has stride 4 and does not count as a feature: features have the reductions 4, 8, 16, 32.
 
     Args:
         block: timm's BasicBlock or Bottleneck.
@@ -39,13 +39,13 @@ class HarmonicResNet(ResNet):
         harmonic_stem: Whether the stem is harmonic.
         harmonic_blocks: Whether the other convolutions are.
         normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
-        smoothness: None for the authors' network, or how much it favours smooth filters, from 0 to 10: see
+        smoothness: None for the authors' network, or how much training favours smooth filters, from 0 to 10: see
             `HarmonicConv2d`.
         zero_init_last: Whether residual branches start at zero, see timm's ResNet.
-        **kwargs: Whatever timm's ResNet takes.
+        **kwargs: Other options of timm's ResNet.
 
     Raises:
-        ValueError: If an option is out of range, naming it.
+        InputError: If an option is out of range, naming it.
         TypeError: If levels or smoothness has another type, or a keyword is unknown.
     """
 
@@ -100,18 +100,18 @@ class HarmonicResNet(ResNet):
                 module.reset_parameters()
 
     def _timm_taps(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Indices into feature_info as timm's ResNet counts them: it always has the stem as tap 0."""
+        """Translates indices into feature_info into those of timm's ResNet, whose tap 0 is always the stem."""
         count = len(self.feature_info)
         return [i + _TIMM_TAPS - count for i in tap_indices(indices, count)]
 
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, *args: Any, **kwargs: Any
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As timm's ResNet, with indices into this network's feature_info."""
+        """Does what timm's ResNet does, with indices into this network's feature_info."""
         return super().forward_intermediates(x, self._timm_taps(indices), *args, **kwargs)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
-        """As timm's ResNet, with indices into this network's feature_info."""
+        """Does what timm's ResNet does, with indices into this network's feature_info."""
         taps, timm_taps = self.feature_info, self._timm_taps(indices)
         offset = _TIMM_TAPS - len(taps)
         self.feature_info = [{}] * offset + taps  # timm looks up the width of a tap by its own index
@@ -130,8 +130,7 @@ _RESNET152 = dict(block=Bottleneck, layers=(3, 8, 36, 3))
 _SE = dict(block_args=dict(attn_layer='se'), avg_down=True, zero_init_last=True)
 _PLAIN = dict(harmonic_stem=False, harmonic_blocks=False)
 
-# The paper's networks and their family. SE-ResNeXts start with zero residual branches, the others do not, as in the
-# authors' code.
+# The paper's networks and their family. As in the authors' code, only SE-ResNeXts start with zero residual branches.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     'harm_resnet18': _RESNET18,
     'harm_resnet34': _RESNET34,

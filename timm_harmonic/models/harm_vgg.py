@@ -26,12 +26,10 @@ class HarmonicVGG(VGG):
         num_classes: Classes, 0 for no classifier.
         in_chans: Channels of the images.
         levels: The paper's lambda for the five resolutions, see `HarmonicResNet`. The stem belongs to the first.
-        harmonic_stem: See `HarmonicResNet`, as for harmonic_blocks, normalization and smoothness.
-        **kwargs: Whatever timm's VGG takes.
+        harmonic_stem: See `HarmonicResNet`, also for harmonic_blocks, normalization and smoothness.
+        **kwargs: Other options of timm's VGG.
 
-    Raises:
-        ValueError: If an option is out of range, naming it.
-        TypeError: If levels or smoothness has another type, or a keyword is unknown.
+    Raises InputError and TypeError as `HarmonicResNet` does.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from .weights import build_model
 __all__ = ['HarmonicWRN', 'checkpoint_filter_fn']
 
 _STEM_WIDTH = 16
-_TIMM_STRIDE = 4  # of timm's stem with its pool, which its ResNetV2 counts on
+_TIMM_STRIDE = 4  # of timm's stem with its pool, which its ResNetV2 assumes
 
 
 class HarmonicWRN(ResNetV2):
@@ -29,7 +29,7 @@ class HarmonicWRN(ResNetV2):
 
     It is timm's ResNetV2 with a 3 x 3 stem, no pool, and three groups of pre-activation blocks of 16, 32 and 64 times
     the width. The stem is a `HarmonicBlock2d` (normalised responses), every other 3 x 3 convolution a `HarmonicConv2d`.
-    It starts as the authors' network does: Kaiming normal over fan-in, batch-norm weights uniform in [0, 1].
+    The authors' initialisation applies: Kaiming normal over fan-in, batch-norm weights uniform in [0, 1].
 
     Args:
         depth: Layers, 6 n + 4 with n blocks in each group.
@@ -39,14 +39,12 @@ class HarmonicWRN(ResNetV2):
         levels: The paper's lambda for the three groups, see `HarmonicResNet`. The stem keeps all frequencies.
         stem_stride: Stride of the stem, 1 for images of about 32 x 32, 2 for about 96 x 96 (the authors' for STL-10).
         conv_drop_rate: Dropout between the two convolutions of a block. drop_rate is that before the classifier.
-        harmonic_stem: See `HarmonicResNet`, as for harmonic_blocks, normalization and smoothness.
+        harmonic_stem: See `HarmonicResNet`, also for harmonic_blocks, normalization and smoothness.
         output_stride: Largest stride of the features: later groups are dilated instead.
         zero_init_last: Whether residual branches start at zero.
-        **kwargs: Other options of timm's ResNetV2. Its stem, its widths and its normalisation are given here.
+        **kwargs: Other options of timm's ResNetV2, except its stem, widths and normalisation.
 
-    Raises:
-        ValueError: If an option is out of range, naming it.
-        TypeError: If levels or smoothness has another type, or a keyword is unknown.
+    Raises InputError and TypeError as `HarmonicResNet` does.
     """
 
     def __init__(
@@ -131,11 +129,11 @@ class HarmonicWRN(ResNetV2):
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, *args: Any, **kwargs: Any
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As timm's ResNetV2, with indices into this network's feature_info."""
+        """Does what timm's ResNetV2 does, with indices into this network's feature_info."""
         return super().forward_intermediates(x, tap_indices(indices, len(self.feature_info)), *args, **kwargs)
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, *args: Any, **kwargs: Any) -> list[int]:
-        """As timm's ResNetV2, with indices into this network's feature_info."""
+        """Does what timm's ResNetV2 does, with indices into this network's feature_info."""
         return super().prune_intermediate_layers(tap_indices(indices, len(self.feature_info)), *args, **kwargs)
 
 
@@ -167,8 +165,8 @@ KEY_NAMES = {
 
 
 def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
-    """See `convert_state_dict`. The authors' scripts save {params, epoch, optimizer}."""
-    # Those that see the stem's output: the first, unless its block passes it on.
+    """Converts a checkpoint, see `convert_state_dict`. The authors' scripts save {params, epoch, optimizer}."""
+    # The norms that see the stem's output: the first, unless its block passes that output on.
     norms = ['stages.0.blocks.0.norm1']
     if model.get_submodule('stages.0.blocks.0').downsample is None:
         count = sum(name.endswith('norm1') for name, _ in model.named_modules() if name.startswith('stages.0.'))
@@ -182,7 +180,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicWRN:
     return build_model(HarmonicWRN, variant, pretrained, **loading, **dict(_ARCHITECTURES[variant], **kwargs))
 
 
-# Images of CIFAR-10, prepared as the authors do.
+# The authors' preparation of CIFAR-10 images.
 _CIFAR: dict[str, Any] = dict(
     num_classes=10,
     input_size=(3, 32, 32),

@@ -1,4 +1,4 @@
-"""What the model files share: levels of the stages, which convolutions become harmonic, entry points."""
+"""Shared by the model files: levels of the stages, which convolutions become harmonic, entry points."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,22 +10,22 @@ from ..common import InputError
 from ..conversion.swap import make_harmonic, reasons_to_skip
 from ..layers import check_level, full_level, name_of_basis
 
-StageLevels = int | Sequence[int | None] | None  # for all stages, or one a stage; None keeps all frequencies
+StageLevels = int | Sequence[int | None] | None  # for all stages, or one per stage; None keeps all frequencies
 
 _TOP = full_level(3)  # the filters of every stage are 3 x 3
 
 
 def levels_of_stages(levels: StageLevels, stages: int) -> tuple[int | None, ...]:
-    """One level per stage, from an option of a network.
+    """Expands the option `levels` to one level per stage.
 
-    Raises TypeError for another type, ValueError for another number of entries or a level that is out of range.
+    Raises TypeError for a wrong type, InputError for a wrong number of entries or a level out of range.
     """
     if levels is None or isinstance(levels, int):
         entries: Sequence[int | None] = (levels,) * stages
     elif isinstance(levels, str) or not isinstance(levels, Sequence):
         raise TypeError(f'levels must be None, an integer, or {stages} of (integer or None), got {levels!r}.')
     elif len(levels) != stages:
-        raise InputError(f'levels must have {stages} entries, one a stage, got {len(levels)}: {levels!r}.')
+        raise InputError(f'levels must have {stages} entries, one per stage, got {len(levels)}: {levels!r}.')
     else:
         entries = levels
     for level in entries:
@@ -34,7 +34,7 @@ def levels_of_stages(levels: StageLevels, stages: int) -> tuple[int | None, ...]
 
 
 def check_channels(num_classes: int, in_chans: int) -> None:
-    """Raises ValueError for sizes that torch accepts when it builds a network, and fails on later."""
+    """Raises InputError for sizes with which torch builds a network that fails later."""
     if num_classes < 0:
         raise InputError(f'num_classes must be 0 (no classifier) or more, got {num_classes}.')
     if in_chans < 1:
@@ -50,16 +50,15 @@ def make_network_harmonic(
     basis: Mapping[str, Any],
     within: str = '',
 ) -> None:
-    """Makes a newly built network harmonic, in place: the layers start from their own initialisation.
+    """Makes a newly built network harmonic, in place, with newly initialised layers.
 
-    `stem` names the first convolution, which becomes a `HarmonicBlock2d`, and `level_of` gives a convolution's level by
-    its name. `basis` has the normalization and the smoothness. Only names that start with `within` count. Raises
-    TypeError if a switch is no bool.
+    `stem` names the first convolution, which becomes a `HarmonicBlock2d`; `level_of` maps the other names to levels.
+    Only names that start with `within` count. Raises TypeError if a switch is not a bool.
     """
     for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
         if not isinstance(value, bool):
             raise TypeError(f'{option} must be True or False, got {value!r}.')
-    name_of_basis(**basis)  # checks it where no layer does
+    name_of_basis(**basis)  # checks the options even if nothing becomes harmonic
     wanted = {
         name: level_of(name)
         for name in reasons_to_skip(model)
@@ -69,9 +68,9 @@ def make_network_harmonic(
 
 
 def tap_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
-    """Feature indices as timm understands them, of `count` features: from 0, None for all, n for the last n.
+    """Resolves timm's feature indices for `count` features: None for all, n for the last n, or a list from 0.
 
-    Raises ValueError if one is out of range.
+    Raises InputError if one is out of range.
     """
     if indices is None:
         return list(range(count))

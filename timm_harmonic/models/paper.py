@@ -1,15 +1,11 @@
-"""What the papers report, read from two tables that configs, cards and the pages are made from.
+"""The results in the papers, from two tables that configs, cards and the documentation use. We re-measured none.
 
-paper.csv, ImageNet-1k:
-A row is one network of Ulicny, Krylov, Dahyot (arXiv:2001.06570): errors in percent on the ImageNet-1k validation set,
-one crop at 224, or at 224 / 320. Multiply-adds (gmacs, in billions, at 224) were counted on the authors' networks.
-`page` is the folder of the authors' repository whose README has the row.
+paper.csv, ImageNet-1k: a row is one network of Ulicny, Krylov, Dahyot (arXiv:2001.06570), with its errors in percent on
+the validation set, one crop at 224, or at 224 / 320. Multiply-adds (gmacs, in billions, at 224) were counted on the
+authors' networks. `page` is the folder of the authors' repository whose README has the row.
 
-paper_small.csv, small images, from the READMEs in the folders cifar and stl: test errors in percent on CIFAR-10 and
-CIFAR-100, the median of five runs; test accuracies in percent on STL-10, mean and deviation, of ten folds of 1,000
-images and of all 5,000. `options` are ours, `files` are in train_configs/.
-
-Nothing of this was re-measured here.
+paper_small.csv, from the READMEs in cifar and stl: test errors on CIFAR-10 and CIFAR-100, the median of five runs; test
+accuracies on STL-10, with ten folds of 1,000 images and with all 5,000. `options` are ours, `files` in train_configs/.
 """
 
 import csv
@@ -31,14 +27,14 @@ PAPER_SMALL: list[dict[str, str]] = _rows('paper_small.csv')
 
 
 def notes_of(row: dict[str, str]) -> tuple[str, ...]:
-    """A row in words, for a config's notes."""
+    """Describes a row for a config's notes."""
     top1, top5 = (row[key].replace(' / ', ' at 224, ') + ' at 320' * ('/' in row[key]) for key in ('top1', 'top5'))
     errors = f'paper: top-1 error {top1} %, top-5 error {top5} % ({REPOSITORY}/tree/master/{row["page"]})'
     return tuple(filter(None, (errors, row['remark'], 'not re-measured')))
 
 
 def paper_cfg(first_conv: str, classifier: str, **kwargs: Any) -> dict[str, Any]:
-    """timm's pretrained config with what the networks of the paper have in common, and more or other entries."""
+    """timm's pretrained config of the paper's networks, with `kwargs` added or replaced."""
     common: dict[str, Any] = dict(
         num_classes=1000,
         input_size=(3, 224, 224),

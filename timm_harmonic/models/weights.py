@@ -1,52 +1,44 @@
-"""Where pretrained weights come from: a file, the Hugging Face Hub, or the authors' release."""
+"""Where pretrained weights come from: a file, a folder, a pinned file on the Hugging Face Hub, or the authors' url."""
 
 import dataclasses
+import hashlib
 import os
-import warnings
+import re
+import tempfile
 from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    get_pretrained_cfg,
-    is_model_pretrained,
-    list_pretrained,
-    resolve_pretrained_cfg,
-)
+import huggingface_hub
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from timm.models import PretrainedCfg, build_model_with_cfg, list_pretrained, resolve_pretrained_cfg
 
-from .checkpoints import StateDict, read_checkpoint
-from .download import (
-    ORGANISATION,
-    WEIGHTS_NAME,
-    CacheDir,
-    from_hub,
-    from_url,
-    hub_cache,
-    pinned_sha256,
-    reason_of,
-    url_cache,
-)
+from ..common import first_line
+from .checkpoints import CheckpointError, read_checkpoint
 from .paper import REPOSITORY, paper_cfg
 
 TAG = 'ulicny_in1k'  # of the weights that the authors released
+ORGANISATION = 'timm-harmonic'  # on the Hugging Face Hub
+WEIGHTS_NAME = 'model.safetensors'
 
+_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin')  # timm's, in its order of preference
+_PIN = re.compile(r'sha-?256\s*[:=]\s*\S*', re.IGNORECASE)  # or what looks like one
 _FROM_A_FILE = 'To load a file that you have, pass pretrained_cfg_overlay=dict(file=PATH).'
 
 
 def released_cfg(name: str, file: str, sha256: str = '', notes: tuple[str, ...] = (), **kwargs: Any) -> dict[str, Any]:
-    """`paper_cfg` of a weight that the authors released: on the Hub under our organisation, else at their url.
+    """`paper_cfg` of a weight that the authors released as `file`, whose name carries the start of its SHA-256.
 
-    `name` is the repository on the Hub, `sha256` pins its file (64 hex digits; empty as long as none is published), and
-    the hex digits in the name of the authors' file begin its SHA-256.
+    With `sha256` (64 hex digits, of our model.safetensors) the only source is our repository `name` on the Hub; without
+    it, the authors' url.
     """
-    return paper_cfg(
-        url=f'{REPOSITORY}/releases/download/0.1.0/{file}',
-        hf_hub_id=f'{ORGANISATION}/{name}',
-        notes=(*notes, f'sha256:{sha256}') if sha256 else notes,
-        **kwargs,
-    )
+    url = f'{REPOSITORY}/releases/download/0.1.0/{file}'
+    on_hub = dict(hf_hub_id=f'{ORGANISATION}/{name}', notes=(*notes, f'sha256:{sha256}'))
+    source = on_hub if sha256 else dict(url=url, notes=notes)
+    return paper_cfg(**{**kwargs, **source, 'origin_url': url})
 
 
 def build_model(
@@ -55,106 +47,118 @@ def build_model(
     pretrained: bool,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: CacheDir = None,
+    cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
-    """timm's build_model_with_cfg, with weights found and read as this module says.
+    """timm's build_model_with_cfg, with weights found, checked and read by this module.
 
-    A weight that we registered comes from the Hub, or from the authors' release if the Hub does not have it. If the
-    caller names a file, a url or a Hub id, no other place is tried.
-
-    Raises:
-        RuntimeError: If weights are asked for where none exist, or cannot be downloaded.
-        CheckpointError: If the weights cannot be read, do not fit, or are not those that were pinned.
-        FileNotFoundError: If the weights' file does not exist.
-        HfHubHTTPError: What the Hub answered about an id that the caller named.
+    A config that came with a repository or a folder cannot name other files or vouch for its own weights: only the
+    caller can, by `pretrained_cfg_overlay`. Raises CheckpointError if the weights do not exist, cannot be downloaded or
+    read, do not match their hash, or do not fit the model.
     """
-    overlay = dict(pretrained_cfg_overlay or {})
+    overlay = pretrained_cfg_overlay or {}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    if cfg.source:
-        pretrained_cfg = cfg = _of_this_source(cfg, overlay)
-    read = None
-    if pretrained and not cfg.state_dict:
-        read = _read_weights(variant, cfg, overlay, cache_dir)
-        if read is not None:
-            overlay.update(state_dict=read, source=None)  # with a source, timm would load by itself
-    source = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, cache_dir=cache_dir)
-    model = build_model_with_cfg(model_cls, variant, pretrained, **source, **kwargs)
-    if read is not None:
-        for module in model.modules():  # a feature extractor has a config of its own beside its network's
-            if hasattr(module, 'pretrained_cfg'):
-                module.pretrained_cfg.pop('state_dict', None)
-                if cfg.source:
-                    module.pretrained_cfg['source'] = cfg.source
+    source = cfg.source
+    if source:
+        file = cfg.file if source == 'local-dir' else overlay.get('file')
+        cfg = dataclasses.replace(cfg, file=file, state_dict=overlay.get('state_dict'))
+    if pretrained:
+        state = cfg.state_dict or read_checkpoint(_find_weights(variant, cfg, overlay, cache_dir))
+        cfg = dataclasses.replace(cfg, state_dict=state, source=None)  # with a source, timm would load by itself
+    model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg=cfg, **kwargs)
+    for module in model.modules():  # a feature extractor has a config too
+        if hasattr(module, 'pretrained_cfg'):
+            module.pretrained_cfg.pop('state_dict', None)
+            if source:
+                module.pretrained_cfg['source'] = source
     return model
 
 
-def _read_weights(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any], cache_dir: CacheDir) -> StateDict | None:
-    """The checkpoint that a config asks for, or None if timm has to read it."""
-    if cfg.source == 'local-dir':
-        path = os.path.join(cfg.file, WEIGHTS_NAME)
-        return read_checkpoint(path) if os.path.isfile(path) else None
-    if not cfg.has_weights:
-        raise RuntimeError(
+def _find_weights(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any], cache_dir: str | Path | None) -> Path:
+    """The local path of a config's weights, downloaded if necessary and checked against its pin."""
+    named = {key: overlay[key] for key in ('file', 'hf_hub_id', 'url') if overlay.get(key)}
+    places = named or vars(cfg)
+    pin = pinned_sha256(overlay.get('notes') or (None if named or cfg.source else cfg.notes))
+    if places.get('file'):
+        path = Path(places['file'])
+        if path.is_dir():
+            path = next((path / name for name in _NAMES if (path / name).is_file()), path / WEIGHTS_NAME)
+    elif places.get('hf_hub_id'):
+        path = _from_hub(places['hf_hub_id'], cfg.hf_hub_filename, cache_dir)
+    elif places.get('url'):
+        path = _from_url(places['url'], cache_dir)
+    else:
+        raise CheckpointError(
             f'No pretrained weights exist for {variant}. Use pretrained=False, or choose one of: '
             f'{", ".join(list_pretrained("harm*"))}. {_FROM_A_FILE}'
         )
-    if cfg.file:
-        return read_checkpoint(cfg.file)
-    hub_named, url_named, pin = _named_by_caller(variant, cfg, overlay)
-    if hub_named or (cfg.hf_hub_id and not cfg.url):
-        return from_hub(cfg.hf_hub_id, cfg.hf_hub_filename, pin, cache_dir)
-    if url_named or not cfg.hf_hub_id:
-        return _from_url_only(cfg.url, cache_dir)
-    return _from_hub_or_release(cfg, pin, cache_dir)
+    if pin and path.is_file() and (found := sha256_of(path)) != pin:
+        # In the Hub's cache a name is a link: only without the file itself is it downloaded again.
+        place = path.resolve()
+        raise CheckpointError(f'{path} has the SHA-256 {found}, but {pin} is pinned. If it was cached, remove {place}.')
+    return path
 
 
-def _of_this_source(cfg: PretrainedCfg, overlay: dict[str, Any]) -> PretrainedCfg:
-    """The config that came with a repository or a folder, without other sources that it names: only the caller may."""
-    file = cfg.file if cfg.source == 'local-dir' else overlay.get('file')
-    return dataclasses.replace(cfg, file=file, state_dict=overlay.get('state_dict'))
+def _from_hub(hub_id: str, filename: str | None, cache_dir: str | Path | None) -> Path:
+    """A file of a repository `organisation/name` or `organisation/name@revision`, by the Hub's client."""
+    repo_id, _, revision = hub_id.partition('@')
+    options: dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir)
+    try:
+        try:
+            path = huggingface_hub.hf_hub_download(repo_id, filename or WEIGHTS_NAME, **options)
+        except EntryNotFoundError as error:
+            if filename or isinstance(error, LocalEntryNotFoundError):
+                raise
+            path = huggingface_hub.hf_hub_download(repo_id, _NAMES[1], **options)
+    except Exception as error:  # of the Hub, of its client's HTTP library, or of the file system
+        raise _not_downloaded(f'{repo_id} on the Hugging Face Hub', error) from error
+    return Path(path)
 
 
-def _named_by_caller(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any]) -> tuple[bool, bool, str | None]:
-    """Whether the caller names a Hub id or a url that is not the registered one, and the pin of the Hub's file.
+def _from_url(url: str, cache_dir: str | Path | None) -> Path:
+    """A file from a url, kept in torch.hub's folder under its name only once it is known to be a checkpoint."""
+    path = Path(cache_dir or Path(torch.hub.get_dir(), 'checkpoints'), os.path.basename(urlparse(url).path))
+    digits = released_digits(path.name)
+    if not path.exists():
+        try:
+            if huggingface_hub.is_offline_mode():
+                raise ConnectionError('HF_HUB_OFFLINE is set')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix='.') as temporary:
+                partial = Path(temporary, path.name)
+                torch.hub.download_url_to_file(url, str(partial), hash_prefix=digits or None)
+                read_checkpoint(partial)
+                partial.replace(path)
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another hash, or not a checkpoint
+            raise _not_downloaded(url, error) from error
+    elif digits and not sha256_of(path).startswith(digits):
+        raise CheckpointError(f'{path} does not match the hash in its name: remove it, or pass another cache_dir.')
+    return path
 
-    Notes that came with weights cannot vouch for them, and ours pin the registered place only.
+
+def _not_downloaded(place: str, error: Exception) -> CheckpointError:
+    reason = f'{type(error).__name__}: {first_line(error)}'
+    return CheckpointError(f'could not download the weights from {place} ({reason}). {_FROM_A_FILE}')
+
+
+def pinned_sha256(notes: str | tuple[str, ...] | None) -> str | None:
+    """The SHA-256 to which a config's notes pin its file, written as `sha256:` and 64 hex digits; None without one.
+
+    Raises CheckpointError for several pins, or a note that resembles a pin but is not one.
     """
-    tagged = f'{variant}.{cfg.tag}'
-    registered = get_pretrained_cfg(tagged if is_model_pretrained(tagged) else variant)
-    known = {key: getattr(registered, key, None) for key in ('hf_hub_id', 'url', 'notes')}
-    hub = bool(cfg.source or overlay.get('hf_hub_id') or (cfg.hf_hub_id and cfg.hf_hub_id != known['hf_hub_id']))
-    url = bool(overlay.get('url') or (cfg.url and cfg.url != known['url']))
-    not_for_this_file = cfg.source or (hub and cfg.notes == known['notes'])
-    return hub, url, pinned_sha256(overlay.get('notes') or (None if not_for_this_file else cfg.notes))
+    pins = sorted(set(_PIN.findall('\n'.join([notes] if isinstance(notes, str) else notes or ()))))
+    for pin in pins:
+        if len(pins) > 1 or not re.fullmatch('sha256:[0-9a-f]{64}', pin):
+            raise CheckpointError(f'invalid pin {" and ".join(pins)}: expected one sha256: with 64 digits 0-9, a-f.')
+    return pins[0].removeprefix('sha256:') if pins else None
 
 
-def _from_url_only(url: str, cache_dir: CacheDir) -> StateDict:
-    try:
-        return from_url(url, cache_dir)
-    except OSError as error:
-        raise RuntimeError(
-            f'could not download {url} ({reason_of(error)}), and it is not in {url_cache(cache_dir)}. {_FROM_A_FILE}'
-        ) from error
+def sha256_of(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _from_hub_or_release(cfg: PretrainedCfg, pin: str | None, cache_dir: CacheDir) -> StateDict:
-    """A weight of ours, from the Hub; from the authors' release, with a warning, if the Hub does not have it."""
-    try:
-        return from_hub(cfg.hf_hub_id, None, pin, cache_dir)
-    except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        on_hub = reason_of(error)
-    try:
-        read = from_url(cfg.url, cache_dir)
-    except OSError as error:
-        raise RuntimeError(
-            f'the weights of {cfg.hf_hub_id.rpartition("/")[2]} are at neither place.\n'
-            f'  Hugging Face Hub, {cfg.hf_hub_id}: {on_hub}; not in {hub_cache(cache_dir)}\n'
-            f"  the authors' release, {cfg.url}: {reason_of(error)}; not in {url_cache(cache_dir)}\n"
-            f'{_FROM_A_FILE}'
-        ) from error
-    warnings.warn(
-        f"{cfg.hf_hub_id} could not be loaded from the Hugging Face Hub ({on_hub}): loaded the authors' {cfg.url}.",
-        stacklevel=2,
-    )
-    return read
+def released_digits(name: str) -> str:
+    """The hex digits at the end of a file's name (NAME-DIGITS.pth), with which its SHA-256 begins; '' without them."""
+    found = re.search(r'-([0-9a-f]{8,})\.', os.path.basename(name))
+    return found.group(1) if found else ''

@@ -1,1 +1,1 @@
-"""Plain against harmonic on few images: the quickstart, its photographs, its recipe and its picture."""
+"""Plain against harmonic networks on few images: tasks, training, the protocol of a comparison, and its results."""

@@ -1,10 +1,8 @@
-"""The same search for every network, then the same number of seeds: the protocol of a comparison."""
+"""How networks are compared: the same search for each, then the same number of seeds. All results go into a file."""
 
 import dataclasses
 import hashlib
 import json
-import os
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,18 +11,65 @@ from typing import Any
 import numpy as np
 import torch
 from timm.models import reparameterize_model
-from torch import nn
 
-from ..common import InputError
-from .tasks import stratified
-from .training import Images, Network, Recipe, evaluate, fit
+from ..common import InputError, explained
+from ..common.files import write_whole
+from .tasks import Images, stratified
+from .training import Network, Recipe, evaluate, fit
 
+# Log-uniform ranges of learning rate and weight decay, by timm's name of the optimizer.
+RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    'adamw': ((5e-4, 2e-2), (1e-3, 1.0)),
+    'momentum': ((3e-3, 3e-1), (1e-5, 1e-2)),
+}
+INNER_SPLITS = 2  # a setting is judged by its mean over these
+INNER_SHARE = 0.25  # share of the training images that judges
 _POINTS = 15  # of a learning curve
-_START = '{"settings":'  # of a file of runs
+
+Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
+
+
+class Store:
+    """Results by key, in a JSON file with the settings that they depend on. Without a path they stay in memory.
+
+    Raises InputError if the file has other settings, or cannot be written.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.results: dict[str, Any] = {}
+        if path is None or not path.exists():
+            return
+        with explained(f'{path} is not a file of runs: choose another --out, or delete it', Exception):
+            held = json.loads(path.read_text(encoding='utf-8'))
+            self.results, before = dict(held['results']), dict(held['settings'])
+        if self.results and before != self.settings:
+            changed = [key for key in self.settings if before.get(key) != self.settings[key]]
+            raise InputError(
+                f'{path} has runs with other settings ({", ".join(changed)}): choose another --out, or delete it.'
+            )
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """The result of a key; made and stored unless it exists."""
+        if key not in self.results:
+            # The round trip gives what a resumed comparison will read.
+            self.results[key] = json.loads(json.dumps(make()))
+            if self.path is not None:
+                text = json.dumps(dict(settings=self.settings, results=self.results))
+                write_whole(self.path, lambda path: path.write_text(text, encoding='utf-8'))
+        return self.results[key]
+
+
+def fingerprint(images: Images) -> str:
+    """Digits that tell one set of images from another."""
+    digest = hashlib.sha256()
+    for tensor in (images.pixels, images.labels):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def curve_epochs(epochs: int) -> list[int]:
-    """Epochs after which accuracy is measured, the last one included."""
+    """Epochs at whose end accuracy is measured, the last one included."""
     return sorted({max(1, round(epochs * i / _POINTS)) for i in range(1, _POINTS + 1)})
 
 
@@ -38,14 +83,13 @@ def run(
     after_epoch: Callable[[int], object] = lambda epoch: None,
     device: torch.device | str = 'cpu',
     curve: bool = True,
-) -> tuple[dict[str, Any], nn.Module]:
-    """Trains a new network, and measures it on the test images. Returns what was measured, and the network.
+) -> dict[str, Any]:
+    """Trains a new network and measures it on the test images; accuracies are in percent.
 
-    Accuracies are percentages of the test images. Without `curve` they are measured at the end only. Everything random
-    follows from the seed.
+    Without `curve`, accuracy is measured at the end only. The seed determines everything random.
     """
     model = network.build(num_classes, train.pixels.shape[1], seed)
-    model = model.to(device).to(memory_format=torch.channels_last)  # on a CPU, twice as fast
+    model = model.to(device).to(memory_format=torch.channels_last)  # twice as fast on a CPU
     train, test = train.to(device), test.to(device)
     points: list[float] = []
     wanted = curve_epochs(recipe.epochs) if curve else []
@@ -57,93 +101,20 @@ def run(
 
     seconds = fit(model, train, recipe, seed, after)
     accuracy, loss = evaluate(model, test)
-    points += [accuracy] if curve else []
-    fused = reparameterize_model(model)
-    measured = dict(
+    return dict(
         accuracy=accuracy,
         loss=loss,
-        fused_accuracy=evaluate(fused, test)[0],
-        curve=points,
+        fused_accuracy=evaluate(reparameterize_model(model), test)[0],
+        curve=[*points, accuracy] if curve else [],
         parameters=sum(p.numel() for p in model.parameters()),
         seconds=seconds,
     )
-    return measured, fused
-
-
-class Store:
-    """Results by key, in a file of one JSON object a line. It is complete up to the last line after an interruption.
-
-    The first line holds the settings that the results depend on. Raises InputError if the file is of others.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.results: dict[str, Any] = {}
-        settings = json.loads(json.dumps(settings))
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(dict(settings=settings))
-            return
-        text = path.read_text(errors='replace')
-        lines = text.split('\n')
-        try:
-            if not text.startswith(_START[: len(text)]):
-                raise ValueError
-            before, *rest = [json.loads(line) for line in lines[:-1]] or [dict(settings={})]
-            self.results = {line['key']: line['result'] for line in rest}
-            changed = [key for key in settings if before['settings'].get(key) != settings[key]]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f'{path} is no file of runs: name another --out, or delete it.') from error
-        if lines[-1]:  # the line that was being written
-            path.write_text(text[: len(text) - len(lines[-1])])
-        if changed and self.results.keys() - {'probe'}:
-            raise InputError(
-                f'{path} has runs with other settings ({", ".join(changed)}): name another --out, or delete it.'
-            )
-        if changed:  # and nothing was trained
-            path.unlink()
-            self.results = {}
-            self._append(dict(settings=settings))
-
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """The result of a key, made and kept if it is not there."""
-        if key not in self.results:
-            # As it will be read again, so that a resumed comparison gives the same.
-            self.results[key] = json.loads(json.dumps(make()))
-            self._append(dict(key=key, result=self.results[key]))
-        return self.results[key]
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with open(self.path, 'a') as file:
-            file.write(json.dumps(line) + '\n')
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def fingerprint(images: Images) -> str:
-    """Digits that tell one set of images from another."""
-    digest = hashlib.sha256()
-    for tensor in (images.pixels, images.labels):
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-# Log-uniform ranges of learning rate and weight decay, by timm's name of the optimizer.
-RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
-    'adamw': ((5e-4, 2e-2), (1e-3, 1.0)),
-    'momentum': ((3e-3, 3e-1), (1e-5, 1e-2)),
-}
-INNER_SPLITS = 2  # a setting is judged by its mean over these
-INNER_SHARE = 0.25  # of the training images that judge
-_SAFETY = 0.85  # share of a time limit that is planned
-
-Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
 
 
 def setting(recipe: Recipe, trial: int) -> Recipe:
-    """The recipe of a trial. The first is the recipe itself; learning rate and weight decay of the others are random.
+    """The recipe of a trial: the recipe itself in the first, then random learning rates and weight decays.
 
-    They depend on the trial alone: all networks try the same ones.
+    They depend on the trial alone, so that all networks try the same settings.
     """
     if trial == 0:
         return recipe
@@ -154,10 +125,10 @@ def setting(recipe: Recipe, trial: int) -> Recipe:
 
 @dataclasses.dataclass
 class Protocol:
-    """What is compared and how: every network gets `trials` settings on inner splits, then `seeds` runs of the best.
+    """A comparison: every network tries `trials` settings on inner splits, then trains `seeds` times with its best one.
 
-    `draw` gives the training and the test images of a seed. The search sees the training images of seed 0 only.
-    Everything that is finished is in `store`, and not made again: more trials and seeds can follow.
+    `draw` gives the training and test images of a seed. The search only sees the training images of seed 0. Finished
+    runs are in `store` and never repeated, so that more trials and seeds can follow.
     """
 
     draw: Draw
@@ -168,14 +139,13 @@ class Protocol:
     seeds: int
     store: Store
     device: torch.device | str = 'cpu'
-    curves: bool = True  # whether test accuracy is measured during the final runs as well
+    curves: bool = True  # whether the final runs measure test accuracy during training
     validation: Images | None = None  # judges settings in place of inner splits
-    deadline: float | None = None  # by time.monotonic(); set by fit_into
     describe: Callable[[str], None] = lambda text: None
     after_epoch: Callable[[int], object] = lambda epoch: None
 
     def inner(self, split: int) -> tuple[Images, Images]:
-        """Images to try a setting on, and those that judge it."""
+        """Images to train a setting on, and images to judge it by."""
         train, _ = self.draw(0)
         if self.validation is not None:
             return train, self.validation
@@ -184,102 +154,49 @@ class Protocol:
 
     @property
     def splits(self) -> int:
-        """Inner splits that judge a setting."""
+        """Number of inner splits that judge a setting."""
         return 1 if self.validation is not None else INNER_SPLITS
 
+    @property
+    def epochs_left(self) -> int:
+        """Epochs still to be trained."""
+        runs = len(self.networks) * (self.trials * self.splits + self.seeds)
+        return max(0, runs - len(self.store.results)) * self.recipe.epochs
+
     def trial(self, network: Network, trial: int) -> tuple[float, float]:
-        """Mean accuracy of a setting on the inner splits, and minus its mean cross-entropy."""
+        """Mean accuracy of a setting on the inner splits, and its negated mean cross-entropy."""
         found = []
         for split in range(self.splits):
             self.describe(f'search {trial + 1}/{self.trials} {network.name}')
-            key = f'search {network.name} {trial} {split}'
-            found.append(self.store.get(key, partial(self._judge, network, trial, split)))
-        return tuple(np.mean(found, 0).tolist())
-
-    def _judge(self, network: Network, trial: int, split: int) -> tuple[float, float]:
-        images, recipe = self.inner(split), setting(self.recipe, trial)
-        measured, _ = self._run(network, *images, recipe, split, curve=False)
-        return measured['accuracy'], -measured['loss']
+            judge = partial(self._run, network, *self.inner(split), setting(self.recipe, trial), split, curve=False)
+            found.append(self.store.get(f'search {network.name} {trial} {split}', judge))
+        return tuple(np.mean([(of['accuracy'], -of['loss']) for of in found], 0).tolist())
 
     def _run(self, network: Network, train: Images, test: Images, recipe: Recipe, seed: int, curve: bool) -> Any:
         return run(network, train, test, len(self.classes), recipe, seed, self.after_epoch, self.device, curve)
 
     def best(self, network: Network) -> int:
-        """The trial with the highest accuracy; of equal ones that with the lowest cross-entropy."""
-        return max(range(self.trials), key=lambda trial: self.trial(network, trial))
+        """The trial with the highest accuracy, or of equal ones the lowest cross-entropy; 0 without a search."""
+        return max(range(self.trials), key=lambda trial: self.trial(network, trial), default=0)
+
+    def chosen(self, network: Network) -> dict[str, Any]:
+        """The best setting, and all that were tried with their accuracy."""
+        best = setting(self.recipe, self.best(network))
+        tried = [(setting(self.recipe, trial), self.trial(network, trial)[0]) for trial in range(self.trials)]
+        trials = [dict(lr=of.lr, weight_decay=of.weight_decay, accuracy=judged) for of, judged in tried]
+        return dict(lr=best.lr, weight_decay=best.weight_decay, trials=trials)
 
     def final(self, network: Network, seed: int) -> dict[str, Any]:
-        """One run by the best setting on all training images of a seed."""
-        best = self.best(network) if self.trials else 0
-        recipe = setting(self.recipe, best)
+        """One run with the best setting, on all training images of a seed."""
+        recipe = setting(self.recipe, best := self.best(network))
         self.describe(f'seed {seed + 1}/{self.seeds} {network.name}')
-        return self.store.get(
-            f'final {network.name} {best} {seed}',
-            lambda: self._run(network, *self.draw(seed), recipe, seed, self.curves)[0],
-        )
+        final = partial(self._run, network, *self.draw(seed), recipe, seed, self.curves)
+        return self.store.get(f'final {network.name} {best} {seed}', final)
 
     def run_all(self) -> dict[str, list[dict[str, Any]]]:
-        """Searches, then trains by the best settings: the runs of each network, one a seed.
-
-        If the next round would end after the deadline there is none, but for one trial and two seeds. `trials` and
-        `seeds` are then what was done.
-        """
+        """Searches, then trains with the best settings. Returns the runs of each network, one per seed."""
         for trial in range(self.trials):
-            started = time.monotonic()
             for network in self.networks:
                 self.trial(network, trial)
-            if self._late(2 * (time.monotonic() - started)):
-                self.trials = trial + 1
-                break
-        runs: dict[str, list[dict[str, Any]]] = {network.name: [] for network in self.networks}
-        for seed in range(self.seeds):
-            started = time.monotonic()
-            for network in self.networks:
-                runs[network.name].append(self.final(network, seed))
-            if seed > 0 and self._late(time.monotonic() - started):
-                self.seeds = seed + 1
-                break
-        return runs
-
-    def _late(self, ahead: float) -> bool:
-        """Whether the deadline is less than so many seconds ahead."""
-        return self.deadline is not None and time.monotonic() + ahead > self.deadline
-
-    def _time(self, network: Network) -> tuple[float, float]:
-        """Seconds of an epoch of training, and of measuring the test accuracy."""
-        train, test = (images.to(self.device) for images in self.draw(0))
-        model = network.build(len(self.classes), train.pixels.shape[1], 0).to(self.device)
-        model = model.to(memory_format=torch.channels_last)
-        fit(model, train, dataclasses.replace(self.recipe, epochs=1), 0)  # the first is slower than the others
-        epoch = fit(model, train, dataclasses.replace(self.recipe, epochs=2), 0) / 2
-        started = time.monotonic()
-        evaluate(model, test)
-        return epoch, time.monotonic() - started
-
-    def fit_into(self, seconds: float) -> None:
-        """Lowers trials and seeds so that the comparison takes about so long, by the time of one epoch of each network.
-
-        Raises InputError if not even one trial and two seeds fit.
-        """
-        started = time.monotonic()
-        self.deadline = started + seconds
-
-        def measure() -> list[float]:
-            times = [self._time(network) for network in self.networks]
-            return [sum(column) for column in zip(*times, strict=True)] + [time.monotonic() - started]
-
-        epoch, test, spent = self.store.get('probe', measure)
-        searched = epoch * self.recipe.epochs
-        trial = searched * (1 if self.validation is not None else INNER_SPLITS * (1 - INNER_SHARE))
-        final = searched + test * (2 + (len(curve_epochs(self.recipe.epochs)) if self.curves else 0))
-        budget = seconds * _SAFETY - spent
-        least = (spent + min(1, self.trials) * trial + min(2, self.seeds) * final) / _SAFETY
-        if least > seconds:
-            raise InputError(
-                f'one trial and two seeds of {len(self.networks)} networks take about {least / 60:.1f} minutes: raise '
-                '--time-limit, or lower --epochs, --img-size or the number of --models.'
-            )
-        share = min(1.0, budget / (self.trials * trial + self.seeds * final))
-        self.seeds = max(min(2, self.seeds), int(self.seeds * share))
-        left = budget - self.seeds * final
-        self.trials = max(min(1, self.trials), min(self.trials, int(left / trial)))
+        seeds = [[self.final(network, seed) for network in self.networks] for seed in range(self.seeds)]
+        return {network.name: list(runs) for network, runs in zip(self.networks, zip(*seeds, strict=True), strict=True)}

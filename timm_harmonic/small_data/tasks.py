@@ -1,7 +1,7 @@
-"""A small data set without a download: patches of the photographs in the wheels of scikit-image and scikit-learn.
+"""Tasks with few images: patches of photographs that need no download, and a user's own image folder.
 
-The task is to say which photograph a patch is from. Training patches are from the left half of each picture, test
-patches from the right half.
+The patches' task is to tell which photograph a patch is from. Training patches are from the left half of each
+photograph, test patches from the right half. The photographs are in the wheels of scikit-image and scikit-learn.
 """
 
 import dataclasses
@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import get_img_extensions
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
-from ..common import InputError
-from ..common.files import clear_remains, new_folder
+from ..common import InputError, explained
+from ..common.files import new_folder
+from ..common.images import SPLITS, image_files, natural_order, read_image, resized, scaled, unreadable
 from ..common.progress import progress
 
-# Package and path of each picture. The name of the file is the name of the class. Left out: pictures of text, drawings,
+# Package and path of each photograph; the file name is the class name. Left out: pictures of text, drawings,
 # silhouettes, and the second half of a stereo pair.
 _SKIMAGE = (
     'astronaut.png brick.png camera.png cell.png chelsea.png coffee.png coins.png grass.png gravel.png '
@@ -34,22 +33,56 @@ PHOTOGRAPHS = (
 )
 PATCH_SIZE = 48  # pixels
 TEST_PER_CLASS = 24  # as many as the half of the smallest picture holds
-_TEST_SEED = 0
-_MIN_CONTRAST = 2  # standard deviation in gray levels of 255; the black border of the retina is empty
+_MIN_CONTRAST = 2  # standard deviation in gray levels of 255: leaves out the black border of the retina
+_LARGEST = 64  # pixels of a side, unless the user asks for another size
+_TEST_SHARE = 0.25  # of each class, in a folder without splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images in memory: pixels (N, C, H, W) and labels (N,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> 'Images':
+        return Images(self.pixels[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> 'Images':
+        """The images on a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+def normalised(splits: dict[str, Images]) -> tuple[dict[str, Images], Tensor, Tensor]:
+    """Normalises all splits by the training images. Also returns their mean and standard deviation (C,).
+
+    Raises InputError if a channel of the training images is constant.
+    """
+    wide = splits['train'].pixels.double()  # large values overflow float32 when summed
+    mean, std = wide.mean((0, 2, 3)).float(), wide.std((0, 2, 3)).float()
+    if (std == 0).any():
+        raise InputError(f'channel {int((std == 0).nonzero()[0])} is constant in all training images: leave it out.')
+    ready = {
+        split: Images((of.pixels - mean[:, None, None]) / std[:, None, None], of.labels) for split, of in splits.items()
+    }
+    return ready, mean, std
 
 
 def load_photographs() -> dict[str, np.ndarray]:
-    """Pictures of the installed packages by class name, in alphabetical order: gray levels (H, W), uint8.
+    """Reads the photographs as gray levels (H, W), uint8, by class name in alphabetical order.
 
-    Gray, because several pictures are: otherwise colour alone would tell the others apart. Raises InputError if a
-    package or a picture is missing, naming it.
+    Several photographs are gray, so in colour the others would be too easy to tell apart. Raises InputError naming a
+    package or a picture that is missing.
     """
     paths = {Path(path).stem: path_of(package, path) for package, path in PHOTOGRAPHS}
     missing = [str(path) for path in paths.values() if not path.is_file()]
     if missing:
         raise InputError(
             f'pictures are missing from the installed scikit-image or scikit-learn: {", ".join(missing)}. '
-            'Known to have them: scikit-image 0.26 and scikit-learn 1.9.'
+            'scikit-image 0.26 and scikit-learn 1.9 have them.'
         )
     pictures = {}
     for name in sorted(paths):
@@ -59,15 +92,15 @@ def load_photographs() -> dict[str, np.ndarray]:
 
 
 def path_of(package: str, path: str) -> Path:
-    """Path of a file of an installed package. Raises InputError without the package."""
-    spec = importlib.util.find_spec(package)  # finds it without the seconds that an import may take
+    """Path of a file in an installed package. Raises InputError if the package is missing."""
+    spec = importlib.util.find_spec(package)  # an import may take seconds
     if spec is None or spec.origin is None:
         raise InputError(f'the package {package} is missing: pip install scikit-image scikit-learn')
     return Path(spec.origin).parent / path
 
 
 def _grid(picture: np.ndarray, split: str) -> list[tuple[int, int]]:
-    """Corners (top, left) of disjoint patches in this split's half of a picture, nearly uniform ones left out."""
+    """Corners (top, left) of disjoint patches in a split's half of a picture, without nearly uniform ones."""
     height, width = picture.shape
     start, stop = (0, width // 2) if split == 'train' else (width // 2, width)
     tops, lefts = range(0, height - PATCH_SIZE + 1, PATCH_SIZE), range(start, stop - PATCH_SIZE + 1, PATCH_SIZE)
@@ -83,10 +116,10 @@ def cut(picture: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
 def draw_patches(
     photographs: dict[str, np.ndarray], split: str, count: int, seed: int = 0
 ) -> dict[str, list[tuple[int, int]]]:
-    """Chooses `count` patches of each picture at random, without any pixel in common: corners (top, left) in pixels.
+    """Chooses `count` disjoint patches of each picture at random, and returns their corners (top, left) in pixels.
 
-    The split is 'train' (left halves) or 'validation' (right halves). The choice for a class does not depend on the
-    other classes. Raises InputError if a picture has fewer patches than that.
+    The split is 'train' (left halves) or 'validation' (right halves). Each class is drawn independently of the others.
+    Raises InputError if a picture has fewer than `count` patches.
     """
     chosen = {}
     for name, picture in photographs.items():
@@ -94,7 +127,7 @@ def draw_patches(
         if count > len(corners):
             raise InputError(
                 f'{name} has only {len(corners)} {split} patches of {PATCH_SIZE} x {PATCH_SIZE} pixels, '
-                f'{count} were asked for: lower --train-per-class.'
+                f'not {count}: lower --train-per-class.'
             )
         order = np.random.default_rng([seed, *name.encode()]).permutation(len(corners))
         chosen[name] = [corners[i] for i in order[:count]]
@@ -108,131 +141,67 @@ def export_patches(
     test_per_class: int = TEST_PER_CLASS,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Writes an image folder: train/<class>/*.png and validation/<class>/*.png. Returns how many files each split has.
+    """Writes train/<class>/*.png and validation/<class>/*.png, and returns the number of files in each split.
 
-    File names hold the corner, <top>_<left>.png. The seed chooses the training patches only. After an interruption the
-    folder has neither split. Raises InputError if the folder has files or cannot be written, or a picture has too
+    Files are named by corner, <top>_<left>.png. Only the training patches depend on the seed. An interrupted export
+    leaves neither split behind. Raises InputError if the folder is not empty or cannot be written, or a picture has too
     few patches.
     """
     folder = Path(folder)
-    patches = {
+    chosen = {
         'train': draw_patches(photographs, 'train', train_per_class, seed),
-        'validation': draw_patches(photographs, 'validation', test_per_class, _TEST_SEED),
+        'validation': draw_patches(photographs, 'validation', test_per_class),
     }
-    try:
-        clear_remains(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(f'{folder} is not empty: name a new or an empty folder.')
-        with new_folder(folder, last='train') as partial:
-            for split, of_class in patches.items():
-                for name, corners in of_class.items():
-                    Path(partial, split, name).mkdir(parents=True)
-                    for top, left in corners:
-                        patch = Image.fromarray(cut(photographs[name], (top, left)))
-                        patch.save(Path(partial, split, name, f'{top:04d}_{left:04d}.png'))
-    except OSError as error:
-        raise InputError(f'cannot write the patches: {error}') from error
-    return {split: sum(map(len, corners.values())) for split, corners in patches.items()}
+    with new_folder(folder) as partial:
+        for split, of_class in chosen.items():
+            for name, corners in of_class.items():
+                Path(partial, split, name).mkdir(parents=True)
+                for top, left in corners:
+                    patch = Image.fromarray(cut(photographs[name], (top, left)))
+                    patch.save(Path(partial, split, name, f'{top:04d}_{left:04d}.png'))
+    return {split: sum(map(len, corners.values())) for split, corners in chosen.items()}
 
 
-_TRAIN, _VALIDATION, _TEST = ('train', 'training'), ('validation', 'val', 'valid'), ('test', 'testing')
-_TIFF = ('.tif', '.tiff')
-_LARGEST = 64  # pixels of a side, if the user names no size
+def patches(
+    photographs: dict[str, np.ndarray], train_per_class: int, seed: int, test_per_class: int = TEST_PER_CLASS
+) -> tuple[Images, Images]:
+    """The training patches of a seed and the test patches, normalised by the statistics of the training patches."""
+    splits = {}
+    for split, count, of_seed in (('train', train_per_class, seed), ('validation', test_per_class, 0)):
+        corners = draw_patches(photographs, split, count, of_seed)
+        cuts = [cut(photographs[name], corner) for name, of in corners.items() for corner in of]
+        labels = [label for label, of in enumerate(corners.values()) for _ in of]
+        splits[split] = Images(torch.from_numpy(np.stack(cuts)).float().unsqueeze(1), torch.tensor(labels))
+    ready, _, _ = normalised(splits)
+    return ready['train'], ready['validation']
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder:
-    """Images of a folder: pixels (N, C, H, W), not normalised, and labels (N,) by 'train', 'validation', 'test'.
-
-    A folder without splits has all its images in 'train'.
-    """
+class Task:
+    """What networks are compared on: normalised images of each split."""
 
     classes: list[str]
-    splits: dict[str, tuple[Tensor, Tensor]]
-    skipped: list[str]  # files that could not be read, and why
-    plain_files: bool  # whether timm's own loader can read them: pictures of one or three channels and 8 bits
-    names: dict[str, str]  # of the folders of the splits, if there are any
-
-    @property
-    def channels(self) -> int:
-        """Channels of all images."""
-        return next(iter(self.splits.values()))[0].shape[1]
-
-    @property
-    def size(self) -> int:
-        """Side of the images in pixels."""
-        return next(iter(self.splits.values()))[0].shape[-1]
+    train: Images
+    test: Images
+    validation: Images | None
+    mean: list[float]  # of the training images, by channel
+    std: list[float]
+    skipped: list[str]  # unreadable files, and why
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image as (H, W, C), in the values and the type that the file has.
-
-    Gray ones have one channel, and an alpha channel is left out; of a TIFF all channels are kept. Raises InputError if
-    the file is no image, or has values that are not finite in float32.
-    """
-    try:
-        if path.suffix.lower() == '.npy':
-            array = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() in _TIFF:
-            array = _read_tiff(path)
-        else:
-            array = _read_picture(path)
-    except InputError:
-        raise
-    except Exception as error:  # what a damaged file makes of its reader
-        raise InputError(str(error) or type(error).__name__) from error
-    if not isinstance(array, np.ndarray):
-        raise InputError('it holds several arrays: save each alone')
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in 'buif':
-        raise InputError(f'shape {array.shape} of {array.dtype} is not (H, W) or (H, W, C) of numbers')
-    with np.errstate(over='ignore'):
-        finite = np.isfinite(array.astype(np.float32)).all()
-    if not finite:
-        raise InputError('it has values that are not finite in float32')
-    return array
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        if image.mode in ('1', 'LA', 'La'):
-            return np.asarray(image.convert('L'))
-        if image.mode.startswith(('I', 'F', 'L')):  # gray of 8, 16 or 32 bits
-            return np.asarray(image)
-        return np.asarray(image.convert('RGB'))
-
-
-def _read_tiff(path: Path) -> np.ndarray:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise InputError('TIFF needs a package: pip install tifffile') from error
-    try:
-        with tifffile.TiffFile(path) as file:
-            if file.pages.first.photometric == tifffile.PHOTOMETRIC.PALETTE:
-                return _read_picture(path)  # the array has places in the palette
-            series = file.series[0]
-            array, axes = series.asarray(), series.axes
-    except ValueError as error:
-        if 'imagecodecs' in str(error):  # a compression that Pillow may know
-            return _read_picture(path)
-        raise
-    height, width = axes.index('Y'), axes.index('X')
-    array = np.moveaxis(array, (height, width), (0, 1))
-    return array.reshape(*array.shape[:2], -1)  # samples, pages and planes are channels
-
-
-def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, but: Path | None = None) -> Folder:
+def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, but: Path | None = None) -> Task:
     """Reads an image folder: train/ and validation/ or test/ with a folder for each class, or class folders alone.
 
-    Every image is resized, so that its shorter side has `size` pixels, and its centre is cut. Without a size it is the
-    median shorter side, 64 at most. The folder `but` is left out. Raises InputError if the folder is not such a folder,
-    a file cannot be read (unless `skip_bad`), or the images do not fit together.
+    Resizes the shorter side of every image to `size` pixels and cuts the centre. By default the size is the median
+    shorter side, at most 64. Test images are those of test/, or else of validation/, or else a quarter of each class;
+    validation/ stays separate only beside test/. The folder `but` is left out. Raises InputError if the folder has
+    another structure, a file cannot be read (unless `skip_bad`), the numbers of channels differ, a channel is constant,
+    or a class has too few images to split.
     """
-    places = _splits(folder)
-    files = {split: _by_class(path, but) for split, path in places.items()}
-    classes = sorted({name for of_class in files.values() for name in of_class})
+    with explained(f'cannot list {str(folder)!r}', OSError):
+        places = _splits(folder)
+        files = {split: _by_class(path, but) for split, path in places.items()}
+    classes = sorted({name for of_class in files.values() for name in of_class}, key=natural_order)
     if len(classes) < 2:
         raise InputError(
             f'{str(folder)!r} has {len(classes)} class{"" if classes else "es"} with images: two are needed.'
@@ -243,25 +212,19 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
     bad: list[str] = []
     images: dict[str, list[tuple[Tensor, int]]] = {split: [] for split in files}
     channels: dict[int, Path] = {}
-    suffixes: set[str] = set()
-    deep, sides = False, []
-    total = sum(len(paths) for of in files.values() for paths in of.values())
-    with progress(total=total, desc='read', leave=False) as bar:
-        for split, of_class in files.items():
-            for name, paths in of_class.items():
-                for path in paths:
-                    bar.update()
-                    try:
-                        array = read_image(path).astype(np.float32)
-                    except InputError as error:
-                        bad.append(f'{path.relative_to(folder)}: {error}')
-                        continue
-                    channels.setdefault(array.shape[2], path.relative_to(folder))
-                    suffixes.add(path.suffix.lower())
-                    sides.append(min(array.shape[:2]))
-                    deep = deep or bool(array.max() > 255)
-                    image = _shrunk(torch.from_numpy(array).permute(2, 0, 1), size or _LARGEST)
-                    images[split].append((image, classes.index(name)))
+    sides: list[int] = []
+    work = [(split, name, path) for split, of in files.items() for name, paths in of.items() for path in paths]
+    for split, name, path in progress(work, desc='read', leave=False):
+        try:
+            image = scaled(read_image(path))
+        except InputError as error:
+            bad.append(f'{path.relative_to(folder)}: {error}')
+            continue
+        channels.setdefault(len(image), path.relative_to(folder))
+        shorter = min(image.shape[1:])
+        sides.append(shorter)
+        image = resized(image, min(shorter, size or _LARGEST)).clone()  # the full image would fill the memory
+        images[split].append((image, classes.index(name)))
     if bad and not skip_bad:
         raise unreadable(bad)
     if len(channels) > 1:
@@ -271,44 +234,29 @@ def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, b
     splits = {}
     for split, of_split in images.items():
         present = Counter(label for _, label in of_split)
-        if lost := [classes[label] for label in range(len(classes)) if label not in present]:
+        if lost := [name for label, name in enumerate(classes) if label not in present]:
             raise InputError(f'{split} has no readable images of {", ".join(lost)}.')
-        pixels = torch.stack([_square(image, side) for image, _ in of_split])
-        splits[split] = pixels, torch.tensor([label for _, label in of_split])
-    plain = suffixes <= set(get_img_extensions()) and set(channels) <= {1, 3} and not deep
-    names = {split: path.name for split, path in places.items() if path != folder}
-    return Folder(classes, splits, bad, plain, names)
-
-
-def unreadable(bad: Sequence[str]) -> InputError:
-    """The error for files that cannot be taken, given with the reason of each."""
-    shown = '\n  '.join([*bad[:10], *[f'and {len(bad) - 10} more'] * (len(bad) > 10)])
-    return InputError(f'{len(bad)} files cannot be read; pass --skip-bad to leave them out:\n  {shown}')
-
-
-def _shrunk(image: Tensor, side: int) -> Tensor:
-    """An image (C, H, W) whose shorter side is at most `side`: large ones are not kept in memory."""
-    return functional.resize(image, [side], antialias=True) if min(image.shape[1:]) > side else image.clone()
-
-
-def _square(image: Tensor, side: int) -> Tensor:
-    if min(image.shape[1:]) != side:
-        image = functional.resize(image, [side], antialias=True)
-    return functional.center_crop(image, [side, side])
+        pixels = torch.stack([resized(image, side, (side, side)) for image, _ in of_split])
+        splits[split] = Images(pixels, torch.tensor([label for _, label in of_split]))
+    if 'test' not in splits and 'validation' in splits:
+        splits['test'] = splits.pop('validation')
+    if 'test' not in splits:
+        kept, out = stratified(splits['train'].labels, _TEST_SHARE, 0, classes)
+        splits = dict(train=splits['train'][kept], test=splits['train'][out])
+    if 'validation' not in splits:
+        stratified(splits['train'].labels, _TEST_SHARE, 0, classes)  # the search will split them: fail early
+    ready, mean, std = normalised(splits)
+    images_of = (ready['train'], ready['test'], ready.get('validation'))
+    return Task(classes, *images_of, mean.tolist(), std.tolist(), bad)
 
 
 def _splits(folder: Path) -> dict[str, Path]:
-    """Where the splits are: folders with a folder for each class. Without train/ all is 'train'."""
+    """Folders of the splits, each with a folder for each class. Without train/ the folder itself is 'train'."""
     if not folder.is_dir():
-        raise InputError(f'{str(folder)!r} is no folder.')
+        raise InputError(f'{str(folder)!r} is not a folder.')
     here = {path.name.lower(): path for path in _folders(folder)}
-    named = {
-        split: here[name]
-        for split, names in (('train', _TRAIN), ('validation', _VALIDATION), ('test', _TEST))
-        for name in names
-        if name in here
-    }
-    # Beside other folders, one that has no folders for classes is a class of this name, as trains are of vehicles.
+    named = {split: here[name] for split, names in SPLITS.items() for name in names if name in here}
+    # Beside other folders, one without class folders is a class of this name: trains, in a folder of vehicles.
     found = named if len(named) == len(here) else {split: path for split, path in named.items() if _folders(path)}
     if len(named) - len(found) > 1:
         raise InputError(f'{str(folder)!r} has {", ".join(f"{path.name}/" for path in named.values())} beside classes.')
@@ -323,23 +271,17 @@ def _splits(folder: Path) -> dict[str, Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Folders in a folder, but for hidden ones."""
+    """Folders in a folder, except hidden ones."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Files in a folder at any depth, but for hidden ones and those in hidden folders."""
-    found = sorted(path for path in folder.rglob('*') if path.is_file())
-    return [path for path in found if not any(part.startswith('.') for part in path.relative_to(folder).parts)]
 
 
 def _by_class(folder: Path, but: Path | None) -> dict[str, list[Path]]:
     others = [path for path in _folders(folder) if but is None or path.resolve() != but.resolve()]
-    return {path.name: files for path in others if (files := files_in(path))}
+    return {path.name: files for path in others if (files := image_files(path))}
 
 
 def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Indices of a split of each class by a seed: the larger part, and about `share` of its images, at least one.
+    """Splits each class at random: indices of the larger part, and of about `share` of its images, at least one.
 
     Raises InputError if a class has a single image.
     """

@@ -1,0 +1,41 @@
+"""Write a folder for timm and the Hugging Face Hub from a checkpoint.
+
+Writes model.safetensors, config.json and a model card from an authors' file or from a checkpoint of
+timm's train.py. args.yaml and summary.csv beside the checkpoint tell how it was trained; they are copied.
+The folder is loaded again, and must give the same outputs as the checkpoint on random images. Example:
+
+  timm-harmonic convert output/train/RUN/model_best.pth.tar --model harm_resnet50 --out folder
+"""
+
+import argparse
+from pathlib import Path
+
+from . import add_class_names, add_model_kwargs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('checkpoint', type=Path, metavar='CHECKPOINT', help='the file: .pth, .pth.tar or .safetensors')
+    add('--model', required=True, metavar='NAME', help='architecture, see `timm-harmonic list`')
+    add('--out', type=Path, required=True, metavar='DIR', help='folder to write, new or empty')
+    add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
+    repo = 'repository you will upload to, for the card (default: the folder itself)'
+    add('--repo', default='', metavar='ORG/NAME', help=repo)
+    add_model_kwargs(parser)
+    add_class_names(parser)
+    add('--dataset', default='', metavar='ID', help='training data on the Hub, for the card')
+    add('--license', default='', metavar='ID', help="of the weights (default: the authors' for theirs, else none)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from timm_harmonic.export.folder import convert
+
+    card = dict(repo_id=args.repo, class_names=args.class_names, license=args.license, dataset=args.dataset)
+    network = dict(use_ema=args.use_ema, model_kwargs=args.model_kwargs)
+    files = convert(args.checkpoint, args.model, args.out, **network, **card)
+    print(f'{args.out} gives the outputs of {args.checkpoint}:')
+    for path in files:
+        print(f'  {path.name:<19} {path.stat().st_size:>13,} bytes')
+    if any(path.name == 'train_hparams.yaml' for path in files):
+        print("train_hparams.yaml holds the run's options and its paths: read it before you upload it.")
+    print(f'To upload it: hf upload {args.repo or "ORG/NAME"} {args.out}')
