@@ -33,8 +33,8 @@ WIDE = {
     'harm1_wrn16_8': dict(harmonic_blocks=False),
     'harm_wrn16_8_stl': dict(stem_stride=2),
 }
-# What runs in the fast tests: a network of each family.
-FAST = ('harm_resnet50_avgpool_levels_NN32', 'harm_vgg11', 'harm_wrn16_8')
+# What runs in the fast tests.
+FAST = ('harm1_resnet50', 'harm_resnet50_avgpool_levels_NN32', 'harm_wrn16_8')
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 LAYERS = json.loads((reference.DATA / 'layers.json').read_text())
 

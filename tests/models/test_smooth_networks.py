@@ -106,6 +106,7 @@ def test_a_run_with_smoothness_becomes_a_folder(tmp_path):
         timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True, smoothness=2)
 
 
+@pytest.mark.slow
 def test_compress_with_smoothness(tmp_path):
     plain = small('resnet18', dict(num_classes=5))
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
