@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import reparameterize_model
-from torch import nn
+
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 
@@ -59,7 +59,7 @@ def test_layers(name, training, smooth, mode):
     sqrt(3 / 2) of the error. In float32 the smallest stem shows the rounding of its batch statistics."""
     torch.manual_seed(0)
     layer = LAYERS[name]().double()
-    x = images(layer.in_channels, 128 if 'stem' in name else 28, smooth=smooth)
+    x = images(layer.in_channels, {'stem': 128, 'stem of VGG': 64}.get(name, 28), smooth=smooth)
     with torch.no_grad():
         expected = layer(x.double())
         if isinstance(layer, HarmonicBlock2d):
@@ -79,7 +79,7 @@ def test_layers(name, training, smooth, mode):
 
 
 @pytest.mark.parametrize('mode', ['fp32', 'bf16', 'fp16', 'pure bf16'])
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * ('vgg' in name)) for name in NETWORKS])
 def test_networks(name, mode):
     """In evaluation, with random statistics. A whole network amplifies chance: the mean over several draws counts."""
     ratios = []
