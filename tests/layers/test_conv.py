@@ -394,6 +394,8 @@ def test_conversions_keep_the_memory_format():
     for found in (layer.weight, layer.filters(), layer.fuse().weight, layer.at_level(3).weight):
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert not found.is_contiguous()
+    assert layer.at_level(3).to(memory_format=torch.contiguous_format).weight.is_contiguous()
+    assert not layer.requires_grad_(False).at_level(3).weight.requires_grad
     plain = HarmonicConv2d.from_conv2d(torch.nn.Conv2d(4, 8, 3))
     assert plain.weight.is_contiguous()
     assert plain.fuse().weight.is_contiguous()
