@@ -126,23 +126,6 @@ def test_saved_tables_are_made_from_the_saved_reports(path, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize('grouped', [False, True])
-def test_pruned_networks_lose_channels(grouped):
-    """From few channels to all; with all of them it is the same network. They can be trained."""
-    torch.manual_seed(0)
-    model = reference.randomize_batch_norm(smaller.network(5)).eval()
-    x = torch.randn(2, 1, 48, 48)
-    found = smaller.pruned(model, x, grouped)
-    sizes = [sum(p.numel() for p in small.parameters()) for small in found]
-    assert sizes == sorted(sizes)
-    assert sizes[0] < 0.1 * sizes[-1]
-    torch.testing.assert_close(found[-1](x), model(x))
-    small = smaller.with_statistics(found[20], [x])
-    assert not small.training
-    small.train()(x).sum().backward()
-
-
-@slow
 @pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # timm leaves that to Python
 def test_compression_is_measured(tmp_path, monkeypatch):
     """And is taken up where it was broken off."""
@@ -169,7 +152,11 @@ def test_compression_is_measured(tmp_path, monkeypatch):
     ('module', 'options', 'changed'),
     [
         (conversion, ['--models', 'resnet18', '--rounds', '1'], {}),
-        (smoothness, ['--models', 'harm_resnet18', '--budget', '0', '--threads', '1'], dict(SIDES=dict(harm_resnet18=64), BATCH=2)),
+        (
+            smoothness,
+            ['--models', 'harm_resnet18', '--budget', '0', '--threads', '1'],
+            dict(SIDES=dict(harm_resnet18=64), BATCH=2),
+        ),
     ],
 )
 def test_a_benchmark_writes_what_it_measured(module, options, changed, tmp_path, monkeypatch):

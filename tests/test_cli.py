@@ -14,7 +14,6 @@ from PIL import Image
 import timm_harmonic
 import timm_harmonic_cli as cli
 from timm_harmonic.common.progress import progress
-from timm_harmonic_cli.compress import _fitting
 
 NETWORK = ['harm_resnet18', '--model-kwargs', 'layers=(1,1,1,1)', 'channels=(8,16,32,64)']
 
@@ -89,6 +88,7 @@ def place(tmp_path, monkeypatch):
         (['predict', 'no_such_model', 'image.png', '--pretrained'], 'no_such_model'),
         (['predict', 'hf-hub:nobody/nothing', 'image.png'], 'nobody/nothing'),
         (['predict', 'local-dir:images', 'image.png'], 'images'),
+        (['predict', 'resnet18', 'image.png', '--out', 'nowhere/x.csv'], 'must be a file in an existing folder'),
         (['predict', 'resnet18', 'image.png', '--checkpoint', 'nowhere.pth'], 'nowhere.pth'),
         (['predict', 'resnet18', 'image.png', '--model-kwargs', 'in_chans'], 'must be NAME=VALUE'),
         (['predict', 'resnet18', 'image.png', '--class-names', 'nowhere'], 'cannot read nowhere: FileNotFoundError'),
@@ -136,17 +136,6 @@ def test_help_fits_the_terminal_and_its_examples_parse(capsys, monkeypatch):
         assert examples
         for example in examples:
             assert cli.build_parser().parse_args(shlex.split(example)[1:]).run is module.run
-
-
-def test_a_report_fits_the_terminal(monkeypatch, tmp_path):
-    """A narrow terminal gets the summary, and where the table is. A pipe gets the table."""
-    report = f'{"layer":<80}\n{"conv1":<80}\nresnet18: 1 of 2'
-    monkeypatch.setenv('COLUMNS', '60')
-    assert _fitting(report, tmp_path / 'a.md') == report
-    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True, raising=False)
-    assert _fitting(report, tmp_path / 'a.md') == f'resnet18: 1 of 2\nLayer by layer: {tmp_path / "a.md"}'
-    monkeypatch.setenv('COLUMNS', '80')
-    assert _fitting(report, tmp_path / 'a.md') == report
 
 
 def test_terminals_and_pipes():

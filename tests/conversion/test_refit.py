@@ -11,12 +11,10 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonize, refit, truncate
+from timm_harmonic import harmonize, refit, truncate
 from timm_harmonic.conversion.costs import costs_of
 from timm_harmonic.conversion.refit import (
     Moments,
-    Samples,
-    by_group,
     estimate_statistics,
     losses_after_refit,
     norms_behind,
@@ -36,19 +34,10 @@ def smooth(count=24, channels=3, size=32, seed=0):
     return nn.functional.avg_pool2d(noise, 5, 1) * 5
 
 
-def trained_like(name, **kwargs):
-    """A network whose batch normalisation has the statistics of smooth images, as after training."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10, **kwargs)
-    estimate_statistics(model, [smooth(seed=1)])
-    return harmonize(model.eval())
-
-
 def tiny():
     """A small network of blocks with smooth filters, as trained ones are, and images enough for it."""
     torch.manual_seed(0)
-    options = dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), zero_init_last=False)
-    model = timm.create_model('resnet18', num_classes=10, **options)
+    model = timm.create_model('resnet18', num_classes=10, zero_init_last=False, **SMALL)
     with torch.no_grad():
         for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
             conv.weight.lerp_(conv.weight.mean((2, 3), keepdim=True).expand_as(conv.weight), 0.8).mul_(2)
@@ -108,25 +97,6 @@ def test_least_squares(groups, ridge, intercept):
     torch.testing.assert_close(moments.variance(), y.var(1, correction=0))
 
 
-@pytest.mark.parametrize('groups', [1, 4])
-@pytest.mark.parametrize('kind', [HarmonicConv2d, HarmonicBlock2d])
-def test_features_are_what_the_coefficients_mix(kind, groups):
-    """Errors of a layer's own coefficients are 0, and least squares finds them."""
-    torch.manual_seed(0)
-    layer = kind(4, 8, 3, 2, 1, groups=groups, smoothness=1.0, dtype=torch.float64)
-    reference.randomize_batch_norm(layer).eval()
-    x = torch.randn(6, 4, 9, 9, dtype=torch.float64)
-    samples = Samples(layer, 6 * 25)
-    with torch.no_grad():
-        samples.add(x, layer(x), torch.tensor([False, True, False, True, False, False]))
-    assert [of.rows for of in (samples.fit, samples.test)] == [4 * 25, 2 * 25]
-    weight = by_group(layer.weight, groups)
-    assert samples.test.error(weight, layer.bias.detach().reshape(groups, -1)).max() < 1e-14
-    found, bias = samples.fit.plus(samples.test).solve(torch.zeros_like(weight), 1e-12, True)
-    torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(bias.flatten(), layer.bias.detach(), rtol=1e-5, atol=1e-5)
-
-
 def test_depthwise_layers_of_large_images_are_refitted(monkeypatch):
     """Few features and many positions: a small share of them must do."""
     monkeypatch.setattr('timm_harmonic.conversion.refit._FEWEST', 1)
@@ -151,7 +121,10 @@ NETWORKS = dict(
 )
 def test_refitted_networks_are_never_further_from_the_complete_ones(name):
     """On the images held out. Nothing else changes."""
-    model, data = trained_like(name, **NETWORKS[name]), smooth()
+    torch.manual_seed(0)
+    model, data = timm.create_model(name, num_classes=10, **NETWORKS[name]), smooth()
+    estimate_statistics(model, [smooth(seed=1)])
+    model = harmonize(model.eval())
     small = truncate(model, level=2, levels={next(iter(harmonic_layers(model))): 3})
     before = [copy.deepcopy(network.state_dict()) for network in (model, small)]
     better = refit(model, small, [data])

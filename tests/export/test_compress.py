@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import reference
-import safetensors.torch
 import timm
 import torch
 import yaml
@@ -210,16 +209,6 @@ def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
     torch.save(other.state_dict(), tmp_path / 'other.pth')
     compress(f'local-dir:{small}', tmp_path / 'third', checkpoint=tmp_path / 'other.pth', level=2)
     assert same(loaded(tmp_path / 'third'), truncate(other, level=2))
-
-
-@pytest.mark.slow
-def test_weights_of_timm(hub, tmp_path):
-    base = timm.create_model('mobilenetv3_small_050').eval()
-    weights = {'model.safetensors': safetensors.torch.save(base.state_dict()), 'config.json': b'{}'}
-    hub.add('timm/mobilenetv3_small_050.lamb_in1k', weights)
-    compress('mobilenetv3_small_050', tmp_path / 'out', pretrained=True, energy=0.8)
-    assert same(loaded(tmp_path / 'out'), truncate(harmonize(base), energy=0.8))
-    assert "mobilenetv3_small_050.lamb_in1k (timm's weights)" in (tmp_path / 'out' / 'README.md').read_text()
 
 
 @pytest.mark.parametrize(

@@ -92,15 +92,6 @@ def test_equal_in_pieces(size, monkeypatch):
     same_training(*pair(), torch.randn(4, 3, *size, dtype=torch.float64), 1e-10)
 
 
-def test_equal_in_channels_last():
-    dense, other = pair()
-    dense.to(memory_format=torch.channels_last)
-    x = images().contiguous(memory_format=torch.channels_last)
-    assert dense(x).is_contiguous(memory_format=torch.channels_last)
-    dense.bn.reset_running_stats()
-    same_training(dense, other, x, 1e-12)
-
-
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_statistics_are_not_rounded_by_autocast(dtype):
     exact, dense = pair()[0], pair(torch.float32)[0]

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from timm.models import reparameterize_model
 
-
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -7,7 +7,7 @@ import reference
 import safetensors.torch
 import timm
 import torch
-from timm.models import get_model_args, load_checkpoint, reparameterize_model, resolve_model_input_args, save_for_hf
+from timm.models import load_checkpoint, reparameterize_model, resolve_model_input_args, save_for_hf
 from torch import nn
 
 from timm_harmonic import harmonize, truncate
@@ -142,13 +142,6 @@ def test_features_of_a_saved_network(tmp_path):
     save_for_hf(truncate(harmonize(build(BASE)), level=2), tmp_path, safe_serialization=True)
     whole = reparameterize_model(loaded(tmp_path))
     near(loaded(tmp_path, features_only=True), lambda x: whole.forward_intermediates(x, intermediates_only=True))
-
-
-def test_options_stay_as_given():
-    """Not as levels of all layers, which the network could be built from too."""
-    given = dict(base_model='resnet18', level=4, levels={'layer4.*': 2}, exclude='conv1', num_classes=5)
-    model = timm.create_model('harmonized', **given)
-    assert get_model_args(model) == dict(given, in_chans=3, global_pool='avg')
 
 
 def test_options_per_layer_are_json(saved):

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import reference
-import tifffile
 import timm
 import torch
 import yaml
@@ -63,24 +62,6 @@ def test_pictures_as_in_validation(tmp_path):
             found = expected(model, transform(image.convert('RGB')))
         assert probabilities(row) == pytest.approx(found, abs=1e-5)
         assert list(probabilities(row)) == sorted(found, key=found.get, reverse=True)
-
-
-@pytest.mark.parametrize(('suffix', 'dtype'), [('.npy', np.int16), ('.tif', np.uint16), ('.tif', np.float32)])
-def test_many_bands(suffix, dtype, tmp_path):
-    """The centre of the image, scaled to 0..1 by its type, normalised band by band."""
-    mean, std = tuple(0.3 + 0.01 * i for i in range(13)), tuple(0.2 + 0.01 * i for i in range(13))
-    model = network(tmp_path / 'net', 13, mean=mean, std=std, crop_pct=1.0)
-    scale = 1 if dtype is np.float32 else np.iinfo(dtype).max
-    array = (np.random.default_rng(0).random((48, 60, 13)) * scale).astype(dtype)
-    path = tmp_path / f'bands{suffix}'
-    if suffix == '.npy':
-        np.save(path, array.astype(np.dtype(dtype).newbyteorder('>')))
-    else:
-        tifffile.imwrite(path, array.transpose(2, 0, 1), photometric='minisblack')
-    (row,) = predict(str(tmp_path / 'net'), [path], topk=3)
-    image = torch.from_numpy(array[:, 6:54].astype(np.float32) / scale).permute(2, 0, 1)
-    image = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    assert probabilities(row) == pytest.approx(expected(model, image), abs=1e-5)
 
 
 def test_a_checkpoint_of_a_run(tmp_path):
@@ -141,22 +122,6 @@ def test_networks_that_cannot_answer(tmp_path):
         (tmp_path / 'net' / 'config.json').write_text(json.dumps(changed))
         with pytest.raises(InputError, match=message):
             predict(str(tmp_path / 'net'), image)
-
-
-def test_out_is_checked_first_and_links_stay(tmp_path, capsys, monkeypatch):
-    network(tmp_path / 'net')
-    Image.fromarray(pixels(60, 80, 3)).save(tmp_path / 'image.png')
-    arguments = ['predict', str(tmp_path / 'net'), str(tmp_path / 'image.png'), '--format', 'csv', '--out']
-    (tmp_path / 'link.csv').symlink_to(tmp_path / 'target.csv')
-    assert cli.main([*arguments, str(tmp_path / 'link.csv')]) == 0
-    assert (tmp_path / 'link.csv').is_symlink()
-    assert 'image.png' in (tmp_path / 'target.csv').read_text()
-    assert cli.main([*arguments, '/dev/stdout']) == 0
-    capsys.readouterr()
-    monkeypatch.setattr('timm_harmonic_cli.predict.predict', None)
-    for out in (tmp_path, tmp_path / 'nowhere' / 'x.csv'):
-        assert cli.main([*arguments, str(out)]) == 1
-        assert 'must be a file in an existing folder' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('form', ['table', 'csv', 'json'])

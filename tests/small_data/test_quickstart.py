@@ -14,7 +14,7 @@ from timm.data import create_dataset
 
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
-from timm_harmonic.small_data import tasks, training
+from timm_harmonic.small_data import tasks
 from timm_harmonic.small_data.tasks import PATCH_SIZE, draw_patches, export_patches, load_photographs
 
 # timm's ImageDataset does not close images: the garbage collector does.
@@ -137,22 +137,6 @@ def test_same_seed_same_result_and_global_state_is_left_alone(run_cli):
         assert states() == before
         found.append([results['networks']['harm'][key] for key in ('accuracy', 'curves', 'accuracy_deviation')])
     assert found[0] == found[1]
-
-
-def test_models_see_the_same_images_in_the_same_order(run_cli, monkeypatch):
-    seen = []
-    loss = training.F.cross_entropy
-
-    def spy(outputs, labels, **kwargs):
-        seen.append(labels.tolist())
-        return loss(outputs, labels, **kwargs)
-
-    monkeypatch.setattr(training.F, 'cross_entropy', spy)
-    run_cli('--models', 'harm0', 'harm')
-    half = len(seen) // 2
-    assert half > 0
-    assert seen[:half] == seen[half:]
-    assert seen[0] != sorted(seen[0])
 
 
 def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
