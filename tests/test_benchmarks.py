@@ -1,7 +1,7 @@
 """The benchmarks compare like with like, and what is committed of them agrees with itself."""
 
 import json
-import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,12 +47,11 @@ def test_the_original_formulation_computes_the_same():
     for training in (False, True):
         y, expected = theirs.train(training)(x), ours.train(training)(x)
         assert reference.relative_error(y, expected) < 1e-10
-    y.square().sum().backward()
-    expected.square().sum().backward()
+        y.square().sum().backward()
+        expected.square().sum().backward()
     for name in ('conv1', 'layer1.0.conv2'):
         found, wanted = (m.get_submodule(name).weight.grad.flatten() for m in (theirs, ours))
         assert reference.relative_error(found, wanted) < 1e-7
-    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == sum(p.numel() for p in ours.parameters())
 
 
 def test_the_twin_is_plain():
@@ -88,9 +87,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     """One network on small images, in a process of its own. Then the table again, without a measurement."""
     options = '--device cpu --models harm_resnet18 --settings 1 --eval-batch 1 --train-batch 2 --size 64 --budget 0'
     options += f' --threads 1 --no-growth --out {tmp_path}'
-    arguments = [sys.executable, '-m', 'benchmarks', *options.split()]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, '-m', 'benchmarks', *options.split()], cwd=ROOT, timeout=300, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {'cpu.json', 'cpu.md', 'cpu.png'}
     monkeypatch.setattr(sys, 'argv', ['benchmarks', '--show', str(tmp_path / 'cpu.json')])
     command.main()
@@ -108,75 +105,24 @@ def test_a_missing_gpu_is_an_error(monkeypatch, capsys):
     assert 'torch finds none' in capsys.readouterr().err
 
 
-def values(report, key=''):
-    """All entries of a saved report that are neither lists nor dictionaries, with their keys."""
-    if isinstance(report, (dict, list)):
-        entries = report.items() if isinstance(report, dict) else ((key, entry) for entry in report)
-        for name, entry in entries:
-            yield from values(entry, name)
-    else:
-        yield key, report
-
-
 @pytest.mark.parametrize('path', sorted(RESULTS.rglob('*.md')), ids=lambda path: str(path.relative_to(RESULTS)))
-def test_saved_tables_are_made_from_the_saved_reports(path):
+def test_saved_tables_are_made_from_the_saved_reports(path, tmp_path):
     """A new network, setting or method in the code does not need a new measurement."""
-    report = json.loads(path.with_suffix('.json').read_text())
+    text = path.with_suffix('.json').read_text()
+    report = json.loads(text)
     assert path.read_text() == TABLES[path.stem](report)
-    found = list(values(report))
-    assert all(math.isfinite(value) for _, value in found if isinstance(value, float))
-    assert all(timm.is_model(value) for key, value in found if key == 'model')
+    assert 'NaN' not in text
+    assert 'Infinity' not in text
+    assert all(map(timm.is_model, re.findall(r'"model": "(\w+)"', text)))
     assert {'torch', 'timm', 'processor', 'date'} <= report['environment'].keys()
-
-
-@pytest.mark.parametrize('name', ['cpu', 'cuda'])
-def test_saved_speeds_can_be_drawn_again(name, tmp_path):
-    report = json.loads((RESULTS / f'{name}.json').read_text())
-    for row in report['rows']:
-        assert {'plain', 'plain again', 'harmonic', 'original'} <= row['runs'].keys()
-        assert all(0 < run['low'] <= run['ratio'] <= run['high'] for run in row['runs'].values())
-    plot(report, tmp_path / 'again.png')
-    assert (tmp_path / 'again.png').stat().st_size > 10_000
-
-
-def test_saved_summary_of_the_compression_is_made_from_its_rows():
-    """And no method costs more than its cut allows."""
-    report = json.loads((RESULTS / 'compression.json').read_text())
-    # To rounding: Python 3.10 sums deviations in another way.
-    assert report['summary'] == [pytest.approx(row) for row in compression.summary(report['rows'])]
-    for row in report['rows']:
-        assert row['axis'] not in ('parameters', 'macs') or row[row['axis']] <= row['share'] * 1.0001
-        assert row['method'] in {*compression.METHODS, 'none', 'smooth'}
-
-
-@slow
-@pytest.mark.parametrize('grouped', [False, True])
-def test_pruned_networks_lose_channels(grouped):
-    """From few channels to all; with all of them it is the same network. They can be trained."""
-    torch.manual_seed(0)
-    model = reference.randomize_batch_norm(smaller.network(5)).eval()
-    x = torch.randn(2, 1, 48, 48)
-    found = smaller.pruned(model, x, grouped)
-    sizes = [sum(p.numel() for p in small.parameters()) for small in found]
-    assert sizes == sorted(sizes)
-    assert sizes[0] < 0.1 * sizes[-1]
-    torch.testing.assert_close(found[-1](x), model(x))
-    small = smaller.with_statistics(found[20], [x])
-    assert not small.training
-    small.train()(x).sum().backward()
-
-
-@slow
-def test_the_largest_that_fits_is_taken():
-    networks, x = smaller.narrower(5)[-10:], torch.zeros(1, 1, 48, 48)
-    candidates = compression.sized(networks, networks, networks[-1], x)
-    assert candidates[-1].time == pytest.approx(1, rel=0.5)
-    with pytest.raises(ValueError, match='no network costs at most 1 macs'):
-        compression.largest(candidates, 'macs', 1)
-    most = 0.8 * candidates[-1].macs
-    best = compression.largest(candidates, 'macs', most)
-    assert best.macs <= most
-    assert all(of.macs > most for of in candidates if of.parameters > best.parameters)
+    if path.stem in ('cpu', 'cuda'):
+        plot(report, tmp_path / 'again.png')
+        assert (tmp_path / 'again.png').stat().st_size > 10_000
+    elif path.stem == 'compression':
+        # To rounding: Python 3.10 sums deviations in another way.
+        assert report['summary'] == [pytest.approx(row) for row in compression.summary(report['rows'])]
+        for row in report['rows']:
+            assert row['axis'] not in ('parameters', 'macs') or row[row['axis']] <= row['share'] * 1.0001
 
 
 @slow
@@ -202,31 +148,28 @@ def test_compression_is_measured(tmp_path, monkeypatch):
 
 
 @slow
-def test_conversion_is_measured(tmp_path, monkeypatch, capsys):
-    options = ['--models', 'resnet18', '--rounds', '1', '--out', str(tmp_path)]
-    monkeypatch.setattr(sys, 'argv', ['benchmarks.conversion', *options])
+@pytest.mark.parametrize(
+    ('module', 'options', 'changed'),
+    [
+        (conversion, ['--models', 'resnet18', '--rounds', '1'], {}),
+        (
+            smoothness,
+            ['--models', 'harm_resnet18', '--budget', '0', '--threads', '1'],
+            dict(SIDES=dict(harm_resnet18=64), BATCH=2),
+        ),
+    ],
+)
+def test_a_benchmark_writes_what_it_measured(module, options, changed, tmp_path, monkeypatch):
+    name = module.__name__.rpartition('.')[2]
+    for key, value in changed.items():
+        monkeypatch.setattr(module, key, value)
     threads = torch.get_num_threads()
-    conversion.main()
+    monkeypatch.setattr(sys, 'argv', [name, *options, '--out', str(tmp_path)])
+    module.main()
     torch.set_num_threads(threads)
-    assert '| `resnet18` |' in capsys.readouterr().out
-    assert json.loads((tmp_path / 'conversion.json').read_text())['rows'][0]['harmonize'][0] > 0
-
-
-@slow
-def test_smoothness_is_measured(tmp_path, monkeypatch):
-    """Three networks side by side, in training, evaluation and fused."""
-    monkeypatch.setattr(smoothness, 'SIDES', dict(harm_resnet18=64))
-    monkeypatch.setattr(smoothness, 'BATCH', 2)
-    options = ['--models', 'harm_resnet18', '--budget', '0', '--threads']
-    monkeypatch.setattr(
-        sys, 'argv', ['benchmarks.smoothness', *options, str(torch.get_num_threads()), '--out', str(tmp_path)]
-    )
-    smoothness.main()
-    rows = json.loads((tmp_path / 'smoothness.json').read_text())['rows']
-    assert [row['mode'] for row in rows] == ['training step', 'evaluation', 'evaluation, fused']
-    for row in rows:
-        assert list(row['runs']) == ['without', 'without again', 'smooth']
-        assert row['runs']['without']['ratio'] == 1
+    report = json.loads((tmp_path / f'{name}.json').read_text())
+    assert report['rows']
+    assert (tmp_path / f'{name}.md').read_text() == TABLES[name](report)
 
 
 @slow

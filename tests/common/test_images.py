@@ -76,7 +76,7 @@ def test_batches(folder):
             list(Batches(images, 5, workers))
 
 
-@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize('dtype', ['>u2', np.int16, np.float32])
 def test_bands_are_scaled_and_normalised_one_by_one(dtype):
     model = network(5)
     mean, std = [0.1, 0.2, 0.3, 0.4, 0.5], [0.5, 0.4, 0.3, 0.2, 0.1]
@@ -102,31 +102,32 @@ def test_links(tmp_path):
 
 def test_pictures_of_every_kind(tmp_path):
     random = np.random.default_rng(0)
-    gray = random.integers(0, 65536, (20, 30), dtype=np.uint16)
-    Image.fromarray(gray).save(tmp_path / 'a.png')
-    np.testing.assert_array_equal(read_image(tmp_path / 'a.png'), gray[..., None])
+    gray = random.integers(0, 65536, (20, 30, 1), dtype=np.uint16)
     colour = random.integers(0, 256, (20, 30, 4), dtype=np.uint8)
-    Image.fromarray(colour).save(tmp_path / 'b.png')  # with alpha
-    np.testing.assert_array_equal(read_image(tmp_path / 'b.png'), colour[..., :3])
-    Image.fromarray(colour[..., :3]).convert('P').save(tmp_path / 'c.gif')
-    assert read_image(tmp_path / 'c.gif').shape == (20, 30, 3)
     pages = random.integers(0, 65536, (5, 20, 30), dtype=np.uint16)
-    tifffile.imwrite(tmp_path / 'd.tif', pages, photometric='minisblack')
-    np.testing.assert_array_equal(read_image(tmp_path / 'd.tif'), pages.transpose(1, 2, 0))
     bands = random.random((20, 30, 13)).astype(np.float32)
-    tifffile.imwrite(tmp_path / 'e.tiff', bands, photometric='minisblack', planarconfig='contig')
-    np.testing.assert_array_equal(read_image(tmp_path / 'e.tiff'), bands)
-    Image.fromarray(colour[..., :3]).save(tmp_path / 'f.tif', compression='tiff_lzw')
-    np.testing.assert_array_equal(read_image(tmp_path / 'f.tif'), colour[..., :3])
-    np.save(tmp_path / 'g.npy', bands[..., 0])
-    np.testing.assert_array_equal(read_image(tmp_path / 'g.npy'), bands[..., :1])
-
-
-def test_palettes_of_tiff_are_colours(tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).convert('P')
-    for name in ('a.tif', 'a.png'):
-        image.save(tmp_path / name)
-    np.testing.assert_array_equal(read_image(tmp_path / 'a.tif'), read_image(tmp_path / 'a.png'))
+    image = Image.fromarray(colour[..., :3])
+    palette = image.convert('P')
+    Image.fromarray(gray[..., 0]).save(tmp_path / 'gray.png')
+    Image.fromarray(colour).save(tmp_path / 'alpha.png')
+    palette.save(tmp_path / 'palette.gif')
+    palette.save(tmp_path / 'palette.tif')
+    image.save(tmp_path / 'lzw.tif', compression='tiff_lzw')
+    tifffile.imwrite(tmp_path / 'pages.tif', pages, photometric='minisblack')
+    tifffile.imwrite(tmp_path / 'bands.tiff', bands, photometric='minisblack', planarconfig='contig')
+    np.save(tmp_path / 'one.npy', bands[..., 0])
+    expected = {
+        'gray.png': gray,
+        'alpha.png': colour[..., :3],
+        'palette.gif': np.asarray(palette.convert('RGB')),
+        'palette.tif': np.asarray(palette.convert('RGB')),
+        'lzw.tif': colour[..., :3],
+        'pages.tif': pages.transpose(1, 2, 0),
+        'bands.tiff': bands,
+        'one.npy': bands[..., :1],
+    }
+    for name, array in expected.items():
+        np.testing.assert_array_equal(read_image(tmp_path / name), array, err_msg=name)
 
 
 def test_damaged_files_are_named_whatever_their_reader_raises(tmp_path):

@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import reparameterize_model
-from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 
@@ -24,10 +23,9 @@ LAYERS = {
     'stem of VGG': lambda: HarmonicBlock2d(3, 64, 3, padding=1),
 }
 NETWORKS = {
-    'harm_resnet50': dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
-    'harm_resnet50_avgpool': dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), levels=(None, None, 3, 2)),
-    'harm_seresnext50_32x4d': dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128)),
-    'harm_vgg11_bn': dict(mlp_ratio=0.02),
+    'harm_resnet50_avgpool': dict(reference.RESNET, levels=(None, None, 3, 2)),
+    'harm_seresnext50_32x4d': reference.RESNET,
+    'harm_vgg11_bn': reference.FAMILIES['harm_vgg11_bn'],
 }
 
 
@@ -60,7 +58,7 @@ def test_layers(name, training, smooth, mode):
     sqrt(3 / 2) of the error. In float32 the smallest stem shows the rounding of its batch statistics."""
     torch.manual_seed(0)
     layer = LAYERS[name]().double()
-    x = images(layer.in_channels, 128 if 'stem' in name else 28, smooth=smooth)
+    x = images(layer.in_channels, {'stem': 128, 'stem of VGG': 64}.get(name, 28), smooth=smooth)
     with torch.no_grad():
         expected = layer(x.double())
         if isinstance(layer, HarmonicBlock2d):
@@ -80,14 +78,14 @@ def test_layers(name, training, smooth, mode):
 
 
 @pytest.mark.parametrize('mode', ['fp32', 'bf16', 'fp16', 'pure bf16'])
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * ('vgg' in name)) for name in NETWORKS])
 def test_networks(name, mode):
     """In evaluation, with random statistics. A whole network amplifies chance: the mean over several draws counts."""
     ratios = []
     for seed in range(4):
         torch.manual_seed(seed)
         model = reference.randomize_batch_norm(timm.create_model(name, **NETWORKS[name])).double().eval()
-        x = images(3, 32 if 'vgg' in name else 64, batch=8)
+        x = images(3, 32, batch=8)
         with torch.no_grad():
             expected = model(x.double())
         ratios.append(ratio(model, reparameterize_model(model), x, mode, expected))
@@ -95,12 +93,12 @@ def test_networks(name, mode):
     assert mean <= (1.25 if mode == 'pure bf16' else 1.1), ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50'])
 def test_two_hundred_steps_in_half_precision(name):
     """float16 with a scaler that searches for its limit: the loss stays finite and falls, and few steps are skipped."""
     torch.manual_seed(0)
-    small = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
-    model = timm.create_model(name, num_classes=4, **small)
+    model = timm.create_model(name, num_classes=4, layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     scaler = torch.amp.GradScaler('cpu', init_scale=2.0**16, growth_interval=20)
     x, labels = images(3, 16, batch=8), torch.arange(8) % 4  # a CPU is slow in float16
@@ -115,9 +113,6 @@ def test_two_hundred_steps_in_half_precision(name):
         scaler.update()
         skipped += scaler.get_scale() < before
         losses.append(float(loss.detach()))
-    assert all(torch.isfinite(torch.tensor(losses)))
     assert losses[-1] < 0.5 * losses[0]
     assert skipped < 50
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert all(b.isfinite().all() for b in model.buffers())
-    assert any(isinstance(m, nn.BatchNorm2d) and m.num_batches_tracked == 200 for m in model.modules())
+    assert all(value.isfinite().all() for value in (torch.tensor(losses), *model.state_dict().values()))

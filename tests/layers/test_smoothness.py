@@ -15,18 +15,12 @@ from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 from timm_harmonic.layers.conv import HarmonicConv2dSame
 from timm_harmonic.layers.dct import NORMALIZATIONS, options_of_code
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 SMOOTHNESS = [0, 0.5, 2]
 LAYERS = [HarmonicConv2d, HarmonicConv2dSame, HarmonicBlock2d]
 
 
-def deviation(make, images):
-    """Std of the outputs, over many starts of a layer."""
-    with torch.no_grad():
-        return torch.stack([make(seed)(images).var() for seed in range(20)]).mean().sqrt().item()
-
-
-@pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize('level', [None, 4])
+@pytest.mark.parametrize(('level', 'channels'), [(None, 3), (4, 1)])
 @pytest.mark.parametrize('blurred', [False, True])
 @pytest.mark.parametrize('smoothness', SMOOTHNESS)
 def test_a_stem_starts_at_the_scale_of_a_plain_convolution(smoothness, blurred, level, channels):
@@ -39,22 +33,19 @@ def test_a_stem_starts_at_the_scale_of_a_plain_convolution(smoothness, blurred, 
     if blurred:
         images = nn.functional.avg_pool2d(images, 5, stride=1)
         images = (images - images.mean((0, 2, 3), True)) / images.std((0, 2, 3), keepdim=True)
-
-    def stem(seed):
+    variances = torch.zeros(2)
+    for seed in range(10):
         torch.manual_seed(seed)
-        return HarmonicBlock2d(channels, 64, 7, 2, level=level, bias=False, smoothness=smoothness)
-
-    def plain(seed):
-        torch.manual_seed(seed)
+        stem = HarmonicBlock2d(channels, 64, 7, 2, level=level, bias=False, smoothness=smoothness)
         conv = nn.Conv2d(channels, 64, 7, 2, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
-        return conv
-
-    ratio = deviation(stem, images) / deviation(plain, images)
+        with torch.no_grad():
+            variances += torch.stack([stem(images).var(), conv(images).var()])
+    ratio = (variances[0] / variances[1]).sqrt().item()
     if blurred and smoothness < 1 and level is None:
         assert 0.6 < ratio < 1.05
     else:
-        assert ratio == pytest.approx(1, abs=0.05)
+        assert ratio == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize('smoothness', SMOOTHNESS)
@@ -101,15 +92,13 @@ def test_conversion_is_exact_both_ways(plain, harmonic, smoothness):
     layer = harmonic.from_conv2d(conv, smoothness=smoothness)
     assert layer.smoothness == smoothness
     torch.testing.assert_close(layer.fuse().weight, conv.weight, rtol=1e-12, atol=1e-14)
-    empty = harmonic(6, 8, 5, groups=2, dtype=torch.float64, smoothness=smoothness)
-    empty.load_state_dict(conv.state_dict())
-    torch.testing.assert_close(empty.filters(), conv.weight, rtol=1e-12, atol=1e-14)
-    assigned = harmonic(6, 8, 5, groups=2, dtype=torch.float64, smoothness=smoothness, device='meta')
-    assigned.load_state_dict(conv.state_dict(), assign=True)
-    torch.testing.assert_close(assigned.filters(), conv.weight, rtol=1e-12, atol=1e-14)
+    for device in ('cpu', 'meta'):
+        empty = harmonic(6, 8, 5, groups=2, dtype=torch.float64, smoothness=smoothness, device=device)
+        empty.load_state_dict(conv.state_dict(), assign=device == 'meta')
+        torch.testing.assert_close(empty.filters(), conv.weight, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize('smoothness', [None, *SMOOTHNESS, 10])
+@pytest.mark.parametrize('smoothness', [None, 0.5, 10])
 @pytest.mark.parametrize('cls', LAYERS)
 def test_lower_levels_do_not_depend_on_the_way_there(cls, smoothness):
     """A level changes the scale of the spectrum. The filters that are kept stay as they are."""
@@ -136,6 +125,7 @@ def test_coefficients_load_into_layers_of_the_same_basis_only(cls):
     for source in layers:
         state = source.state_dict()
         assert ('basis_code' in state) == (source.normalization != 'l1' or source.smoothness is not None)
+        assert torch.equal(cls(3, 4, 3, **options_of_code(source.basis_code)).basis, source.basis)
         for target in layers:
             if source.named_basis() == target.named_basis():
                 assert torch.equal(source.basis, target.basis)
@@ -146,21 +136,8 @@ def test_coefficients_load_into_layers_of_the_same_basis_only(cls):
                 with pytest.raises(RuntimeError, match=f"the basis '{source.named_basis()}', those of the layer to '"):
                     target.load_state_dict(state, strict=strict)
             torch.testing.assert_close(dict(target.state_dict()), dict(before), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('options', BASES)
-def test_the_code_of_a_basis_gives_its_options(options):
-    layer = HarmonicConv2d(3, 4, 3, **options)
-    again = HarmonicConv2d(3, 4, 3, **options_of_code(layer.basis_code))
-    assert torch.equal(again.basis, layer.basis)
-    assert again.named_basis() == layer.named_basis()
-
-
-def test_codes_of_other_versions_are_refused():
-    layer = HarmonicConv2d(3, 4, 3)
-    state = dict(layer.state_dict(), basis_code=torch.ones(32, dtype=torch.bool))
     with pytest.raises(RuntimeError, match='names no basis of this version'):
-        layer.load_state_dict(state)
+        layers[0].load_state_dict(dict(layers[0].state_dict(), basis_code=torch.ones(32, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize('cls', LAYERS)
@@ -187,37 +164,24 @@ def test_the_code_survives_casts_averages_and_the_meta_device(cls):
     torch.testing.assert_close(assigned.eval()(images), layer.eval()(images))
 
 
-@pytest.mark.parametrize('decay', [0.5, 0.992, 0.99999])
 @pytest.mark.parametrize('options', [dict(smoothness=1), dict(normalization='ortho')])
-def test_averaged_weights_can_be_loaded(decay, options):
+def test_averaged_weights_can_be_loaded(options):
     model = torch.nn.Sequential(HarmonicConv2d(2, 3, 3, **options))
-    averages = [ModelEmaV2(model, decay=decay), AveragedModel(model, avg_fn=get_ema_avg_fn(decay), use_buffers=True)]
-    for average in averages:
+    averaged = AveragedModel(model, avg_fn=get_ema_avg_fn(0.992), use_buffers=True)
+    for average in (ModelEmaV2(model, decay=0.992), averaged):
         for _ in range(4):
-            average.update(model) if isinstance(average, ModelEmaV2) else average.update_parameters(model)
+            (average.update_parameters if average is averaged else average.update)(model)
         model.load_state_dict(average.module.state_dict())
 
 
-@pytest.mark.parametrize('cls', LAYERS)
+@pytest.mark.parametrize('cls', [HarmonicConv2d, HarmonicBlock2d])
 @pytest.mark.parametrize(
     'compute',
-    [
-        lambda layer: prune.l1_unstructured(layer, 'weight', 0.3),
-        torch.nn.utils.parametrizations.weight_norm,
-        torch.nn.utils.parametrizations.spectral_norm,
-    ],
-    ids=['pruned', 'weight_norm', 'spectral_norm'],
+    [lambda layer: prune.l1_unstructured(layer, 'weight', 0.3), torch.nn.utils.parametrizations.weight_norm],
 )
 def test_computed_weights_refer_to_a_basis_too(cls, compute):
-    ours, theirs = compute(cls(3, 4, 3, smoothness=1)), compute(cls(3, 4, 3, smoothness=3))
-    for source in (theirs, compute(cls(3, 4, 3))):
-        for strict in (True, False):
-            with pytest.raises(RuntimeError, match='its coefficients refer to the basis'):
-                ours.load_state_dict(source.state_dict(), strict=strict)
+    ours = compute(cls(3, 4, 3, smoothness=1))
+    for theirs in (compute(cls(3, 4, 3, smoothness=3)), compute(cls(3, 4, 3))):
+        with pytest.raises(RuntimeError, match='its coefficients refer to the basis'):
+            ours.load_state_dict(theirs.state_dict(), strict=False)
     ours.load_state_dict(ours.state_dict())
-
-
-@pytest.mark.parametrize('cls', LAYERS)
-def test_smoothness_shows(cls):
-    assert 'smoothness=0.5' in repr(cls(3, 4, 3, smoothness=0.5))
-    assert 'smoothness' not in repr(cls(3, 4, 3))

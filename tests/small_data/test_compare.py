@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,24 +12,21 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from commands import compare
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
-from timm_harmonic.common.device import usable_device
 from timm_harmonic.common.images import read_image, resized, scaled
 from timm_harmonic.small_data import results, tasks
 from timm_harmonic.small_data.protocol import RANGES, Protocol, Store, run, setting
 from timm_harmonic.small_data.results import difference
 from timm_harmonic.small_data.tasks import Images, read_folder, stratified, task_of
 from timm_harmonic.small_data.training import AUGMENTATIONS, NAMED, Recipe, augmentation, baseline, batches, network
-from timm_harmonic_cli.compare import compare
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 FAST = dict(trials=1, seeds=2, epochs=1, img_size=32)
-
-
 DRAW = results.draw
 
 
@@ -74,9 +70,10 @@ def pictures(tmp_path_factory):
 
 def test_a_comparison_from_the_command_line(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(results, 'draw', DRAW)
-    models = ['harm0', 'harm:smoothness=1', 'harm_resnet18:layers=(1,1,1,1),channels=(8,16,32,64),levels=3']
+    models = ['harm0', 'harm_resnet18:layers=(1,1,1,1),channels=(8,16,32,64),levels=3']
     options = ['--trials', '2', '--seeds', '3', '--epochs', '1', '--img-size', '32', '--augment', 'zoom']
-    assert cli.main(['compare', str(pictures), '--out', str(tmp_path), '--models', *models, *options]) == 0
+    command = ['compare', str(pictures), '--out', str(tmp_path), '--models', *models, *options]
+    assert cli.main(command) == 0
     assert sorted(os.listdir(tmp_path)) == ['compare.png', 'results.json', 'runs.jsonl']
     found = json.loads((tmp_path / 'results.json').read_text())
     assert list(found['networks']) == models
@@ -90,22 +87,24 @@ def test_a_comparison_from_the_command_line(pictures, tmp_path, capsys, monkeypa
         assert best['accuracy'] == max(trial['accuracy'] for trial in of['trials'])
         assert (of['lr'], of['weight_decay']) in [(t['lr'], t['weight_decay']) for t in of['trials']], name
     settings = [[(t['lr'], t['weight_decay']) for t in of['trials']] for of in found['networks'].values()]
-    assert settings[0] == settings[1] == settings[2]  # the same search for all
+    assert settings[0] == settings[1]  # the same search for all
     with Image.open(tmp_path / 'compare.png') as image:
         assert image.size[0] > 1000
     printed = capsys.readouterr().out
     assert '30 training and 30 test images' in printed.replace('\n', ' ')
     assert f'Wrote {tmp_path / "results.json"} and' in printed
-    # Everything is there already: the same command trains nothing.
+    # Everything is there already: the same command trains nothing, and other options are refused.
     before = (tmp_path / 'runs.jsonl').read_bytes()
-    assert cli.main(['compare', str(pictures), '--out', str(tmp_path), '--models', *models, *options]) == 0
-    assert (tmp_path / 'runs.jsonl').read_bytes() == before
+    assert cli.main(command) == 0
     assert json.loads((tmp_path / 'results.json').read_text())['networks'] == found['networks']
+    assert cli.main([*command, '--epochs', '3']) == 1
+    assert 'other settings (recipe): name another --out' in capsys.readouterr().err
+    assert (tmp_path / 'runs.jsonl').read_bytes() == before
 
 
 def test_test_images_choose_nothing(pictures, tmp_path, monkeypatch):
     """Other test images change what is measured in the end, and nothing before."""
-    compare(pictures, tmp_path / 'a', ['harm0', 'smooth'], **dict(FAST, trials=2))
+    compare(pictures, tmp_path / 'a', ['harm0'], **dict(FAST, trials=2))
     task_of = tasks.task_of
 
     def other(images):
@@ -113,64 +112,45 @@ def test_test_images_choose_nothing(pictures, tmp_path, monkeypatch):
         return dataclasses.replace(task, test=Images(torch.zeros_like(task.test.pixels), task.test.labels))
 
     monkeypatch.setattr(tasks, 'task_of', other)
-    compare(pictures, tmp_path / 'b', ['harm0', 'smooth'], **dict(FAST, trials=2))
-    first, second = (
-        [json.loads(line) for line in (tmp_path / out / 'runs.jsonl').read_text().splitlines()] for out in 'ab'
-    )
-    searched = [line for line in first if line.get('key', '').startswith('search')]
-    assert len(searched) == 2 * 2 * 2
-    assert searched == [line for line in second if line.get('key', '').startswith('search')]
-    found = [json.loads((tmp_path / out / 'results.json').read_text())['networks'] for out in 'ab']
-    assert found[0] != found[1]
+    compare(pictures, tmp_path / 'b', ['harm0'], **dict(FAST, trials=2))
+    runs = [list(map(json.loads, (tmp_path / out / 'runs.jsonl').read_text().splitlines())) for out in 'ab']
+    first, second = ([line for line in of if line.get('key', '').startswith('search')] for of in runs)
+    assert first == second
+    assert len(first) == 2 * 2
+    assert runs[0] != runs[1]
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_gives_the_same(pictures, tmp_path):
     """Killed in the middle of a run, and with half a line written."""
     options = ['--models', 'harm0', 'smooth', '--trials', '2', '--seeds', '2', '--epochs', '4', '--img-size', '32']
-    command = [sys.executable, '-m', 'timm_harmonic', 'compare', str(pictures), *options]
+    command = [sys.executable, '-m', 'timm_harmonic', 'compare', str(pictures), *options, '--out']
     env = dict(os.environ, OMP_NUM_THREADS='1')
     runs = tmp_path / 'killed' / 'runs.jsonl'
-    process = subprocess.Popen(
-        [*command, '--out', str(runs.parent)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
     deadline = time.monotonic() + 120
-    while not (runs.exists() and runs.read_text().count('\n') >= 4):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = runs.read_text().count('\n')
-    assert done < 1 + 2 * (2 * 2 + 2)
+    with subprocess.Popen([*command, str(runs.parent)], env=env, stdout=subprocess.DEVNULL) as process:
+        while not (runs.exists() and runs.read_text().count('\n') >= 4):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    assert runs.read_text().count('\n') < 1 + 2 * (2 * 2 + 2)
     with runs.open('a') as file:
         file.write('{"key": "final har')
+    found = []
     for out in ('killed', 'whole'):
-        finished = subprocess.run(
-            [*command, '--out', str(tmp_path / out)], env=env, capture_output=True, text=True, timeout=300
-        )
-        assert finished.returncode == 0, finished.stderr
-    killed, whole = (json.loads((tmp_path / out / 'results.json').read_text()) for out in ('killed', 'whole'))
-    for found in (killed, whole):
-        for of in found['networks'].values():
+        subprocess.run([*command, str(tmp_path / out)], env=env, timeout=300, check=True)
+        found.append(json.loads((tmp_path / out / 'results.json').read_text())['networks'])
+        for of in found[-1].values():
             del of['seconds']
-    assert killed['networks'] == whole['networks']
-
-
-def test_other_options_are_refused(pictures, tmp_path):
-    compare(pictures, tmp_path, ['harm0'], **FAST)
-    before = (tmp_path / 'results.json').read_bytes()
-    with pytest.raises(InputError, match=r'other settings \(recipe\): name another --out'):
-        compare(pictures, tmp_path, ['harm0'], **dict(FAST, epochs=3))
-    assert (tmp_path / 'results.json').read_bytes() == before
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
 def test_time_limit_lowers_trials_and_seeds(pictures, tmp_path, capsys):
     started = time.monotonic()
-    found = compare(
-        pictures, tmp_path, ['harm0', 'smooth'], trials=500, seeds=400, epochs=2, img_size=32, time_limit=0.2
-    )
+    many = dict(trials=500, seeds=400, epochs=2, img_size=32)
+    found = compare(pictures, tmp_path, ['harm0', 'smooth'], **many, time_limit=0.2)
     assert time.monotonic() - started < 60
     search = found['search']
     assert 1 <= search['trials'] < 500
@@ -189,7 +169,7 @@ def test_too_little_time_says_how_much_is_needed(pictures, tmp_path):
     assert (tmp_path / 'results.json').exists()
 
 
-@pytest.mark.parametrize('text', ['{"foo": 1}\n', '[1]\n', 'text\n', 'text', '{"settings": 1}\n{"key": 1}\n'])
+@pytest.mark.parametrize('text', ['[1]\n', 'text', '{"settings": 1}\n{"key": 1}\n'])
 def test_a_file_of_something_else_is_refused(text, pictures, tmp_path):
     (tmp_path / 'runs.jsonl').write_text(text)
     with pytest.raises(InputError, match=r'runs\.jsonl is not a file of runs: name another --out'):
@@ -205,25 +185,25 @@ def test_results_inside_the_folder_are_no_class(tmp_path, monkeypatch):
 
 
 def test_what_is_a_split_and_what_is_a_class(tmp_path):
+    one = picture(np.random.default_rng(0), 0, 40)
     vehicles = make(tmp_path / 'vehicles', 4, classes=('car', 'train'), splits=('.',))
     assert read_folder(vehicles).classes == ['car', 'train']
-    for split in ('train', 'test'):
-        save(tmp_path / 'flat' / split / '0.png', picture(np.random.default_rng(0), 0, 40))
-    with pytest.raises(InputError, match='has 0 classes with images'):
-        read_folder(tmp_path / 'flat')
-    for name in 'ab':
-        (tmp_path / 'flat' / name).mkdir()
-    with pytest.raises(InputError, match='has train/, test/ beside classes'):
-        read_folder(tmp_path / 'flat')
-    unlabelled = make(tmp_path / 'unlabelled', 4, splits=('train',))
-    save(unlabelled / 'test' / '0.png', picture(np.random.default_rng(0), 0, 40))
-    with pytest.raises(InputError, match=r'test of .* has no images of cat, dog, emu'):
-        read_folder(unlabelled)
-    with pytest.raises(InputError, match='has validation/ and test/, but no train/'):
-        read_folder(make(tmp_path / 'no_train', 4, splits=('validation', 'test')))
     hidden = make(tmp_path / 'hidden', 4)
-    save(hidden / 'train' / 'cat' / '.ipynb_checkpoints' / '0.png', picture(np.random.default_rng(0), 0, 40))
+    save(hidden / 'train' / 'cat' / '.ipynb_checkpoints' / '0.png', one)
     assert len(read_folder(hidden).splits['train']) == 12
+    for place in ('flat/train', 'flat/test', 'mixed/train', 'mixed/test', 'mixed/a', 'mixed/b'):
+        save(tmp_path / place / '0.png', one)
+    save(make(tmp_path / 'unlabelled', 4, splits=('train',)) / 'test' / '0.png', one)
+
+    make(tmp_path / 'no_train', 4, splits=('validation', 'test'))
+    for name, words in dict(
+        flat='has 0 classes with images',
+        mixed='has train/, test/ beside classes',
+        unlabelled='test of .* has no images of cat, dog, emu',
+        no_train='has validation/ and test/, but no train/',
+    ).items():
+        with pytest.raises(InputError, match=words):
+            read_folder(tmp_path / name)
 
 
 def test_large_values(tmp_path):
@@ -240,8 +220,8 @@ def test_large_values(tmp_path):
 
 @pytest.mark.parametrize('suffix', ['.npy', '.tif'])
 def test_thirteen_channels(suffix, tmp_path):
-    task = task_of(read_folder(make(tmp_path / 'images', 6, suffix=suffix, channels=13)))
-    assert task.train.pixels.shape == (18, 13, 40, 40)
+    task = task_of(read_folder(make(tmp_path / 'images', 4, suffix=suffix, channels=13)))
+    assert task.train.pixels.shape == (12, 13, 40, 40)
     assert len(task.mean) == len(task.std) == 13
     assert run(network('smooth'), task.train, task.test, 3, Recipe(epochs=1), 0)['accuracy'] >= 0
 
@@ -267,8 +247,6 @@ def spoil(folder, what):
     first = folder / 'train' / 'cat' / '0.png'
     if what == 'unreadable':
         first.write_bytes(b'no image')
-    elif what == 'truncated':
-        first.write_bytes(first.read_bytes()[:40])
     elif what == 'not finite':
         np.save(first.with_suffix('.npy'), np.full((40, 40, 3), np.nan))
     elif what == 'pickle':
@@ -276,19 +254,12 @@ def spoil(folder, what):
     elif what == 'gray':
         Image.open(first).convert('L').save(first)
     elif what == 'one image':
-        for path in (folder / 'train' / 'cat').iterdir():
-            if path != first:
-                path.unlink()
+        for path in (folder / 'train' / 'cat').glob('[1-9].png'):
+            path.unlink()
     elif what == 'class only in test':
-        (folder / 'test' / 'new').mkdir()
-        Image.open(first).save(folder / 'test' / 'new' / '0.png')
+        save(folder / 'test' / 'new' / '0.png', np.zeros((40, 40, 3)))
     elif what == 'one class':
-        for split in ('train', 'test'):
-            for name in ('dog', 'emu'):
-                for path in (folder / split / name).iterdir():
-                    path.unlink()
-    elif what == 'nothing':
-        for path in folder.rglob('*.png'):
+        for path in (*folder.glob('*/dog/*'), *folder.glob('*/emu/*')):
             path.unlink()
     elif what == 'no test':
         (folder / 'test').rename(folder / 'others')
@@ -301,14 +272,12 @@ def spoil(folder, what):
     ('what', 'message'),
     [
         ('unreadable', r'1 files cannot be read; pass --skip-bad .*\n  train/cat/0.png: cannot identify'),
-        ('truncated', r'1 files cannot be read; .*\n  train/cat/0.png'),
         ('not finite', r'train/cat/0.npy: holds values that are not finite'),
         ('pickle', r'train/cat/0.npy: '),
         ('gray', r'same number of channels: .* has 1, .* has 3'),
         ('one image', r'class cat has 1 image to learn from: at least two'),
         ('class only in test', r'train of .* has no images of new'),
         ('one class', r'has 1 class with images: two are needed'),
-        ('nothing', r'has 0 classes with images: two are needed'),
         ('no test', r'has train/, but neither validation/ nor test/'),
         ('constant', r'channel 0 is constant'),
     ],
@@ -334,23 +303,15 @@ def test_bad_files_can_be_left_out_and_are_named(tmp_path, capsys):
     ('text', 'message'),
     [
         ('no_such_model', "'no_such_model' is neither"),
-        ('harm:levels', "must be NAME=VALUE, got 'levels'"),
         ('resnet18:3=4', "must be NAME=VALUE, got '3=4'"),
         ('harm0:features_only=True', 'it does not return logits'),
         ('harm0:nope=1', r'harm0:nope=1 cannot be used on images of 40 x 40 pixels: TypeError'),
-        ('resnet18:act_layer=foo', 'cannot be used .* KeyError'),
         ('vit_tiny_patch16_224', 'vit_tiny_patch16_224 cannot be used .* AssertionError'),
     ],
 )
 def test_bad_networks(text, message):
     with pytest.raises(InputError, match=message):
         baseline([network('harm0'), network(text)], 3, 3, 40)
-
-
-@pytest.mark.parametrize('name', ['nowhere', 'meta', 'hpu'])
-def test_bad_devices(name):
-    with pytest.raises(InputError, match=f"device '{name}' cannot be used here"):
-        usable_device(name)
 
 
 def test_names_of_networks():
@@ -364,7 +325,7 @@ def test_names_of_networks():
 
 
 def test_large_images_are_not_kept(tmp_path, monkeypatch):
-    """What is kept has the result's size, and is what resizing at the end would give."""
+    """What is kept is cut in the middle, has the result's size, and is what resizing at the end would give."""
     random = np.random.default_rng(0)
     for name in 'ab':
         for i in range(2):
@@ -376,12 +337,6 @@ def test_large_images_are_not_kept(tmp_path, monkeypatch):
         pixels = read_folder(tmp_path, size).splits['train'].pixels
         torch.testing.assert_close(pixels[0], functional.resize(expected, [size or 64], antialias=True))
     assert all(image.nbytes < expected.nbytes / 10 for image in kept)
-
-
-def test_images_are_resized_and_cut_in_the_middle(tmp_path):
-    folder = make(tmp_path, 3, size=90)
-    assert read_folder(folder).splits['test'].pixels.shape == (9, 3, 64, 64)
-    assert read_folder(folder, 48).splits['train'].pixels.shape == (9, 3, 48, 48)
     small = make(tmp_path / 'small', 3, size=20)
     assert read_folder(small).splits['train'].pixels.shape == (9, 3, 20, 20)
 
@@ -399,17 +354,15 @@ def test_stratified_keeps_every_class_on_both_sides():
 def test_augmentation_follows_seed_and_epoch_alone(augment, channels):
     images = Images(torch.randn(20, channels, 24, 24), torch.arange(20))
     recipe = Recipe(batch_size=8, augment=augment)
-    torch.manual_seed(1)
     first = list(batches(images, recipe, 3, 5))
     torch.manual_seed(2)
     before = torch.get_rng_state()
     second = list(batches(images, recipe, 3, 5))
     assert torch.equal(torch.get_rng_state(), before)
-    assert [len(labels) for _, labels in first] == [8, 8]
+    assert [pixels.shape for pixels, _ in first] == [(8, channels, 24, 24)] * 2
     for (pixels, labels), (others, other_labels) in zip(first, second, strict=True):
         assert torch.equal(pixels, others)
         assert torch.equal(labels, other_labels)
-        assert pixels.shape == (8, channels, 24, 24)
     assert not torch.equal(first[0][1], next(batches(images, recipe, 3, 6))[1])
 
 
@@ -455,14 +408,6 @@ def test_the_best_setting_is_used(tmp_path, monkeypatch):
     assert len(search) == 10
     assert {(train, test) for train, test, _ in search} == {(8, 4)}
     assert last == (12, 12, max(lr for *_, lr in search))
-
-
-def test_a_run_repeats(one_thread):
-    images = Images(torch.randn(16, 3, 24, 24), torch.arange(16) % 4)
-    results = [run(network('smooth'), images, images, 4, Recipe(epochs=2), seed) for seed in (0, 0, 1)]
-    for result in results:
-        del result['seconds']
-    assert results[0] == results[1] != results[2]
 
 
 def test_interval_is_students():
