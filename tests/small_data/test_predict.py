@@ -92,7 +92,7 @@ def test_files_that_cannot_be_taken(tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(InputError, match='no files in'):
         predict(str(tmp_path / 'net'), [tmp_path / 'empty'])
-    with pytest.raises(InputError, match='got 2 class names, the network has 3'):
+    with pytest.raises(InputError, match='got 2 class names for 3 classes'):
         predict(str(tmp_path / 'net'), paths, class_names=['a', 'b'])
     with pytest.raises(InputError, match='harm_resnet18 needs weights: pass --checkpoint FILE or --pretrained'):
         predict('harm_resnet18', paths)
@@ -108,7 +108,7 @@ def test_networks_that_cannot_answer(tmp_path):
     timm.models.save_for_hf(model, str(tmp_path / 'nan'), safe_serialization=True)
     with pytest.raises(InputError, match=r'image\.png: the network outputs NaN'):
         predict(str(tmp_path / 'nan'), image)
-    with pytest.raises(InputError, match='returns features, not classes'):
+    with pytest.raises(InputError, match='has no classifier'):
         predict(str(tmp_path / 'net'), image, model_kwargs=dict(features_only=True))
     with pytest.raises(InputError, match='have 3 classes, not 5'):
         predict(str(tmp_path / 'net'), image, model_kwargs=dict(num_classes=5))

@@ -151,4 +151,4 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
 def test_export_from_the_command_line(capsys, tmp_path):
     assert cli.main(['quickstart', '--export', str(tmp_path / 'new'), '--train-per-class', '2']) == 0
     assert len(list(tmp_path.glob('new/train/*/*.png'))) == 34
-    assert f'train.py --data-dir "{tmp_path / "new"}"' in capsys.readouterr().out
+    assert f'--data-dir "{tmp_path / "new"}"' in capsys.readouterr().out
