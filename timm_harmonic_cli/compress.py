@@ -107,9 +107,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.data is not None:
             drawn = batches_of(ImageFolder(args.data, 'train', prepare), args.batch_size, args.batches)
             images = progress(drawn, desc='weigh', unit='batch', leave=False)
-        amount = {key: value for key in ('level', 'energy', 'ratio') if (value := getattr(args, key)) is not None}
         counted = None if args.cost == 'parameters' else example
-        small = truncate(whole, **amount, cost=args.cost, images=counted, data=images, refit=args.refit)
+        chosen = ('level', 'energy', 'ratio', *(() if counted is None else ('cost',)))
+        amount: dict[str, Any] = {key: value for key in chosen if (value := getattr(args, key)) is not None}
+        small = truncate(whole, **amount, images=counted, data=images, refit=args.refit)
         if args.deploy and counted is None:  # otherwise truncate has chosen the forms
             set_forms(small, forms_by_time(small, example))
             record_options(small)
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             torch=torch.__version__,
             timm=timm.__version__,
             source=source.file or source.base,
-            options={**amount, 'cost': args.cost, **(dict(refit=True) if args.refit else {})},
+            options=amount | (dict(refit=True) if args.refit else {}),
             weighed_by='filters' if args.data is None else drawn_images,
             timed=f'one image, {place.type}, {str(layout)[6:]}, {torch.get_num_threads()} threads',
             accuracy=measured,

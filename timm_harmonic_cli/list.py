@@ -8,8 +8,7 @@ Example:
 import argparse
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds nothing: the command has no options."""
+def add_arguments(parser: argparse.ArgumentParser) -> None: ...
 
 
 def run(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--skip-bad', action='store_true', help='leave out unreadable files')
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from timm_harmonic.common import InputError
     from timm_harmonic.common.files import write_whole
 
@@ -40,20 +40,20 @@ def run(args: argparse.Namespace) -> None:
     rows = predict(args)
     if out is None:
         write_predictions(rows, args.format, sys.stdout)
-        return
+        return rows
 
     def write(path: Path) -> None:
         with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:  # as names of files may be
             write_predictions(rows, args.format, file)
 
     write_whole(out, write)
+    return rows
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Classifies images. Returns a row for each: its file, and its likeliest classes with their probabilities.
 
-    With --skip-bad, the row of an unreadable file has an `error`. Raises InputError if a file cannot be read or does
-    not fit the network, or the network or a class name is missing.
+    With --skip-bad, the row of an unreadable file has an `error`. Raises InputError if a file or the network is unfit.
     """
     from timm_harmonic.common import InputError
     from timm_harmonic.common.device import usable_device

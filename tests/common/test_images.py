@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 
 from timm_harmonic.common import InputError
-from timm_harmonic.common.images import Batches, ImageFolder, Preparation, image_files, natural_order, read_image
+from timm_harmonic.common.images import ImageFolder, Preparation, batches_of, image_files, natural_order, read_image
 
 pytestmark = [
     # timm's data set does not close files.
@@ -62,18 +62,17 @@ def test_order_is_timms():
 
 
 def test_batches(folder):
-    """In order, or drawn at random but always the same; a bad file is named even by another process."""
+    """In order, or drawn at random but always the same; a bad file is named."""
     images = ImageFolder(folder, 'validation', Preparation(network(), dict(img_size=32)))
-    labels = [label for _, batch in Batches(images, 5) for label in batch.tolist()]
+    labels = [label for _, batch in batches_of(images, 5) for label in batch.tolist()]
     assert labels == images.labels
-    first, again = ([pixels for pixels, _ in Batches(images, 2, count=3)] for _ in range(2))
+    first, again = ([pixels for pixels, _ in batches_of(images, 2, count=3)] for _ in range(2))
     assert [len(pixels) for pixels in first] == [2, 2, 2]
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0][0], images[0][0])
     images.files[3].write_bytes(b'no image')
-    for workers in (0, 1):
-        with pytest.raises(InputError, match=rf'^{images.files[3]}: cannot identify image file .*$'):
-            list(Batches(images, 5, workers))
+    with pytest.raises(InputError, match=rf'^{images.files[3]}: cannot identify image file .*$'):
+        list(batches_of(images, 5))
 
 
 @pytest.mark.parametrize('dtype', ['>u2', np.int16, np.float32])
