@@ -6,13 +6,13 @@ from importlib import import_module
 
 
 def call(name, names, *values, **options):
-    """Runs a command, or the function of its name that gives its results. `names` are those of positional values; an option that is left out has its default."""
+    """Runs a command. `names` are those of positional values; an option that is left out has its default."""
     module, parser = import_module(f'timm_harmonic_cli.{name}'), argparse.ArgumentParser()
     module.add_arguments(parser)
     defaults = {action.dest: action.default for action in parser._actions if action.dest != 'help'}
     given = dict(zip(names, values, strict=False), **options)
     assert given.keys() <= defaults.keys(), given.keys() - defaults.keys()
-    return getattr(module, name, module.run)(argparse.Namespace(**{**defaults, **given}))
+    return module.run(argparse.Namespace(**{**defaults, **given}))
 
 
 compare = partial(call, 'compare', ('folder', 'out', 'models'))
