@@ -138,6 +138,7 @@ def test_help_fits_the_terminal_and_its_examples_parse(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_terminals_and_pipes():
     """What a terminal cannot show becomes a ?, a closed pipe ends the command, and a pipe gets no progress."""
     code = (
