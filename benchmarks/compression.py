@@ -128,15 +128,15 @@ def one_seed(seed: int, normalization: str) -> list[dict[str, Any]]:
     rows = []
 
     def note(method: str, axis: str | None, share: float | None, of: Sized, deployed: nn.Module) -> None:
-        anew = method == 'narrower'
+        from_start = method == 'narrower'
         model = copy.deepcopy(of.model)
-        epochs, lr = (EPOCHS + MORE, Recipe.lr) if anew else (MORE, MORE_LR)
+        epochs, lr = (EPOCHS + MORE, Recipe.lr) if from_start else (MORE, MORE_LR)
         row = dict(seed=seed, method=method, axis=axis, share=share, time=of.time)
         row.update(parameters=of.parameters / whole.parameters, macs=of.macs / whole.macs)
-        row['before'] = None if anew else accuracy_on(model, test)
+        row['before'] = None if from_start else accuracy_on(model, test)
         fit(model, train, Recipe(epochs=epochs, lr=lr), seed)
         row['after'] = accuracy_on(model, test)
-        row['int8'] = accuracy_in_int8(model.eval() if anew else deployed, data, test)
+        row['int8'] = accuracy_in_int8(model.eval() if from_start else deployed, data, test)
         rows.append(row)
 
     note('none', None, None, whole, plain)

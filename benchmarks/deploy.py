@@ -157,10 +157,10 @@ def table(report: dict[str, Any]) -> str:
         '# Deployed networks against the plain one',
         '',
         f'Measured on {env["processor"]}, {env["threads"]} threads, torch {env["torch"]}, timm {env["timm"]}, '
-        f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. "Plain again" is '
-        'the noise. "0.5 of the time" is truncated to that share in this setting (in ONNX Runtime: of the time in '
-        'torch); where it is empty, no levels are so fast. The stem is left alone. Where a row takes many minutes, '
-        'there is batch 1 only. Rows that were not measured again stay: they may be some days older than the date.',
+        f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. "Plain again" '
+        'times plain against plain: the noise. "0.5 of the time" is truncated to that share in this setting (in ONNX '
+        'Runtime: of the time in torch); an empty cell means that no choice of levels reaches it. The stem stays as it '
+        'is. Slow rows have batch 1 only. Rows that were not measured again may be some days older than the date.',
         '',
         f'| network | in | batch | plain, ms | {" | ".join(columns)} |',
         '|---' * (4 + len(columns)) + '|',

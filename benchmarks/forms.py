@@ -56,8 +56,8 @@ def table(report: dict[str, Any]) -> str:
         '',
         f'Measured on {env["processor"]}, {env["threads"]} threads, torch {env["torch"]}, timm {env["timm"]}, '
         f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. Then the peak of '
-        f'memory, as a ratio. Float32 if nothing else is said, batch {report["rows"][0]["batch"]}, images of '
-        f'{report["rows"][0]["size"]} pixels. "Plain again" is the noise.',
+        f'memory, as a ratio. Float32 unless stated otherwise, batch {report["rows"][0]["batch"]}, images of '
+        f'{report["rows"][0]["size"]} pixels. "Plain again" times plain against plain: the noise.',
         '',
         f'| network | in | plain, ms | {" | ".join(columns)} |',
         '|---' * (3 + len(columns)) + '|',

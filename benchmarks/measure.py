@@ -122,7 +122,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         synchronize(device)
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')  # the peak of the resident set starts anew (proc(5))
+    Path('/proc/self/clear_refs').write_text('5')  # resets the peak of the resident set (proc(5))
     before = _resident('VmRSS')
     run()
     return _resident('VmHWM') - before

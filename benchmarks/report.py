@@ -20,7 +20,7 @@ def table(report: dict[str, Any]) -> str:
         f'{env["timm"]}, {env["date"]}. CUDA: {env["cuda"]}.',
         '',
         'Ratios of time to the plain twin (the same network with nothing harmonic) of the same round: median',
-        '[quartiles]. "Plain again" is a second plain network: the noise. "Original" is the formulation of the',
+        '[quartiles]. "Plain again" times a second plain network: the noise. "Original" is the formulation of the',
         'original in the same network; "original / ours" is how many times longer it takes than the fused network',
         'and the harmonic one. Peak: most memory that a training step uses, as a ratio to the plain twin: harmonic',
         '(plain again).',

@@ -48,7 +48,7 @@ def pruned(model: nn.Module, images: Tensor, grouped: bool) -> list[nn.Module]:
 
 
 def with_statistics(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """The network, its statistics of batch normalisation estimated anew, as `refit` does it for ours."""
+    """Re-estimates the batch-norm statistics, as `refit` does for truncated networks."""
     update_bn(batches, model)
     return model.eval()
 

@@ -149,7 +149,7 @@ def test_broken_plugin_is_one_warning(body, warnings, words, tmp_path):
 
 @slow
 def test_worker_processes():
-    """A spawned process, as of a data loader, imports torch anew."""
+    """A spawned process (a data loader's worker) imports torch again."""
     succeeds(
         'import multiprocessing as mp, timm\n'
         'if __name__ == "__main__":\n'
