@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 # Its processes come from one that has imported everything, and has no threads.
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['timm_harmonic_cli.compress', 'timm_harmonic_cli'])
+PROCESSES.set_forkserver_preload(['timm_harmonic.export.folder', 'timm_harmonic.small_data.tasks', 'timm_harmonic_cli'])
 pytestmark = pytest.mark.slow
 SMALL = dict(layers=(1, 1, 1, 1), channels=(4, 8, 8, 8))
 BASE = 'base_model=resnet18'

@@ -7,9 +7,6 @@ from tqdm import tqdm
 
 
 def progress(*args: Any, **options: Any) -> tqdm:
-    """A tqdm bar on a terminal; no bar in a pipe, or if TQDM_DISABLE is set.
-
-    tqdm itself reads that variable at import, possibly before the command sets it.
-    """
+    """A tqdm bar on a terminal; none in a pipe, or if TQDM_DISABLE is set by now (tqdm itself reads it at import)."""
     disable = True if os.environ.get('TQDM_DISABLE') else None
     return tqdm(*args, **{'disable': disable, **options})

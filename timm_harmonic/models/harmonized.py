@@ -96,7 +96,7 @@ def _create(
                     return ours.checkpoint_filter_fn(lowered, model)
             raise error
 
-    return build_model(
+    built: Any = build_model(
         make,
         ARCHITECTURE,
         pretrained and named,
@@ -106,6 +106,9 @@ def _create(
         cache_dir=cache_dir,
         **kwargs,
     )
+    if not hasattr(built, 'set_grad_checkpointing'):  # timm's net of intermediates leaves it to the model
+        built.set_grad_checkpointing = built.model.set_grad_checkpointing
+    return built
 
 
 def _base_architecture(base_model: str) -> str:
