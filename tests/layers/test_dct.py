@@ -1,5 +1,7 @@
 """The DCT basis by its mathematical properties."""
 
+import itertools
+
 import numpy as np
 import pytest
 import reference
@@ -27,11 +29,19 @@ def test_basis_is_scipys_dct(k):
 @pytest.mark.parametrize('k', SIZES)
 def test_functions_are_scaled_dct_functions(k, smoothness, normalization):
     """A basis scales the DCT functions, so that they stay orthogonal and pooling computes the response to the first."""
-    basis = dct_basis(k, None, True, normalization, smoothness, dtype=torch.float64)
-    expected = reference.dct_functions(k, normalization='ortho')
-    scales = torch.einsum('nxy,nxy->n', basis, expected)
-    assert (scales > 0).all()
-    torch.testing.assert_close(basis, expected * scales[:, None, None], rtol=0, atol=1e-14)
+    for level in (None, *range(1, 2 * k)):
+        for dc in {True, 1 in (k, level)}:
+            basis = dct_basis(k, level, dc, normalization, smoothness, dtype=torch.float64)
+            expected = reference.dct_functions(k, level, dc, normalization='ortho')
+            scales = torch.einsum('nxy,nxy->n', basis, expected)
+            assert (scales > 0).all()
+            torch.testing.assert_close(basis, expected * scales[:, None, None], rtol=0, atol=1e-14)
+
+
+def test_normalizations_differ():
+    """A name without functions of its own is a copy of another."""
+    bases = [dct_basis(3, normalization=normalization) for normalization in NORMALIZATIONS]
+    assert not any(torch.allclose(one, other) for one, other in itertools.combinations(bases, 2))
 
 
 @pytest.mark.parametrize(
