@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 CONFIG = Path(__file__).resolve().parents[1] / 'train_configs' / 'harm_resnet50.yaml'
-TIMEOUT = 240  # seconds, for each process
+TIMEOUT = 600  # seconds, for each process
 PER_CLASS = dict(train=8, validation=5)  # images of those that the quickstart exports
 LR = 0.1 * 16 / 256
 SMALL = ('--model-kwargs', 'layers=(1,1,1,1)')
