@@ -10,7 +10,7 @@ def call(name, names, *values, **options):
     module, parser = import_module(f'timm_harmonic_cli.{name}'), argparse.ArgumentParser()
     module.add_arguments(parser)
     defaults = {action.dest: action.default for action in parser._actions if action.dest != 'help'}
-    given = dict(zip(names, values, strict=False), **options)
+    given = dict(zip(names[: len(values)], values, strict=True), **options)
     assert given.keys() <= defaults.keys(), given.keys() - defaults.keys()
     return module.run(argparse.Namespace(**{**defaults, **given}))
 

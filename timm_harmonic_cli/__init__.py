@@ -36,8 +36,8 @@ def share(text: str) -> float:
 def add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
     """Adds --models: the networks to compare."""
     names = "harm0, harm1, harm, smooth, or timm's, with options as in harm_resnet18:smoothness=1,levels=3"
-    models = dict(nargs='+', metavar='NAME', default=[*default], help=f'{names} (default: {" ".join(default)})')
-    parser.add_argument('--models', **models)  # type: ignore[arg-type]
+    text = f'{names} (default: {" ".join(default)})'
+    parser.add_argument('--models', nargs='+', metavar='NAME', default=[*default], help=text)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        from timm_harmonic.common import TimmHarmonicError
+        from timm_harmonic.common import TimmHarmonicError  # imports torch, so only now
 
         if not isinstance(error, TimmHarmonicError):
             raise

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..common import explained
+from . import explained
 
 
 def usable_device(name: str | None) -> torch.device:

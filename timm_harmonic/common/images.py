@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional
 
-from ..common import InputError, explained
+from . import InputError, explained
 
 # Names that folders of a split may have: timm's, and those of test images.
 SPLITS = {

@@ -167,11 +167,12 @@ def _time_levels(
             middle = {form: number * statistics.median(of) for form, of in times.items()}
             done[key] = {}
             for level in levels:
-                other = f'separable {level}'
-                by_form = {'dense': middle['dense']} | ({'separable': middle[other]} if other in times else {})
-                ratios = [a / b for a, b in zip(times.get(other, ()), times['dense'], strict=False)]
-                better = ratios and statistics.quantiles(ratios, n=4)[2] < 1  # by more than the noise
-                form = 'separable' if better else 'dense'
+                by_form, form = {'dense': middle['dense']}, 'dense'
+                if (other := f'separable {level}') in times:
+                    by_form['separable'] = middle[other]
+                    ratios = [a / b for a, b in zip(times[other], times['dense'], strict=True)]
+                    if statistics.quantiles(ratios, n=4)[2] < 1:  # by more than the noise
+                        form = 'separable'
                 done[key][level] = Cost(by_form[form], form, by_form)
         found[name] = done[key]
     return found

@@ -33,7 +33,7 @@ from timm.models import (
 from torch import nn
 from tqdm import tqdm
 
-from ..common import InputError, TimmHarmonicError, first_line
+from ..common import InputError, explained, first_line
 from ..common.files import check_new, new_folder
 from ..common.progress import progress
 from ..conversion.costs import count_macs
@@ -180,15 +180,9 @@ def options_of_run(source: Provenance) -> dict[str, Any]:
 
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
     """timm.create_model for a name and options from a user or a stranger's config, whatever timm raises for them."""
-    try:
+    options = ', '.join(f'{key}={value!r}' for key, value in kwargs.items() if not key.startswith(_SOURCES))
+    with explained(f'{model_name} cannot be created' + f' with {options}' * bool(options), Exception):
         return timm.create_model(model_name, **kwargs)
-    except TimmHarmonicError:
-        raise
-    except Exception as error:
-        options = ', '.join(f'{key}={value!r}' for key, value in kwargs.items() if not key.startswith(_SOURCES))
-        shown = f' with {options}' if options else ''
-        reason = f'{type(error).__name__}: {first_line(error)}'
-        raise InputError(f'{model_name} cannot be created{shown}: {reason}') from error
 
 
 def create_trained(model_name: str, **kwargs: Any) -> nn.Module:

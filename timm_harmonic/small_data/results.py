@@ -1,5 +1,6 @@
 """Results of a comparison: statistics with intervals, the table, the picture, and the files."""
 
+import itertools
 import json
 import os
 import platform
@@ -177,5 +178,4 @@ def _draw_differences(axes: Any, results: dict[str, Any]) -> None:
 
 def _styled(results: dict[str, Any]) -> zip:
     """Networks with their results, each with its colour and marker."""
-    networks = results['networks']
-    return zip(networks.items(), _STYLES * (1 + len(networks) // len(_STYLES)), strict=False)
+    return zip(results['networks'].items(), itertools.cycle(_STYLES), strict=False)
