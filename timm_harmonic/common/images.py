@@ -24,6 +24,7 @@ SPLITS = {
 }
 _MODES = {1: 'L', 3: 'RGB'}  # Pillow's modes by number of channels: what timm's transform takes
 _TIFF = ('.tif', '.tiff')
+_SCALE = 'scale: '  # how a note in a network's config begins
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -155,6 +156,27 @@ class Preparation:
         image = resized(scaled(array), int(min(height, width) / self.config['crop_pct']), (height, width))
         mean, std = (torch.tensor(self.config[key])[:, None, None] for key in ('mean', 'std'))
         return (image - mean) / std
+
+
+def scale_note(scale: float) -> str:
+    """The note in a network's config that says which value of its images stands for 1."""
+    return f'{_SCALE}{scale!r}'
+
+
+def noted_scale(notes: str | Sequence[str] | None) -> float | None:
+    """The scale in a config's notes, see `scale_note`; None without one. Raises InputError if it is not above 0."""
+    found = [note for note in ([notes] if isinstance(notes, str) else notes or ()) if note.startswith(_SCALE)]
+    if not found:
+        return None
+    with explained(f'the config has the note {found[0]!r}', ValueError):
+        return check_scale(float(found[0].removeprefix(_SCALE)))
+
+
+def check_scale(scale: float) -> float:
+    """Returns a scale. Raises InputError unless it is a finite number above 0."""
+    if not 0 < scale < np.inf:
+        raise InputError(f'scale must be a number above 0, got {scale!r}.')
+    return scale
 
 
 def natural_order(name: str | Path) -> tuple[list[int | str], str]:
