@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # By name, as a module called `list` must not become a global of this one.
 COMMANDS = ('quickstart', 'compare', 'predict', 'compress', 'convert', 'list')
@@ -22,15 +23,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
+def above_zero(text: str, most: float = sys.float_info.max) -> float:
+    """A number above 0."""
     try:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f'must be above 0 and at most 1, got {text!r}')
+    if not 0 < number <= most:
+        limit = f' and at most {most:g}' if most < sys.float_info.max else ''
+        raise argparse.ArgumentTypeError(f'must be above 0{limit}, got {text!r}')
     return number
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    return above_zero(text, 1.0)
 
 
 def add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
@@ -54,6 +61,27 @@ def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--model-kwargs', nargs='+', default=[], metavar='NAME=VALUE', help='arguments for timm.create_model'
     )
+
+
+def add_preparation(parser: argparse.ArgumentParser) -> None:
+    """Adds --img-size, --mean, --std and --scale: how images are prepared, instead of as the network's config says."""
+    add = parser.add_argument
+    add('--img-size', type=positive, metavar='N', help="side of the images (default: the network's)")
+    add('--mean', type=float, nargs='+', metavar='M', help='mean of the images, one value for all channels or for each')
+    add('--std', type=float, nargs='+', metavar='S', help='standard deviation of the images, in the same way')
+    add_scale(parser)
+
+
+def add_scale(parser: argparse.ArgumentParser) -> None:
+    """Adds --scale."""
+    scale = 'value of the images that stands for 1 (default: the largest of their type, for 8 and 16 bits)'
+    parser.add_argument('--scale', type=above_zero, metavar='S', help=scale)
+
+
+def preparation(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_preparation` that were given, by the names of `timm_harmonic.common.images.data_config`."""
+    names = dict(img_size='img_size', mean='mean', std='std', scale='image_scale')
+    return {name: value for key, name in names.items() if (value := getattr(args, key)) is not None}
 
 
 def add_class_names(parser: argparse.ArgumentParser) -> None:

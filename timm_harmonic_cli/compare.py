@@ -6,9 +6,11 @@ and 0.001 to 1; momentum: 0.003 to 0.3 and 0.00001 to 0.01). Then each network i
 on all training images with its best setting. Test images choose nothing: they are those of test/, else
 of validation/, else a quarter of each class. If there are both, validation/ judges the settings. Reads
 whatever Pillow opens, TIFF with any bands or pages, and .npy (H, W, C). Prints a table, and writes
-results.json and compare.png. After an interruption the same command continues where it stopped. Examples:
+results.json and compare.png. After an interruption the same command continues where it stopped; with
+other --models, networks are added to those in --out. --keep writes the network whose setting was judged
+best, trained on all training images, as a folder for predict and compress. Examples:
 
-  timm-harmonic compare images/ --augment zoom
+  timm-harmonic compare images/ --augment zoom --keep FOLDER
   timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=1 --img-size 96
 """
 
@@ -16,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_models, positive
+from . import add_batch_size, add_models, add_scale, positive
 
 MODELS = ('harm0', 'harm', 'smooth')
 
@@ -37,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--opt', choices=('adamw', 'momentum'), default='adamw', help="optimizer, by timm's name (default: adamw)")
     size = "side of the images (default: the images' own, at most 64)"
     add('--img-size', type=positive, metavar='N', help=size)
+    add_scale(parser)
+    keep = 'folder to write the best network to, new or empty; test images have no part in the choice'
+    add('--keep', type=Path, metavar='FOLDER', help=keep)
     add('--device', default='cpu', help='device to train on (default: cpu)')
     add('--skip-bad', action='store_true', help='leave out unreadable files')
 
@@ -47,23 +52,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from timm_harmonic.common import require
     from timm_harmonic.common.device import usable_device
+    from timm_harmonic.common.files import check_new
+    from timm_harmonic.common.images import SCALE
     from timm_harmonic.common.progress import progress
     from timm_harmonic.small_data import protocol, results, tasks, training
 
     require(matplotlib='matplotlib', scipy='scipy')
-    networks = [training.network(text) for text in dict.fromkeys(args.models)]
+    given = [training.network(text) for text in dict.fromkeys(args.models)]
     place = usable_device(args.device)
-    task = tasks.read_folder(args.folder, args.img_size, args.skip_bad, but=args.out)
+    if args.keep is not None:
+        check_new(args.keep)
+    task = tasks.read_folder(args.folder, args.img_size, args.skip_bad, args.out, args.scale)
     channels, size = task.train.pixels.shape[1], task.train.pixels.shape[-1]
-    baseline = training.baseline(networks, len(task.classes), channels, size)
     recipe = training.Recipe(
         epochs=args.epochs, batch_size=args.batch_size, opt=args.opt, augment=args.augment, flip=args.flip
     )
     settings = dict(
         recipe=dataclasses.asdict(recipe),
-        networks={net.name: [net.model, net.options] for net in networks},
         images=[protocol.fingerprint(of) for of in (task.train, task.test, task.validation) if of is not None],
     )
+    store = protocol.Store(args.out / 'runs.json', settings, given)
+    networks = [training.network(text) for text in store.networks]
+    baseline = training.baseline(networks, len(task.classes), channels, size)
     results.open_folder(args.out)
     with progress(unit='epoch', smoothing=0.05) as bar:
         comparison = protocol.Protocol(
@@ -73,14 +83,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             recipe,
             args.trials,
             args.seeds,
-            protocol.Store(args.out / 'runs.json', settings),
+            store,
             place,
             validation=task.validation,
             describe=bar.set_description,
             after_epoch=lambda epoch: bar.update(),
         )
-        bar.reset(comparison.epochs_left)
+        bar.reset(comparison.epochs_left + (args.epochs if args.keep is not None else 0))
         runs = comparison.run_all()
+        best = comparison.winner()
+        kept = None if args.keep is None else comparison.keep(best)
     inner = f'{protocol.INNER_SPLITS} inner splits of the training images'
     found = dict(
         note='Measured by this run on this machine; accuracies are percentages of the test images.',
@@ -100,8 +112,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             img_size=size,
             chance=100 * max(task.test.labels.bincount().tolist()) / len(task.test),
             classes=task.classes,
-            mean=task.mean,
-            std=task.std,
+            mean=task.config['mean'],
+            std=task.config['std'],
+            scale=task.config[SCALE],
+            notes=task.notes,
             skipped=task.skipped,
         ),
         baseline=baseline,
@@ -121,13 +135,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results.write_results(
         args.out, 'compare.png', found, lambda path: results.draw(found, title, path, differences=True)
     )
+    if kept is not None:
+        _keep(kept, best.name, task, args.keep)
     return found
+
+
+def _keep(model: Any, name: str, task: Any, out: Path) -> None:
+    from timm_harmonic.common.progress import progress
+    from timm_harmonic.export.folder import STEPS, Provenance, write_folder
+
+    source = Provenance(base=f'{name}, trained on {len(task.train)} images by timm-harmonic compare')
+    with progress(total=3, **STEPS) as steps:
+        write_folder(model.cpu(), out, source, steps, class_names=task.classes, data_config=task.config)
+    print(f'Wrote {name}, which the search judged best, to {out}. To use it: timm-harmonic predict {out} IMAGES')
 
 
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from timm_harmonic.small_data.results import table
+    from timm_harmonic.small_data.results import advice, table
 
     data, search = found['data'], found['search']
     console = Console(markup=False, emoji=False)
@@ -142,3 +168,13 @@ def _print(found: dict[str, Any]) -> None:
         f'learning rate and weight decay are the best of {search["trials"]} settings for each network'
     )
     console.print(table(found, title, caption))
+    preparation = [f'--img-size {data["img_size"]}', *(f'--{key} {_values(data[key])}' for key in ('mean', 'std'))]
+    if data['scale'] is not None:
+        preparation.append(f'--scale {data["scale"]:g}')
+    console.print(f'Images were prepared as by {" ".join(preparation)}.', highlight=False)
+    for line in (*data['notes'], *advice(found, search['ranges'])):
+        console.print(line, highlight=False)
+
+
+def _values(numbers: list[float]) -> str:
+    return ' '.join(f'{number:.4g}' for number in numbers)

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_weights, positive, share
+from . import add_batch_size, add_preparation, add_weights, positive, preparation, share
 
 _DEPLOYED = dict(
     bytes=('ONNX file, bytes', ',d'),
@@ -54,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--smoothness', type=float, metavar='S', help=smoothness)
     add('--repo', default='', metavar='ORG/NAME', help='repository you will upload to, for the card')
     add('--license', default='', metavar='ID', help="of the weights (default: the network's)")
-    add('--img-size', type=positive, metavar='N', help="side of the images (default: the network's)")
-    add('--mean', type=float, nargs='+', metavar='M', help='mean of the images, one value per channel')
-    add('--std', type=float, nargs='+', metavar='S', help='standard deviation of the images, one value per channel')
+    add_preparation(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.common import InputError, require
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import check_new
-    from timm_harmonic.common.images import ImageFolder, Preparation, batches_of
+    from timm_harmonic.common.images import ImageFolder, Preparation, batches_of, data_config
     from timm_harmonic.common.progress import progress
     from timm_harmonic.conversion.costs import forms_by_time, set_forms
     from timm_harmonic.conversion.harmonize import record_options
@@ -99,8 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         whole.to(place).to(memory_format=layout)
         next_step(steps, 'truncate')
-        own = {key: value for key in ('img_size', 'mean', 'std') if (value := getattr(args, key)) is not None}
-        prepare = Preparation(whole, {**source.run, **own})
+        prepare = Preparation(data_config(whole, {**source.run, **preparation(args)}))
         example = torch.randn(1, *prepare.config['input_size']).to(place, memory_format=layout)
         _check_size(whole, example)
         images = None

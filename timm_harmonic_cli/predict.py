@@ -2,7 +2,8 @@
 
 Prepares images as the network's validation does, and prints its likeliest classes with their
 probabilities, as a table, CSV or JSON. Reads whatever Pillow opens, TIFF with any bands, and .npy
-(H, W, C); integers of 8 and 16 bits are scaled to 0..1. Example:
+(H, W, C). Integers of 8 and 16 bits are divided by the largest value of their type unless the
+network or --scale says otherwise. Example:
 
   timm-harmonic predict FOLDER images/ --format csv --out classes.csv
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import add_batch_size, add_class_names, add_weights, positive
+from . import add_batch_size, add_class_names, add_preparation, add_weights, positive, preparation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--topk', type=positive, default=5, metavar='K', help='classes shown for each image (default: 5)')
     add('--format', choices=('table', 'csv', 'json'), default='table', help='output format (default: table)')
     add('--out', type=Path, metavar='FILE', help='file to write (default: the terminal)')
+    add_preparation(parser)
     add_batch_size(parser)
     add('--device', metavar='DEVICE', help='device to run on (default: cuda if available)')
     add('--skip-bad', action='store_true', help='leave out unreadable files')
@@ -57,7 +59,8 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     """
     from timm_harmonic.common import InputError
     from timm_harmonic.common.device import usable_device
-    from timm_harmonic.common.images import Preparation, image_files, read_image, unreadable
+    from timm_harmonic.common.folders import image_files
+    from timm_harmonic.common.images import DepthError, Preparation, data_config, unreadable
     from timm_harmonic.common.progress import progress
     from timm_harmonic.export.folder import load_network
 
@@ -74,14 +77,16 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not files:
         raise InputError(f'no files in {", ".join(map(str, args.images))}.')
     network.to(usable_device(args.device))
-    prepare = Preparation(network, source.run)
+    prepare = Preparation(data_config(network, {**source.run, **preparation(args)}))
     rows: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], Any]] = []
     for path in progress(files, unit='image', leave=False):
         row: dict[str, Any] = dict(file=str(path))
         rows.append(row)
         try:
-            waiting.append((row, prepare(read_image(path))))
+            waiting.append((row, prepare.read(path)))
+        except DepthError:
+            raise
         except InputError as error:
             row['error'] = str(error)
         if len(waiting) == args.batch_size or (waiting and path is files[-1]):

@@ -1,17 +1,16 @@
-"""Images: the reader, the preparation as timm's, and folders in timm's order."""
+"""Images as networks take them: the preparation is timm's, whatever the depth and the number of bands."""
 
-import zlib
+import warnings
 
 import numpy as np
 import pytest
-import tifffile
 import timm
 import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 
 from timm_harmonic.common import InputError
-from timm_harmonic.common.images import ImageFolder, Preparation, batches_of, image_files, natural_order, read_image
+from timm_harmonic.common.images import DepthError, ImageFolder, Preparation, batches_of, data_config, scale_note
 
 pytestmark = [
     # timm's data set does not close files.
@@ -22,6 +21,10 @@ pytestmark = [
 
 def network(channels=3):
     return timm.create_model('resnet10t', num_classes=3, in_chans=channels)
+
+
+def preparation(model, **given):
+    return Preparation(data_config(model, given))
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def folder(tmp_path):
 def test_folders_are_timms(folder):
     """Files, classes and prepared images are those of timm's own loader, to the bit."""
     model = network()
-    prepare = Preparation(model, dict(img_size=32))
+    prepare = preparation(model, img_size=32)
     transform = create_transform(**timm.data.resolve_data_config(dict(img_size=32), model=model))
     for split in ('validation', 'val', 'train', 'nothing'):
         ours, theirs = ImageFolder(folder, split, prepare), create_dataset('', folder, split=split)
@@ -55,15 +58,9 @@ def test_folders_are_timms(folder):
         ImageFolder(folder / 'val' / 'empty', 'train', prepare)
 
 
-def test_order_is_timms():
-    names = ['b', 'B', 'a10', 'a9', 'A1', 'a', '10', '9', 'x1y2', 'x1y10']
-    assert sorted(names, key=natural_order) == sorted(sorted(names), key=timm.utils.natural_key)
-    assert sorted(['1²3', '1a'], key=natural_order)  # timm's fails
-
-
 def test_batches(folder):
     """In order, or drawn at random but always the same; a bad file is named."""
-    images = ImageFolder(folder, 'validation', Preparation(network(), dict(img_size=32)))
+    images = ImageFolder(folder, 'validation', preparation(network(), img_size=32))
     labels = [label for _, batch in batches_of(images, 5) for label in batch.tolist()]
     assert labels == images.labels
     first, again = ([pixels for pixels, _ in batches_of(images, 2, count=3)] for _ in range(2))
@@ -75,74 +72,102 @@ def test_batches(folder):
         list(batches_of(images, 5))
 
 
-@pytest.mark.parametrize('dtype', ['>u2', np.int16, np.float32])
+def pixels(channels, height=40, width=56):
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize('dtype', ['>u2', np.int16, np.float32, np.int32])
 def test_bands_are_scaled_and_normalised_one_by_one(dtype):
     model = network(5)
-    mean, std = [0.1, 0.2, 0.3, 0.4, 0.5], [0.5, 0.4, 0.3, 0.2, 0.1]
-    prepare = Preparation(model, dict(img_size=32, crop_pct=1.0, mean=mean, std=std))
-    scale = 1 if dtype is np.float32 else np.iinfo(dtype).max
-    array = (np.random.default_rng(0).random((32, 40, 5)) * scale).astype(dtype)
-    expected = (array[:, 4:36] / np.float32(scale) - np.float32(mean)) / np.float32(std)
+    scale = 1000.0 if np.dtype(dtype).itemsize == 4 else None
+    given = dict(mean=[0.1, 0.2, 0.3, 0.4, 0.5], std=[0.5, 0.4, 0.3, 0.2, 0.1], image_scale=scale)
+    prepare = preparation(model, img_size=32, crop_pct=1.0, **given)
+    full = np.float32(scale or np.iinfo(dtype).max)
+    array = (np.random.default_rng(0).random((32, 40, 5)) * full).astype(dtype)
+    expected = (array[:, 4:36] / full - np.float32(given['mean'])) / np.float32(given['std'])
     np.testing.assert_allclose(prepare(array).numpy(), expected.transpose(2, 0, 1), atol=1e-5)
     with pytest.raises(InputError, match='the image has 3 channels, the network takes 5'):
         prepare(array[..., :3])
     with pytest.raises(InputError, match='mean has 2 values, the network takes 5 channels'):
-        Preparation(model, dict(mean=[0.5, 0.5]))
+        preparation(model, mean=[0.5, 0.5])
+    with pytest.raises(InputError, match='std must be above 0, got 0'):
+        preparation(model, std=[0.0])
 
 
-def test_links(tmp_path):
-    """One to a folder above is passed over, a broken one is no silent gap, a missing folder is named."""
-    (tmp_path / 'loop').symlink_to(tmp_path)
-    (tmp_path / 'broken.png').symlink_to(tmp_path / 'nothing.png')
-    assert image_files(tmp_path) == [tmp_path / 'broken.png']
-    with pytest.raises(InputError, match='cannot list'):
-        image_files(tmp_path / 'nowhere')
+@pytest.mark.parametrize('interpolation', ['nearest', 'bilinear', 'bicubic', 'lanczos'])
+@pytest.mark.parametrize('crop', [dict(crop_pct=0.8), dict(crop_mode='squash'), dict(crop_mode='border', crop_pct=0.9)])
+def test_every_depth_and_number_of_bands_is_prepared_as_8_bit_colour_is(crop, interpolation):
+    """Up to the rounding to 8 bits, which cuts off what overshoots: crop mode, size, interpolation are the config's."""
+    given = dict(img_size=24, interpolation=interpolation, mean=[0.4, 0.5, 0.6], std=[0.3, 0.2, 0.25], **crop)
+    colour, array = preparation(network(), **given), 64 + pixels(3) // 2
+    expected = colour(array)
+    same = dict(atol=2.1 / 255 / 0.2, rtol=0)
+    torch.testing.assert_close(colour(array.astype(np.uint16) * 257), expected, **same)
+    scaled = preparation(network(), image_scale=2.0, **given)(array / 255 * 2)
+    if interpolation in ('nearest', 'bilinear'):  # the others overshoot, and only 8 and 16 bits are cut off
+        torch.testing.assert_close(scaled, expected, **same)
+    for key in ('mean', 'std'):
+        given[key] = given[key] * 2
+    bands = preparation(network(6), **given)(np.concatenate([array, array], 2))
+    torch.testing.assert_close(bands, torch.cat([expected, expected]), **same)
 
 
-def test_pictures_of_every_kind(tmp_path):
-    random = np.random.default_rng(0)
-    gray = random.integers(0, 65536, (20, 30, 1), dtype=np.uint16)
-    colour = random.integers(0, 256, (20, 30, 4), dtype=np.uint8)
-    pages = random.integers(0, 65536, (5, 20, 30), dtype=np.uint16)
-    bands = random.random((20, 30, 13)).astype(np.float32)
-    image = Image.fromarray(colour[..., :3])
-    palette = image.convert('P')
-    Image.fromarray(gray[..., 0]).save(tmp_path / 'gray.png')
-    Image.fromarray(colour).save(tmp_path / 'alpha.png')
-    palette.save(tmp_path / 'palette.gif')
-    palette.save(tmp_path / 'palette.tif')
-    image.save(tmp_path / 'lzw.tif', compression='tiff_lzw')
-    tifffile.imwrite(tmp_path / 'pages.tif', pages, photometric='minisblack')
-    tifffile.imwrite(tmp_path / 'bands.tiff', bands, photometric='minisblack', planarconfig='contig')
-    np.save(tmp_path / 'one.npy', bands[..., 0])
-    expected = {
-        'gray.png': gray,
-        'alpha.png': colour[..., :3],
-        'palette.gif': np.asarray(palette.convert('RGB')),
-        'palette.tif': np.asarray(palette.convert('RGB')),
-        'lzw.tif': colour[..., :3],
-        'pages.tif': pages.transpose(1, 2, 0),
-        'bands.tiff': bands,
-        'one.npy': bands[..., :1],
-    }
-    for name, array in expected.items():
-        np.testing.assert_array_equal(read_image(tmp_path / name), array, err_msg=name)
+def test_gray_and_colour_of_any_depth_fit_either_network():
+    array, given = 64 + pixels(3) // 2, dict(img_size=32, crop_pct=1.0)
+    for channels, bands in ((3, array[..., :1]), (1, array)):
+        prepare = preparation(network(channels), **given)
+        found = prepare(bands.astype(np.uint16) * 257)
+        torch.testing.assert_close(found, prepare(bands), atol=3 / 255 / 0.22, rtol=0)
 
 
-def test_damaged_files_are_named_whatever_their_reader_raises(tmp_path):
-    array = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    (tmp_path / 'empty.npy').touch()
-    np.savez(tmp_path / 'several', array)
-    (tmp_path / 'several.npz').rename(tmp_path / 'several.npy')
-    tifffile.imwrite(tmp_path / 'zlib.tif', array, compression='zlib')
-    data = (tmp_path / 'zlib.tif').read_bytes()
-    (tmp_path / 'zlib.tif').write_bytes(data[:1000] + bytes(500) + data[1500:])
-    (tmp_path / 'header.tif').write_bytes(b'II*\0\0\0\0\0')
-    Image.fromarray(array).save(tmp_path / 'bomb.png')
-    data = bytearray((tmp_path / 'bomb.png').read_bytes())
-    data[16:24] = (60000).to_bytes(4, 'big') * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, 'big')
-    (tmp_path / 'bomb.png').write_bytes(data)
-    for path in tmp_path.iterdir():
-        with pytest.raises(InputError):
-            read_image(path)
+def test_scale_is_stated_once(tmp_path):
+    """Floats and wide integers need one. A network's config keeps it, what is given counts more."""
+    model = network(2)
+    for dtype in (np.float16, np.float64, np.int32, np.uint32, np.int64):
+        with pytest.raises(DepthError, match=f'holds {np.dtype(dtype)}, .* --scale 1 if'):
+            preparation(model)(np.zeros((40, 40, 2), dtype))
+    array = np.random.default_rng(0).integers(0, 10000, (40, 40, 2))
+    expected = preparation(model, image_scale=10000.0)(array)
+    model.pretrained_cfg['notes'] = ('measured', scale_note(10000))
+    for dtype in (np.uint16, np.int32, np.float32):
+        torch.testing.assert_close(preparation(model)(array.astype(dtype)), expected)
+    torch.testing.assert_close(preparation(model, image_scale=5000.0)(array // 2), expected, atol=1e-3, rtol=0)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    torch.testing.assert_close(preparation(loaded)(array), expected)
+    for wrong in (0, -1.0, float('nan')):
+        with pytest.raises(InputError, match='scale must be a number above 0'):
+            preparation(model, image_scale=wrong)
+
+
+def test_a_training_runs_option_scale_is_another_one():
+    """timm's train.py calls the area of random crops scale."""
+    array = pixels(3)
+    torch.testing.assert_close(preparation(network(), scale=[0.08, 1.0])(array), preparation(network())(array))
+
+
+@pytest.mark.parametrize(('first', 'second'), [('u1', 'u2'), ('u2', 'i2'), ('u1', 'f4')])
+def test_images_of_two_depths_are_an_error_that_names_both(first, second, tmp_path):
+    for name, dtype in dict(a=first, b=second).items():
+        np.save(tmp_path / f'{name}.npy', pixels(3).astype(dtype))
+    images = ImageFolder(tmp_path, 'train', preparation(network(), img_size=32, image_scale=255.0))
+    with pytest.raises(DepthError, match=r'a\.npy holds u?int\d+, .*b\.npy holds .*: images must have one depth'):
+        list(batches_of(images, 1))
+
+
+@pytest.mark.parametrize('change', ['scale', 'dark', 'bright', 'none'])
+def test_what_is_far_from_training_is_a_warning(change, tmp_path):
+    """Once, for the first such image."""
+    array = np.random.default_rng(0).normal(0.4, 0.2, (40, 40, 3)).clip(0, 1)
+    array = dict(scale=array * 255, dark=array * 0, bright=array + 3, none=array)[change].astype(np.float32)
+    prepare = preparation(network(), img_size=32, image_scale=1.0)
+    for name in 'ab':
+        np.save(tmp_path / f'{name}.npy', array)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for name in 'ab':
+            prepare.read(tmp_path / f'{name}.npy')
+    assert len(caught) == (change != 'none')
+    for warning in caught:
+        words = ('a.npy is not like the training images: divided by 1, less the mean 0.4', 'instead of about 0 and 1')
+        assert all(part in str(warning.message) for part in words)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.models import reparameterize_model
+from torch import nn
 
 from ..common import InputError, explained
 from ..common.files import write_whole
@@ -32,22 +33,28 @@ Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a s
 class Store:
     """Results by key, in a JSON file with the settings that they depend on. Without a path they stay in memory.
 
-    Raises InputError if the file has other settings, or cannot be written.
+    The file also has the networks, by name: those of earlier comparisons, then new ones. Raises InputError if the file
+    has other settings or another network of the same name, or cannot be written.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, settings: dict[str, Any], networks: Sequence[Network] = ()) -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self.results: dict[str, Any] = {}
+        self.networks = json.loads(json.dumps({net.name: [net.model, net.options] for net in networks}))
         if path is None or not path.exists():
             return
         with explained(f'{path} is not a file of runs: choose another --out, or delete it', Exception):
             held = json.loads(path.read_text(encoding='utf-8'))
-            self.results, before = dict(held['results']), dict(held['settings'])
-        if self.results and before != self.settings:
-            changed = [key for key in self.settings if before.get(key) != self.settings[key]]
+            self.results, before, known = (dict(held[key]) for key in ('results', 'settings', 'networks'))
+        if not self.results:
+            return
+        changed = [key for key in self.settings if before.get(key) != self.settings[key]]
+        changed += [name for name, of in self.networks.items() if known.get(name, of) != of]
+        if changed:
             raise InputError(
                 f'{path} has runs with other settings ({", ".join(changed)}): choose another --out, or delete it.'
             )
+        self.networks = {**known, **self.networks}
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The result of a key; made and stored unless it exists."""
@@ -55,7 +62,7 @@ class Store:
             # The round trip gives what a resumed comparison will read.
             self.results[key] = json.loads(json.dumps(make()))
             if self.path is not None:
-                text = json.dumps(dict(settings=self.settings, results=self.results))
+                text = json.dumps(dict(settings=self.settings, networks=self.networks, results=self.results))
                 write_whole(self.path, lambda path: path.write_text(text, encoding='utf-8'))
         return self.results[key]
 
@@ -73,6 +80,22 @@ def curve_epochs(epochs: int) -> list[int]:
     return sorted({max(1, round(epochs * i / _POINTS)) for i in range(1, _POINTS + 1)})
 
 
+def trained(
+    network: Network,
+    train: Images,
+    num_classes: int,
+    recipe: Recipe,
+    seed: int,
+    after_epoch: Callable[[int, nn.Module], object],
+    device: torch.device | str,
+) -> tuple[nn.Module, float]:
+    """Builds a network and trains it. Returns it and the seconds. The seed determines everything random."""
+    model = network.build(num_classes, train.pixels.shape[1], seed)
+    model = model.to(device).to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    seconds = fit(model, train.to(device), recipe, seed, lambda epoch: after_epoch(epoch, model))
+    return model, seconds
+
+
 def run(
     network: Network,
     train: Images,
@@ -88,18 +111,16 @@ def run(
 
     Without `curve`, accuracy is measured at the end only. The seed determines everything random.
     """
-    model = network.build(num_classes, train.pixels.shape[1], seed)
-    model = model.to(device).to(memory_format=torch.channels_last)  # twice as fast on a CPU
-    train, test = train.to(device), test.to(device)
+    test = test.to(device)
     points: list[float] = []
     wanted = curve_epochs(recipe.epochs) if curve else []
 
-    def after(epoch: int) -> None:
+    def after(epoch: int, model: nn.Module) -> None:
         if epoch in wanted[:-1]:
             points.append(evaluate(model, test)[0])
         after_epoch(epoch)
 
-    seconds = fit(model, train, recipe, seed, after)
+    model, seconds = trained(network, train, num_classes, recipe, seed, after, device)
     accuracy, loss = evaluate(model, test)
     return dict(
         accuracy=accuracy,
@@ -192,6 +213,17 @@ class Protocol:
         self.describe(f'seed {seed + 1}/{self.seeds} {network.name}')
         final = partial(self._run, network, *self.draw(seed), recipe, seed, self.curves)
         return self.store.get(f'final {network.name} {best} {seed}', final)
+
+    def winner(self) -> Network:
+        """The network whose best setting was judged best. Test images have no part in it."""
+        return max(self.networks, key=lambda network: self.trial(network, self.best(network)))
+
+    def keep(self, network: Network) -> nn.Module:
+        """Trains a network with its best setting on all training images of seed 0, and returns it for evaluation."""
+        self.describe(f'keep {network.name}')
+        recipe, (train, _) = setting(self.recipe, self.best(network)), self.draw(0)
+        after, classes = (lambda epoch, model: self.after_epoch(epoch)), len(self.classes)
+        return trained(network, train, classes, recipe, 0, after, self.device)[0].eval()
 
     def run_all(self) -> dict[str, list[dict[str, Any]]]:
         """Searches, then trains with the best settings. Returns the runs of each network, one per seed."""

@@ -21,6 +21,8 @@ from ..common.files import write_whole
 from .training import MEANINGS
 
 _CONFIDENCE = 0.95
+_LAST, _RISE = 0.2, 2.0  # a curve still rises if this share of the epochs, the last ones, adds so many points
+_EDGE = 0.1  # share of a range, in logarithms, that is its edge
 _PACKAGES = ('timm_harmonic', 'torchvision', 'timm', 'scikit_image', 'scikit_learn')
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
 _COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -91,6 +93,25 @@ def table(results: dict[str, Any], title: str, caption: str, fused: bool = False
         after = [f'{statistics.mean(of["fused_accuracy"]):.1f}'] if fused else []
         gain = '' if name == baseline else interval(of['difference'])
         lines.add_row(name, accuracy(of), *after, gain, f'{of["parameters"]:,}', f'{of["seconds"]:.1f}')
+    return lines
+
+
+def advice(found: dict[str, Any], ranges: dict[str, Sequence[float]]) -> list[str]:
+    """What a comparison's curves and chosen settings say about its options. `ranges` are those of the search."""
+    lines, epochs = [], np.array(found['curve_epochs'])
+    before = int((epochs >= (1 - _LAST) * epochs[-1]).argmax())
+    curves = {name: np.mean(of['curves'], 0) for name, of in found['networks'].items()}
+    rising = [name for name, curve in curves.items() if curve[-1] - curve[before] > _RISE]
+    if rising:
+        lines.append(f'Test accuracy still rises at the end ({", ".join(rising)}): try more --epochs.')
+    for key, bounds in ranges.items():
+        low, high = np.log(bounds)
+        chosen = {name: of[key] for name, of in found['networks'].items()}
+        inner = {name for name, of in chosen.items() if _EDGE < (np.log(of) - low) / (high - low) < 1 - _EDGE}
+        edge = [f'{name} {of:.2g}' for name, of in chosen.items() if name not in inner]
+        if edge:
+            span = f'{bounds[0]:g} to {bounds[1]:g}'
+            lines.append(f'The best {key} is at the edge of the search ({", ".join(edge)}; searched: {span}).')
     return lines
 
 

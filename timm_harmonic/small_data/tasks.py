@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..common import InputError, explained
+from ..common import InputError
 from ..common.files import new_folder
-from ..common.images import SPLITS, image_files, natural_order, read_image, resized, scaled, unreadable
+from ..common.folders import classes_of, image_files, natural_order, split_folders
+from ..common.images import SCALE, Preparation, far_from_training, scale_of, unreadable, warn_of
 from ..common.progress import progress
+from ..common.readers import READABLE, read_image
 
 # Package and path of each photograph; the file name is the class name. Left out: pictures of text, drawings,
 # silhouettes, and the second half of a stereo pair.
@@ -182,82 +184,104 @@ class Task:
     train: Images
     test: Images
     validation: Images | None
-    mean: list[float]  # of the training images, by channel
-    std: list[float]
+    config: dict[str, Any]  # how the images were prepared, see `common.images.data_config`
     skipped: list[str]  # unreadable files, and why
+    notes: list[str]  # what was done to images that a reader of the results should know
 
 
-def read_folder(folder: Path, size: int | None = None, skip_bad: bool = False, but: Path | None = None) -> Task:
+def read_folder(
+    folder: Path,
+    size: int | None = None,
+    skip_bad: bool = False,
+    but: Path | None = None,
+    scale: float | None = None,
+) -> Task:
     """Reads an image folder: train/ and validation/ or test/ with a folder for each class, or class folders alone.
 
-    Resizes the shorter side of every image to `size` pixels and cuts the centre. By default the size is the median
-    shorter side, at most 64. Test images are those of test/, or else of validation/, or else a quarter of each class;
-    validation/ stays separate only beside test/. The folder `but` is left out. Raises InputError if the folder has
-    another structure, a file cannot be read (unless `skip_bad`), the numbers of channels differ, a channel is constant,
-    or a class has too few images to split.
+    Images are prepared as in a network's validation: the shorter side is resized to `size` pixels, by default the
+    median shorter side, at most 64, and the centre is cut. `scale` is the value that stands for 1, see
+    `common.images.scale_of`. Gray and colour images together are read as what most of them are. Test images are those
+    of test/, or else of validation/, or else a quarter of each class; validation/ stays separate only beside test/. The
+    folder `but` is left out. Raises InputError if the folder has another structure, a file cannot be read (unless
+    `skip_bad`), the depths or the numbers of channels differ, a channel is constant, or a class has too few images to
+    split.
     """
-    with explained(f'cannot list {str(folder)!r}', OSError):
-        places = _splits(folder)
-        files = {split: _by_class(path, but) for split, path in places.items()}
-    classes = sorted({name for of_class in files.values() for name in of_class}, key=natural_order)
+    files = {split: _labelled(path, but) for split, path in _splits(folder).items()}
+    classes = sorted({name for of_split in files.values() for name in of_split.values()}, key=natural_order)
     if len(classes) < 2:
         raise InputError(
             f'{str(folder)!r} has {len(classes)} class{"" if classes else "es"} with images: two are needed.'
         )
-    for split, of_class in files.items():
-        if lacking := [name for name in classes if not of_class.get(name)]:
+    for split, of_split in files.items():
+        if lacking := [name for name in classes if name not in of_split.values()]:
             raise InputError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
+    shapes: dict[Path, tuple[int, ...]] = {}
     bad: list[str] = []
-    images: dict[str, list[tuple[Tensor, int]]] = {split: [] for split in files}
-    channels: dict[int, Path] = {}
-    sides: list[int] = []
-    work = [(split, name, path) for split, of in files.items() for name, paths in of.items() for path in paths]
-    for split, name, path in progress(work, desc='read', leave=False):
+    for path in progress([path for of_split in files.values() for path in of_split], desc='look', leave=False):
         try:
-            image = scaled(read_image(path))
+            shapes[path] = read_image(path).shape
         except InputError as error:
             bad.append(f'{path.relative_to(folder)}: {error}')
-            continue
-        channels.setdefault(len(image), path.relative_to(folder))
-        shorter = min(image.shape[1:])
-        sides.append(shorter)
-        image = resized(image, min(shorter, size or _LARGEST)).clone()  # the full image would fill the memory
-        images[split].append((image, classes.index(name)))
     if bad and not skip_bad:
         raise unreadable(bad)
-    if len(channels) > 1:
-        found = ', '.join(f'{path} has {count}' for count, path in sorted(channels.items()))
-        raise InputError(f'images must have the same number of channels: {found}.')
-    side = size or min(_LARGEST, int(np.median(sides or [1])))
-    splits = {}
-    for split, of_split in images.items():
-        present = Counter(label for _, label in of_split)
-        if lost := [name for label, name in enumerate(classes) if label not in present]:
+    notes: list[str] = []
+    channels = _common_channels(shapes, folder, notes)
+    shorter = int(np.median([min(shape[:2]) for shape in shapes.values()] or [1]))
+    side = size or min(_LARGEST, shorter)
+    if size is None and side < shorter:
+        notes.append(
+            f'Images were shrunk from {shorter} (median of the shorter side) to {side} pixels: see --img-size.'
+        )
+    how: dict[str, Any] = dict(input_size=(channels, side, side), interpolation='bilinear', crop_pct=1.0)
+    how |= {'crop_mode': 'center', 'mean': (0.0,) * channels, 'std': (1.0,) * channels, SCALE: scale}
+    prepare = Preparation(how, warns=False)
+    splits: dict[str, Images] = {}
+    paths: dict[str, list[Path]] = {}
+    for split, of_split in files.items():
+        paths[split] = [path for path in of_split if path in shapes]
+        labels = [classes.index(of_split[path]) for path in paths[split]]
+        if lost := [name for label, name in enumerate(classes) if label not in labels]:
             raise InputError(f'{split} has no readable images of {", ".join(lost)}.')
-        pixels = torch.stack([resized(image, side, (side, side)) for image, _ in of_split])
-        splits[split] = Images(pixels, torch.tensor([label for _, label in of_split]))
+        pixels = [prepare.read(path) for path in progress(paths[split], desc=f'read {split}', leave=False)]
+        splits[split] = Images(torch.stack(pixels), torch.tensor(labels))
     if 'test' not in splits and 'validation' in splits:
-        splits['test'] = splits.pop('validation')
+        splits['test'], paths['test'] = splits.pop('validation'), paths.pop('validation')
     if 'test' not in splits:
-        kept, out = stratified(splits['train'].labels, _TEST_SHARE, 0, classes)
-        splits = dict(train=splits['train'][kept], test=splits['train'][out])
+        parts = dict(zip(('train', 'test'), stratified(splits['train'].labels, _TEST_SHARE, 0, classes), strict=True))
+        paths = {split: [paths['train'][i] for i in part] for split, part in parts.items()}
+        splits = {split: splits['train'][part] for split, part in parts.items()}
     if 'validation' not in splits:
         stratified(splits['train'].labels, _TEST_SHARE, 0, classes)  # the search will split them: fail early
     ready, mean, std = normalised(splits)
-    images_of = (ready['train'], ready['test'], ready.get('validation'))
-    return Task(classes, *images_of, mean.tolist(), std.tolist(), bad)
+    how |= dict(mean=mean.tolist(), std=std.tolist())
+    for split, of_part in ready.items():
+        far = [i for i, image in enumerate(of_part.pixels) if far_from_training(image)]
+        for i in far[:1]:
+            path = paths[split][i]
+            warn_of(path, of_part.pixels[i], how, scale_of(read_image(path).dtype, scale))
+    return Task(classes, ready['train'], ready['test'], ready.get('validation'), how, bad, notes)
+
+
+def _common_channels(shapes: dict[Path, tuple[int, ...]], folder: Path, notes: list[str]) -> int:
+    """The number of channels that all images are read with: what most have, of gray and colour."""
+    counts = Counter(shape[2] for shape in shapes.values())
+    if len(counts) > 1 and counts.keys() != {1, 3}:
+        examples = {shape[2]: path.relative_to(folder) for path, shape in shapes.items()}
+        found = ', '.join(f'{path} has {count}' for count, path in sorted(examples.items()))
+        raise InputError(f'images must have the same number of channels: {found}.')
+    if len(counts) > 1:
+        gray = counts[1] > counts[3]
+        kinds = ('colour', 'gray') if gray else ('gray', 'colour')
+        notes.append(f'{min(counts.values())} of {counts.total()} images are {kinds[0]} and were read as {kinds[1]}.')
+        return 1 if gray else 3
+    return next(iter(counts), 1)
 
 
 def _splits(folder: Path) -> dict[str, Path]:
     """Folders of the splits, each with a folder for each class. Without train/ the folder itself is 'train'."""
     if not folder.is_dir():
         raise InputError(f'{str(folder)!r} is not a folder.')
-    here = {path.name.lower(): path for path in _folders(folder)}
-    named = {split: here[name] for split, names in SPLITS.items() for name in names if name in here}
-    # Beside other folders, one without class folders is a class of this name: trains, in a folder of vehicles.
-    found = named if len(named) == len(here) else {split: path for split, path in named.items() if _folders(path)}
-    if len(named) - len(found) > 1:
-        raise InputError(f'{str(folder)!r} has {", ".join(f"{path.name}/" for path in named.values())} beside classes.')
+    found = split_folders(folder)
     if not found:
         return {'train': folder}
     given = ' and '.join(f'{path.name}/' for path in found.values())
@@ -268,14 +292,16 @@ def _splits(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Folders in a folder, except hidden ones."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
-
-
-def _by_class(folder: Path, but: Path | None) -> dict[str, list[Path]]:
-    others = [path for path in _folders(folder) if but is None or path.resolve() != but.resolve()]
-    return {path.name: files for path in others if (files := image_files(path))}
+def _labelled(root: Path, but: Path | None) -> dict[Path, str]:
+    """Files below a folder with the names of their classes, as in timm; those in the folder `but` are left out."""
+    left_out = but.resolve() if but is not None else None
+    files = [path for path in image_files(root) if left_out is None or not path.resolve().is_relative_to(left_out)]
+    classes, labels = classes_of(files, root)
+    found = {path: classes[label] for path, label in zip(files, labels, strict=True)}
+    for path, name in found.items():
+        if not name and path.suffix.lower() in READABLE:
+            raise InputError(f'{path} lies beside the class folders: move it into one, or remove it.')
+    return {path: name for path, name in found.items() if name}
 
 
 def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
