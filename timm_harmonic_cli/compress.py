@@ -144,8 +144,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         license = args.license or plain.pretrained_cfg.get('license') or ''
         about: dict[str, Any] = dict(repo_id=args.repo, license=license)
-        for parameter in small.parameters():  # .to(memory_format=...) would leave (O, I, P, 1) as it is
-            parameter.data = parameter.data.contiguous()  # safetensors needs it
         write_folder(small.cpu(), args.out, source, steps, data_config=prepare.config, add=add_report, **about)
     print('\n\n'.join([report.summary(), *_tables(record)]))
     print(f'\nWrote {args.out}, layer by layer in {args.out / "compression.md"}. To load it:')

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,13 +13,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from commands import compare
+from commands import compare, predict
 from PIL import Image
-from torchvision.transforms.v2 import functional
+from timm.data import create_dataset
 
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
-from timm_harmonic.common.images import read_image, resized, scaled
+from timm_harmonic.common.images import Preparation
 from timm_harmonic.small_data import results, tasks
 from timm_harmonic.small_data.protocol import RANGES, Protocol, Store, run, setting
 from timm_harmonic.small_data.results import difference
@@ -173,9 +174,9 @@ def test_what_is_a_split_and_what_is_a_class(tmp_path):
 
     make(tmp_path / 'no_train', 4, splits=('validation', 'test'))
     for name, words in dict(
-        flat='has 0 classes with images',
-        mixed='has train/, test/ beside classes',
-        unlabelled='test of .* has no images of cat, dog, emu',
+        flat='0.png lies beside the class folders',
+        mixed='has test/, train/ beside classes',
+        unlabelled='test/0.png lies beside the class folders',
         no_train='has validation/ and test/, but no train/',
     ).items():
         with pytest.raises(InputError, match=words):
@@ -188,17 +189,19 @@ def test_large_values(tmp_path):
     paths = list(folder.rglob('*.npy'))
     for path in paths:
         np.save(path, np.load(path) * np.float32(1e35))
-    assert compare(folder, tmp_path / 'out', ['harm0'], **FAST)['data']['std'][0] > 1e36
+    assert compare(folder, tmp_path / 'out', ['harm0'], scale=1e37, **FAST)['data']['std'][0] > 0.1
+    with pytest.raises(InputError, match='too large for a scale of 1'):
+        read_folder(folder, scale=1.0)
     np.save(paths[0], np.full((40, 40, 3), 1e300))
     with pytest.raises(InputError, match='not finite in float32'):
-        read_folder(folder)
+        read_folder(folder, scale=1.0)
 
 
 @pytest.mark.parametrize('suffix', ['.npy', '.tif'])
 def test_thirteen_channels(suffix, tmp_path):
-    task = read_folder(make(tmp_path / 'images', 4, suffix=suffix, channels=13))
+    task = read_folder(make(tmp_path / 'images', 4, suffix=suffix, channels=13), scale=255.0)
     assert task.train.pixels.shape == (12, 13, 40, 40)
-    assert len(task.mean) == len(task.std) == 13
+    assert len(task.config['mean']) == len(task.config['std']) == 13
     assert run(network('smooth'), task.train, task.test, 3, Recipe(epochs=1), 0)['accuracy'] >= 0
 
 
@@ -227,6 +230,8 @@ def spoil(folder, what):
         np.save(first.with_suffix('.npy'), np.full((40, 40, 3), np.nan))
     elif what == 'pickle':
         np.save(first.with_suffix('.npy'), np.array([object()]), allow_pickle=True)
+    elif what == 'bands':
+        np.save(first.with_suffix('.npy'), np.zeros((40, 40, 13), np.uint8))
     elif what == 'gray':
         Image.open(first).convert('L').save(first)
     elif what == 'one image':
@@ -248,9 +253,9 @@ def spoil(folder, what):
     ('what', 'message'),
     [
         ('unreadable', r'1 files cannot be read; pass --skip-bad .*\n  train/cat/0.png: cannot identify'),
-        ('not finite', r'train/cat/0.npy: holds values that are not finite'),
+        ('not finite', r'train/cat/0.npy: holds 4800 values that are NaN'),
         ('pickle', r'train/cat/0.npy: '),
-        ('gray', r'same number of channels: .* has 1, .* has 3'),
+        ('bands', r'same number of channels: .* has 3, .* has 13'),
         ('one image', r'class cat has 1 image to learn from: at least two'),
         ('class only in test', r'train of .* has no images of new'),
         ('one class', r'has 1 class with images: two are needed'),
@@ -300,24 +305,116 @@ def test_names_of_networks():
     assert baseline([network('harm'), network('smooth')], 3, 3, 40) == 'harm'
 
 
-def test_large_images_are_not_kept(tmp_path, monkeypatch):
-    """What is kept is cut in the middle, has the result's size, and is what resizing at the end would give."""
+def test_images_are_prepared_as_the_kept_network_says(tmp_path):
+    """In one step, from any size: what predict computes from the config is what the networks were trained on."""
     random = np.random.default_rng(0)
     for name in 'ab':
         for i in range(4):
-            save(tmp_path / name / f'{i}.png', picture(random, 0, 300 + 20 * i))
-    expected = scaled(read_image(tmp_path / 'a' / '0.png'))
-    kept = []
-    monkeypatch.setattr(tasks, 'resized', lambda *args: kept.append(resized(*args)) or kept[-1])
-    for size in (None, 32):
+            save(tmp_path / name / f'{i}.png', picture(random, 0, 30 + 30 * i))
+    for size, side in ((None, 64), (32, 32)):
         task = read_folder(tmp_path, size)
-        mean, std = (torch.tensor(of)[:, None, None] for of in (task.mean, task.std))
-        resized_last = functional.resize(expected, [size or 64], antialias=True)
-        pixels = torch.cat([task.train.pixels, task.test.pixels]) * std + mean
-        assert min(float((image - resized_last).abs().max()) for image in pixels) < 1e-5
-    assert all(image.nbytes < expected.nbytes / 10 for image in kept)
+        assert task.train.pixels.shape[2:] == (side, side)
+        prepare = Preparation(task.config)
+        pixels = torch.cat([task.train.pixels, task.test.pixels])
+        for path in tmp_path.rglob('*.png'):
+            assert (pixels - prepare.read(path)).abs().amax((1, 2, 3)).min() < 1e-5
+        shrunk = 'Images were shrunk from 75 (median of the shorter side) to 64 pixels: see --img-size.'
+        assert task.notes == ([shrunk] if size is None else [])
     small = make(tmp_path / 'small', 3, size=20)
     assert read_folder(small).train.pixels.shape == (9, 3, 20, 20)
+
+
+def test_gray_among_colour_is_read_as_most_are(tmp_path):
+    folder = make(tmp_path / 'images', 4)
+    spoil(folder, 'gray')
+    task = read_folder(folder)
+    assert task.train.pixels.shape[1] == 3
+    assert task.notes == ['1 of 24 images are gray and were read as colour.']
+    first = task.train.pixels[0] * torch.tensor(task.config['std'])[:, None, None]
+    gray = first + torch.tensor(task.config['mean'])[:, None, None]
+    torch.testing.assert_close(gray[0], gray[1])
+    for path in folder.glob('*/*/[1-9].png'):
+        Image.open(path).convert('L').save(path)
+    task = read_folder(folder)
+    assert task.train.pixels.shape[1] == 1
+    assert task.notes == ['5 of 24 images are colour and were read as gray.']
+
+
+def test_classes_and_their_numbers_are_timms(tmp_path):
+    """Links, folders in folders, numbers and letters in any case; an image without a class is an error."""
+    one = picture(np.random.default_rng(0), 0, 40)
+    for split in ('train', 'validation'):
+        for name in ('class10', 'class9', 'Apple', 'zoo/bear'):
+            for i in range(4):
+                save(tmp_path / 'images' / split / name / f'{i}.png', one + i)
+        (tmp_path / 'images' / split / 'zoo' / 'link').symlink_to(tmp_path / 'images' / split / 'Apple')
+    task = read_folder(tmp_path / 'images')
+    timms = create_dataset('', tmp_path / 'images', split='validation').reader
+    assert {name: i for i, name in enumerate(task.classes)} == timms.class_to_idx
+    assert sorted(task.test.labels.tolist()) == sorted(label for _, label in timms.samples)
+    save(tmp_path / 'images' / 'train' / 'stray.png', one)
+    with pytest.raises(InputError, match=r'stray\.png lies beside the class folders'):
+        read_folder(tmp_path / 'images')
+
+
+def test_sixteen_bits_beside_eight_are_an_error(tmp_path):
+    """Even if unreadable files may be left out, and if the files are of two classes."""
+    folder = make(tmp_path / 'images', 3, channels=1)
+    for path in folder.glob('*/dog/*'):
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
+    with pytest.raises(InputError, match=r'cat/0\.png holds uint8, .*dog/0\.png holds uint16'):
+        read_folder(folder, skip_bad=True)
+
+
+def test_a_kept_network_predicts_as_it_was_trained(tmp_path, capsys):
+    """Floats of 13 bands: size, mean, deviation, scale and class names are in the folder."""
+    folder = make(tmp_path / 'images', 8, suffix='.npy', channels=13)
+    for path in folder.rglob('*.npy'):
+        np.save(path, (np.load(path) * 30).astype(np.float32))
+    with pytest.raises(InputError, match=r'0\.npy holds float32, whose largest value says nothing: .* --scale'):
+        compare(folder, tmp_path / 'out', ['harm0'], **FAST)
+    options = dict(FAST, epochs=25, img_size=24, scale=7650.0, keep=tmp_path / 'kept')
+    found = compare(folder, tmp_path / 'out', ['harm0', 'smooth'], **options)
+    printed = capsys.readouterr().out.replace('\n', ' ')
+    name = re.search(r'Wrote (\w+), which the search judged best', printed)[1]
+    judged = {net: of['trials'][0]['accuracy'] for net, of in found['networks'].items()}
+    assert judged[name] == max(judged.values())
+    assert f'--scale {7650.0:g}.' in printed
+    rows = predict(str(tmp_path / 'kept'), [folder / 'test'])
+    named = [row['classes'][0]['name'] == Path(row['file']).parent.name for row in rows]
+    assert 100 * np.mean(named) == pytest.approx(found['networks'][name]['accuracy'][0])
+    assert np.mean(named) > 0.6
+    with pytest.raises(InputError, match='is not an empty folder'):
+        compare(folder, tmp_path / 'out', ['harm0'], **options)
+
+
+def test_networks_are_added_to_a_comparison(pictures, tmp_path):
+    first = compare(pictures, tmp_path, ['harm0', 'harm'], **FAST)
+    both = compare(pictures, tmp_path, ['resnet18:layers=(1,1,1,1),channels=(8,16,32,64)'], **FAST)
+    assert list(both['networks'])[:2] == ['harm0', 'harm']
+    assert len(both['networks']) == 3
+    assert both['networks']['harm'] == first['networks']['harm']
+    runs = json.loads((tmp_path / 'runs.json').read_text())
+    runs['networks']['harm'][1]['smoothness'] = 2
+    (tmp_path / 'runs.json').write_text(json.dumps(runs))
+    with pytest.raises(InputError, match=r'other settings \(harm\): choose another'):
+        compare(pictures, tmp_path, ['harm'], **FAST)
+
+
+def test_advice():
+    """Curves that still rise, and settings at the edge of the search; nothing otherwise."""
+    epochs = [4, 8, 12, 16, 20]
+
+    def found(lr, last):
+        of = dict(lr=lr, weight_decay=0.05, curves=[[10, 20, 30, 40, last]])
+        return dict(curve_epochs=epochs, networks=dict(harm=of))
+
+    ranges = dict(zip(('lr', 'weight_decay'), RANGES['adamw'], strict=True))
+    assert results.advice(found(0.005, 41), ranges) == []
+    assert 'still rises at the end (harm)' in results.advice(found(0.005, 45), ranges)[0]
+    for lr in (0.00051, 0.019):
+        (line,) = results.advice(found(lr, 40), ranges)
+        assert line == f'The best lr is at the edge of the search (harm {lr:.2g}; searched: 0.0005 to 0.02).'
 
 
 def test_stratified_keeps_every_class_on_both_sides():

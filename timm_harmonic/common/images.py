@@ -127,7 +127,10 @@ class Preparation:
             picture = Image.fromarray(array[..., 0] if given == 1 else array)
             return self._transform(picture.convert(_MODES[self.channels]))
         # Planes of 0 to 255, in which timm fills borders.
-        values = array.astype(np.float32) * np.float32(255 / scale_of(array.dtype, self.scale))
+        factor = 255 / scale_of(array.dtype, self.scale)
+        if not float(np.abs(array, dtype=np.float64).max()) * factor < float(np.finfo(np.float32).max):
+            raise InputError(f'holds values that are too large for a scale of {255 / factor:g}')
+        values = (array * factor).astype(np.float32)
         if (given, self.channels) == (1, 3):
             values = values.repeat(3, 2)
         elif (given, self.channels) == (3, 1):

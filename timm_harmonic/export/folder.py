@@ -343,6 +343,10 @@ def _save(
     model: nn.Module, folder: Path, license: str, class_names: list[str] | None, data_config: dict[str, Any]
 ) -> None:
     model_config = dict(label_names=class_names, pretrained_cfg=dict(license=license or None))
+    for (
+        parameter
+    ) in model.parameters():  # safetensors needs it, and .to(memory_format=...) leaves (O, I, P, 1) as it is
+        parameter.data = parameter.data.contiguous()
     try:
         save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=data_config)
     except SafetensorError as error:  # a full disk
