@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import csv
 import itertools
 import re
 import shlex
@@ -101,6 +102,27 @@ def test_python_runs(page, tmp_path, monkeypatch, record_property):
     record_property('blocks', ran)
 
 
+def test_arrays_are_predicted_as_they_were_trained(tmp_path, monkeypatch, capsys):
+    """The page's loop, then its commands: the same class for every image as the network had in the loop."""
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / 'docs' / 'your-images.md'
+    (code,) = (block for block in fences(page, 'python') if 'ImageFolder' in block)
+    namespace = {}
+    torch.manual_seed(0)
+    exec(compile(code, 'docs/your-images.md', 'exec'), namespace)
+    section = page.read_text().split('<!-- round trip -->')[1]
+    convert, predict = commands_in(section.split('```')[1])
+    assert cli.main([*convert, '--quiet']) == cli.main([*predict, '--quiet']) == 0
+    assert 'warning' not in capsys.readouterr().err
+    images, model = namespace['validation'], namespace['model'].eval()
+    with torch.inference_mode():
+        expected = [images.classes[int(model(image[None]).argmax())] for image, _ in images]
+    rows = list(csv.DictReader(Path('classes.csv').read_text().splitlines()))
+    assert [row['file'] for row in rows] == [str(path) for path in images.files]
+    assert [row['class_1'] for row in rows] == expected
+    assert set(expected) == {'field', 'forest'}
+
+
 @pytest.mark.slow
 def test_python_with_fastai_runs(tmp_path):
     """fastai brings spaCy and more, so that it is not among what the tests install: pip install '.[fastai]'."""
@@ -119,15 +141,19 @@ def test_the_readme_and_some_pages_have_python():
 def commands(page):
     """Arguments of each `timm-harmonic` or `python -m timm_harmonic` in a page's code blocks."""
     for block in fences(page, ''):
-        for line in block.replace('\\\n', ' ').splitlines():
-            if not re.search('timm[-_]harmonic', line):
-                continue
-            for part in line.split('&&'):
-                words = shlex.split(part, comments=True)
-                if words and Path(words[0]).name == 'timm-harmonic':
-                    yield words[1:]
-                elif words[1:3] == ['-m', 'timm_harmonic'] and not words[3].endswith('.py'):
-                    yield words[3:]
+        yield from commands_in(block)
+
+
+def commands_in(block):
+    for line in block.replace('\\\n', ' ').splitlines():
+        if not re.search('timm[-_]harmonic', line):
+            continue
+        for part in line.split('&&'):
+            words = shlex.split(part, comments=True)
+            if words and Path(words[0]).name == 'timm-harmonic':
+                yield words[1:]
+            elif words[1:3] == ['-m', 'timm_harmonic'] and not words[3].endswith('.py'):
+                yield words[3:]
 
 
 def parse(words):
