@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.common import InputError, require
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import check_new
-    from timm_harmonic.common.images import ImageFolder, Preparation, batches_of, data_config
+    from timm_harmonic.common.images import ImageFolder, Preparation, batches_of
     from timm_harmonic.common.progress import progress
     from timm_harmonic.conversion.costs import forms_by_time, set_forms
     from timm_harmonic.conversion.harmonize import record_options
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         whole.to(place).to(memory_format=layout)
         next_step(steps, 'truncate')
-        prepare = Preparation(data_config(whole, {**source.run, **preparation(args)}))
+        prepare = Preparation(whole, {**source.run, **preparation(args)})
         example = torch.randn(1, *prepare.config['input_size']).to(place, memory_format=layout)
         _check_size(whole, example)
         images = None

@@ -60,7 +60,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     from timm_harmonic.common import InputError
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.folders import image_files
-    from timm_harmonic.common.images import DepthError, Preparation, data_config, unreadable
+    from timm_harmonic.common.images import DepthError, Preparation, unreadable
     from timm_harmonic.common.progress import progress
     from timm_harmonic.export.folder import load_network
 
@@ -77,7 +77,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not files:
         raise InputError(f'no files in {", ".join(map(str, args.images))}.')
     network.to(usable_device(args.device))
-    prepare = Preparation(data_config(network, {**source.run, **preparation(args)}))
+    prepare = Preparation(network, {**source.run, **preparation(args)})
     rows: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], Any]] = []
     for path in progress(files, unit='image', leave=False):

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_dataset, create_transform
 
 from timm_harmonic.common import InputError
-from timm_harmonic.common.images import DepthError, ImageFolder, Preparation, batches_of, data_config, scale_note
+from timm_harmonic.common.images import DepthError, ImageFolder, Preparation, batches_of, scale_note
 
 pytestmark = [
     # timm's data set does not close files.
@@ -24,7 +24,7 @@ def network(channels=3):
 
 
 def preparation(model, **given):
-    return Preparation(data_config(model, given))
+    return Preparation(model, given)
 
 
 @pytest.fixture

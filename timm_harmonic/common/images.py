@@ -99,12 +99,16 @@ class Preparation:
     """Prepares images as a network's validation does: scale, resize, crop, normalise.
 
     8-bit gray and colour images for networks of one or three channels go through timm's transform. All others are
-    scaled (`scale_of`), then every channel goes through timm's resizing and cropping, and is normalised. `config` is
-    one of `data_config`. All images have to be of one depth. With `warns`, the first one that differs a lot from what
-    training had is a warning. Raises InputError if the config makes no sense.
+    scaled (`scale_of`), then every channel goes through timm's resizing and cropping, and is normalised. Instead of a
+    network and options that replace those of its config, a config of `data_config` will do. All images have to be of
+    one depth. With `warns`, the first one that differs a lot from what training had is a warning. Raises InputError if
+    the config makes no sense.
     """
 
-    def __init__(self, config: dict[str, Any], warns: bool = True) -> None:
+    def __init__(
+        self, network: nn.Module | dict[str, Any], given: dict[str, Any] | None = None, warns: bool = True
+    ) -> None:
+        config = network if isinstance(network, dict) else data_config(network, given or {})
         self.config, self.scale, self._warns = config, config[SCALE], warns
         self.channels: int = config['input_size'][0]
         self._first: tuple[str, Path] | None = None  # the depth of all images, and one that has it
