@@ -20,7 +20,7 @@ SCALE = 'image_scale'  # in options and configs: the value of images that stands
 _NOTE = 'scale: '  # how the note in a network's config begins that holds it
 _MODES = {1: 'L', 3: 'RGB'}  # Pillow's modes by number of channels: what timm's transform takes
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in gray, as in Pillow
-_FAR, _FLAT = 5.0, 0.1  # deviations of the training images: a mean or deviation above, a deviation below is strange
+_FAR, _FLAT = 5.0, 0.02  # deviations of training: a larger mean or deviation, or a smaller deviation, is strange
 
 
 class DepthError(InputError):
