@@ -62,6 +62,17 @@ def add_class_names(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--class-names', type=Path, metavar='FILE', help=names)
 
 
+def add_preparation(parser: argparse.ArgumentParser) -> None:
+    """Adds --mean, --std, --img-size and --scale: how images were prepared in training."""
+    add = parser.add_argument
+    of_run = "(default: the training run's, else the network's)"
+    add('--mean', type=float, nargs='+', metavar='M', help=f'mean of the images, one value or one per channel {of_run}')
+    add('--std', type=float, nargs='+', metavar='S', help=f'standard deviation, one value or one per channel {of_run}')
+    add('--img-size', type=positive, metavar='N', help=f'side of the images {of_run}')
+    scale = 'value of the images that stands for 1, for images that are not integers of 8 or 16 bits'
+    add('--scale', type=float, metavar='V', help=scale)
+
+
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
     """Adds --batch-size."""
     parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='images per batch (default: 32)')

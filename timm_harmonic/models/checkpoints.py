@@ -19,9 +19,11 @@ from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum, options_of_cod
 StateDict = dict[str, Any]
 Names = str | Sequence[str] | None
 
-# Where training scripts keep parameters: timm its averaged ones, and everyone the last ones (`params` in the authors'
-# scripts for CIFAR and STL-10).
-_AVERAGED, _LAST = ('state_dict_ema', 'model_ema'), ('state_dict', 'model', 'params')
+# Where training scripts keep averaged parameters and the last ones (`params`: the authors' for CIFAR and STL-10).
+_AVERAGED = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema')
+_LAST = ('state_dict', 'model', 'params', 'model_state_dict', 'net', 'network', 'weights', 'module')
+# What torch puts into names, at any depth, when it compiles a module, shards it or recomputes its activations.
+_WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 _BASIS = '.basis_code'  # the state dict's entry for a layer's basis, missing if it is the authors'
 
 
@@ -52,7 +54,9 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
         elif isinstance(error, pickle.UnpicklingError):
             problem = (
                 'was not loaded: it is not a checkpoint, or it holds more than tensors and plain values and could run '
-                f'code. Download it again, or save its state dict alone. ({first_line(error)})'
+                f'code{_classes(path)}. Download it again, or save its state dict alone where you trust the file: '
+                "torch.save(model.state_dict(), 'weights.pth'), or torch.save(torch.load(FILE, "
+                "weights_only=False)['state_dict'], 'weights.pth') for a checkpoint of Lightning."
             )
         else:
             reason = f'{type(error).__name__}: {first_line(error)}'
@@ -67,31 +71,59 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
     return checkpoint
 
 
+def _classes(path: str) -> str:
+    """Names the classes that a file of torch.save would need."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # any other file
+        return ''
+    return f' ({_shorten(sorted(found))})' * bool(found)
+
+
 def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     """The state dict in what a training script saved, without the prefixes of wrapped modules.
 
     Args:
-        checkpoint: A state dict, or a dict that holds one or two under timm's names.
+        checkpoint: A state dict, or a dict that holds state dicts, under the names that training scripts give them or
+            a single one under any name.
         use_ema: Whether to take averaged parameters. None takes them if they exist, as timm does.
 
     Raises:
-        CheckpointError: If the requested parameters do not exist, or a key or value is not a parameter's.
+        CheckpointError: If the requested parameters do not exist, it is not clear which of several are meant, or a key
+            or value is not a parameter's.
     """
-    averaged = [checkpoint[key] for key in _AVERAGED if isinstance(checkpoint.get(key), dict)]
-    last = [checkpoint[key] for key in _LAST if isinstance(checkpoint.get(key), dict)]
+    averaged, last = ([key for key in keys if _holds_tensors(checkpoint.get(key))] for keys in (_AVERAGED, _LAST))
+    if not averaged and not last and not any(isinstance(value, Tensor) and value.ndim for value in checkpoint.values()):
+        last = [key for key, value in checkpoint.items() if _holds_tensors(value)]
     if use_ema and not averaged:
         raise CheckpointError(f'the checkpoint has no averaged weights ({" or ".join(_AVERAGED)}).')
     if use_ema is False and averaged and not last:
         raise CheckpointError('the checkpoint has averaged weights (EMA) only.')
-    state = ((last if use_ema is False else averaged + last) or [checkpoint])[0]
+    chosen = averaged if averaged and use_ema is not False else last
+    if len(chosen) > 1 and chosen[0] not in ('state_dict', 'state_dict_ema'):  # timm takes these first
+        raise CheckpointError(
+            f'the checkpoint has several state dicts ({", ".join(map(str, chosen))}): save one alone.'
+        )
+    state = checkpoint[chosen[0]] if chosen else checkpoint
+    if chosen and not _holds_tensors(state, nested=False):
+        return unwrap({key: value for key, value in state.items() if _holds_tensors(value, nested=False)})
     if strange := [key for key in state if not isinstance(key, str)]:
         raise CheckpointError(f'the checkpoint has the key {strange[0]!r}, which is not the name of a parameter.')
-    clean = clean_state_dict(state)
+    clean = clean_state_dict({_WRAPPERS.sub('', key): value for key, value in state.items()})
     if len(clean) != len(state):
         raise CheckpointError('the checkpoint has one parameter under two names, with and without the prefix module.')
+    clean.pop('n_averaged', None)  # of torch.optim.swa_utils.AveragedModel
     for key, value in clean.items():
         _check_tensor(key, value)
     return clean
+
+
+def _holds_tensors(value: Any, nested: bool = True) -> bool:
+    """Whether this is a state dict, or holds one under a usual name."""
+    if not isinstance(value, dict):
+        return False
+    inner = [value[key] for key in _LAST if key in value] if nested else []
+    return any(isinstance(entry, Tensor) for entry in value.values()) or any(_holds_tensors(i, False) for i in inner)
 
 
 def _check_tensor(key: str, value: Any) -> None:
@@ -121,7 +153,7 @@ def convert_state_dict(
     target, layers = model.state_dict(), harmonic_layers(model)
     stem = model.pretrained_cfg['first_conv']
     state = {}
-    for key, value in rename_keys(unwrap(checkpoint), names).items():
+    for key, value in fit_keys(unwrap(checkpoint), model, names).items():
         name, _, attribute = key.rpartition('.')
         if attribute == 'dct' and name in layers:
             _check_basis(key, value, layers[name])
@@ -135,6 +167,20 @@ def convert_state_dict(
         _adapt_stem(state, stem, layers[stem], norms, model.pretrained_cfg['input_size'][0])
     check_fit(state, model, model.pretrained_cfg['classifier'], stem)
     return state
+
+
+def fit_keys(state: StateDict, model: nn.Module, names: dict[str, str]) -> StateDict:
+    """Renames keys to a network's: the authors' by `names`, see `rename_keys`, and others without their prefixes.
+
+    Prefixes such as `model.` are left out if all keys have them and none fits with them.
+    """
+    own, bare = model.state_dict().keys(), state
+    while not own & (renamed := rename_keys(bare, names)).keys():
+        first = {key.partition('.')[0] for key in bare}
+        if len(first) != 1 or not all('.' in key for key in bare):
+            return rename_keys(state, names)
+        bare = {key.partition('.')[2]: value for key, value in bare.items()}
+    return renamed
 
 
 def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
@@ -248,7 +294,18 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     }
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
-        raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.')
+        hint = hint_of_prefix(state, problems['missing'])
+        if any('.aux_bn.' in key for key in state):
+            hint = ' It was trained with --split-bn: save it without the keys of aux_bn, which evaluation does not use.'
+        raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.{hint}')
+
+
+def hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
+    """What to do if a state dict has the missing keys with a prefix, besides other keys; otherwise ''."""
+    prefixes = [key.removesuffix(missing[0]) for key in state if missing and key.endswith(f'.{missing[0]}')]
+    found = [prefix for prefix in prefixes if all(f'{prefix}{key}' in state for key in missing)]
+    place = ' or '.join(map(repr, found))
+    return f' They are there with the prefix {place}: save the state dict of that module alone.' * bool(found)
 
 
 def _other_basis(state: StateDict, name: str, layer: HarmonicLayer) -> str:
