@@ -9,6 +9,7 @@ The folder is loaded again, and must give the same outputs as the checkpoint on 
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from . import add_class_names, add_model_kwargs, add_preparation
@@ -36,9 +37,12 @@ def run(args: argparse.Namespace) -> None:
     images = dict(mean=args.mean, std=args.std, img_size=args.img_size, scale=args.scale)
     network = dict(use_ema=args.use_ema, model_kwargs=args.model_kwargs, data_config=images)
     files = convert(args.checkpoint, args.model, args.out, **network, **card)
+    cfg = json.loads((args.out / 'config.json').read_text(encoding='utf-8'))['pretrained_cfg']
     print(f'{args.out} gives the outputs of {args.checkpoint}:')
     for path in files:
         print(f'  {path.name:<19} {path.stat().st_size:>13,} bytes')
+    size, notes = ' x '.join(map(str, cfg['input_size'][1:])), ', '.join(cfg.get('notes', ()))
+    print(f'Images: {size}, mean {cfg["mean"]}, std {cfg["std"]}. {notes}')
     if any(path.name == 'train_hparams.yaml' for path in files):
         print("train_hparams.yaml holds the run's options and its paths: read it before you upload it.")
     print(f'To upload it: hf upload {args.repo or "ORG/NAME"} {args.out}')

@@ -87,8 +87,7 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
 
 def _options(args: dict[str, Any]) -> str:
     """Options as in Python. One that lists every layer is only mentioned."""
-    hidden = ('num_classes', 'in_chans', 'global_pool')
-    shown = {key: value for key, value in args.items() if key not in hidden and (value or not key.startswith('drop'))}
+    shown = {key: value for key, value in args.items() if key not in ('num_classes', 'in_chans', 'global_pool')}
     return ', '.join(
         f'`{key}` of {len(value)} layers, in config.json'
         if isinstance(value, (dict, list)) and len(value) > 4
