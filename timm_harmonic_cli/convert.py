@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'{args.out} gives the outputs of {args.checkpoint}:')
     for path in files:
         print(f'  {path.name:<19} {path.stat().st_size:>13,} bytes')
-    size, notes = ' x '.join(map(str, cfg['input_size'][1:])), ', '.join(cfg.get('notes', ()))
-    print(f'Images: {size}, mean {cfg["mean"]}, std {cfg["std"]}. {notes}')
+    print(f'Images: {" x ".join(map(str, cfg["input_size"][1:]))}, mean {cfg["mean"]}, std {cfg["std"]}')
     if any(path.name == 'train_hparams.yaml' for path in files):
         print("train_hparams.yaml holds the run's options and its paths: read it before you upload it.")
     print(f'To upload it: hf upload {args.repo or "ORG/NAME"} {args.out}')

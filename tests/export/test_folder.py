@@ -224,7 +224,10 @@ def test_options_that_contradict_the_checkpoint(run, tmp_path):
         (dict(num_classes=7), 'has num_classes=5, not 7'),
         (dict(model='local-dir:elsewhere'), 'was trained as local-dir:elsewhere'),
         (dict(bn_eps=0.1), 'cannot be created with .*bn_eps=0.1'),
-        (dict(std=[0.0, 1, 1, 1]), r'std must be above 0'),
+        (dict(std=[0.0, 1, 1, 1]), 'std must be finite numbers above 0'),
+        (dict(std='a'), "std must be finite numbers above 0, got 'a'"),
+        (dict(img_size='64'), 'the images cannot be prepared'),
+        (dict(img_size=0), 'cannot be saved for such images'),
         (dict(mean=[0.1, 0.2]), r'mean has 2 values, the network takes 4 channels'),
     ):
         (path / 'args.yaml').write_text(yaml.safe_dump({**options, **changes}))
@@ -257,7 +260,7 @@ def test_a_state_dict_of_ones_own_loop(tmp_path, capsys):
     images = ['--mean', '0.2', '--std', '0.1', '0.3', '--img-size', '48', '--scale', '10000']
     for wrong, words in (
         (['--mean', '1', '2', '3'], 'mean has 3 values, the network takes 2 channels'),
-        (['--std', '0'], 'std must be above 0, got [0.0]'),
+        (['--std', '0'], 'std must be finite numbers above 0, got [0.0]'),
         (['--mean', 'nan'], 'must be finite'),
         (['--scale', '-1'], 'scale must be a number above 0, got -1.0'),
         (['--scale', 'inf'], 'scale must be a number above 0'),

@@ -50,29 +50,23 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         datasets=[dataset] if dataset else None,
     )
     args, layers, cfg = get_model_args(model), harmonic_layers(model).values(), model.pretrained_cfg
-    channels, height, width = cfg['input_size']
     ours = model_entrypoint(cfg['architecture']).__module__.startswith(__name__.partition('.')[0])
     fused = reparameterize_model(copy.deepcopy(model).to('meta')).eval()
     return ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name('card.md')),
         name=re.split('[:/]', place)[-1],
-        architecture=cfg['architecture'],
         base_model=repr(args['base_model']) if 'base_model' in args else '',
+        cfg=cfg,
         layers=_layers(model),
         separable=sum(layer.form == 'separable' for layer in layers),
         kept=sum(layer.weight.numel() for layer in layers),
         full=sum(layer.weight.numel() // len(layer.basis) * layer.basis[0].numel() for layer in layers),
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=count_macs(fused, torch.empty(1, channels, height, width, device='meta')),
+        macs=count_macs(fused, torch.empty(1, *cfg['input_size'], device='meta')),
         classes=model.num_classes,
         features=model.num_features,
         options=_options(args),
-        channels=channels,
-        height=height,
-        image_width=width,
-        mean=', '.join(f'{value:g}' for value in cfg['mean']),
-        std=', '.join(f'{value:g}' for value in cfg['std']),
         scale=noted_scale(cfg.get('notes')),
         place_literal=repr(place),
         place_shell=shlex.quote(place),

@@ -19,12 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo
-from timm.models import (
-    get_pretrained_cfg,
-    list_pretrained,
-    model_entrypoint,
-    save_for_hf,
-)
+from timm.models import get_pretrained_cfg, list_pretrained, model_entrypoint, save_for_hf
 from torch import nn
 from tqdm import tqdm
 
@@ -55,19 +50,11 @@ _COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deploye
 FILES = (WEIGHTS_NAME, 'config.json', 'README.md', *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 
-# Options of timm's train.py that it passes to create_model, by their names there. bn_tf is an older one.
-_OF_NETWORK = dict(
-    num_classes='num_classes',
-    global_pool='gp',
-    bn_eps='bn_eps',
-    bn_momentum='bn_momentum',
-    drop_rate='drop',
-    drop_path_rate='drop_path',
-    drop_block_rate='drop_block',
-)
-_BN_TF = dict(bn_eps=1e-3, bn_momentum=0.01)
+# Options of timm's train.py that it passes to create_model: under their own names, and under others.
+_OF_NETWORK = ('num_classes', 'in_chans', 'bn_eps', 'bn_momentum')
+_RENAMED = dict(global_pool='gp', drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block')
 # What a config says about the weights that it came with.
-_CLAIMS = ('license', 'origin_url', 'url', 'hf_hub_id', 'tag', 'paper_ids', 'paper_name', 'description')
+_CLAIMS = ('license', 'origin_url', 'url', 'hf_hub_id', 'tag', 'paper_ids', 'paper_name', 'description', 'notes')
 
 _SOURCES = ('cache_dir', 'checkpoint_path', 'pretrained')  # how arguments of create_model that name weights begin
 _IDS = dict(license=r'[a-z0-9][a-z0-9.+-]*', dataset=r'[\w.-]+(/[\w.-]+)?')  # as the Hub writes them
@@ -167,29 +154,31 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
     if not isinstance(run.get('model_kwargs') or {}, dict):
         raise InputError(f'{place} has model_kwargs {run["model_kwargs"]!r}: they must be NAME: VALUE.')
     run.pop('scale', None)  # of random crops; elsewhere scale is the value of images that stands for 1
-    size = run.get('input_size')
-    if size is not None:  # it counts in train.py; timm refuses to save a network with both
-        run.pop('img_size', None)
-        if isinstance(size, (list, tuple)) and len(size) == 3 and size[1] == size[2]:
-            run.update(in_chans=size[0], img_size=size[1])
-            run.pop('input_size')
+    size = run.pop('input_size', None)
+    if isinstance(size, (list, tuple)) and len(size) == 3:  # it counts in train.py; timm saves no network with both
+        run |= dict(in_chans=size[0], img_size=size[1])
+        run |= dict(img_size=None, input_size=size) if size[1] != size[2] else {}
+    elif size is not None:  # the side, in other scripts
+        run['img_size'] = size
     return run
 
 
 def options_of_run(source: Provenance) -> dict[str, Any]:
     """The options with which a training run built its network, without those that name the weights it started from."""
-    run = source.run
-    options = {key: run[name] for key, name in _OF_NETWORK.items() if run.get(name) is not None}
-    options = {**(_BN_TF if run.get('bn_tf') else {}), **options, **(run.get('model_kwargs') or {})}
+    run, names = source.run, dict(zip(_OF_NETWORK, _OF_NETWORK, strict=True)) | _RENAMED
+    options = dict(bn_eps=1e-3, bn_momentum=0.01) if run.get('bn_tf') else {}  # of older versions of timm
+    options |= {key: run[name] for key, name in names.items() if run.get(name) is not None}
+    options |= run.get('model_kwargs') or {}
     return {key: value for key, value in options.items() if not str(key).startswith(_SOURCES)}
 
 
 def _own(cfg: dict[str, Any]) -> None:
     """Removes from a config what it says about other weights than those that the network has now."""
-    for key in (*_CLAIMS, 'notes'):
-        value = cfg.pop(key, None)
-        if key == 'notes' and (scale := noted_scale(value)) is not None:
-            cfg[key] = [scale_note(scale)]
+    scale = noted_scale(cfg.get('notes'))
+    for key in _CLAIMS:
+        cfg.pop(key, None)
+    if scale is not None:
+        cfg['notes'] = [scale_note(scale)]
 
 
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -251,7 +240,7 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
 
 def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:
     """Classes and input channels of parameters, by the first and the last layer of their network."""
-    (first, *_), (last, *_) = (names_of(blank.pretrained_cfg[key]) for key in ('first_conv', 'classifier'))
+    first, last = (next(iter(names_of(blank.pretrained_cfg[key])), '') for key in ('first_conv', 'classifier'))
     stem, classifier = blank.get_submodule(first), state.get(f'{last}.weight')
     statistics, weight = state.get(f'{first}.bn.running_mean'), state.get(f'{first}.weight')
     for key, value, least in ((f'{first}.weight', weight, 2), (f'{last}.weight', classifier, 1)):
@@ -259,10 +248,13 @@ def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:
             raise CheckpointError(f'{key} of the checkpoint has shape {tuple(value.shape)}.')
     if statistics is not None and hasattr(stem, 'basis'):
         channels = statistics.numel() // stem.basis.shape[0]
+    elif not first or isinstance(stem, nn.Linear):  # shapes do not tell
+        channels = blank.in_chans
     elif weight is not None:
         channels = weight.shape[1] * stem.groups
     else:
-        raise CheckpointError(missing.format(f'{first}.weight') + hint_of_prefix(state, [f'{first}.weight']))
+        known = [name for name, _ in blank.named_parameters() if not name.startswith(f'{last}.')]
+        raise CheckpointError(missing.format(f'{first}.weight') + hint_of_prefix(state, known))
     return dict(num_classes=0 if classifier is None else len(classifier), in_chans=channels)
 
 
@@ -281,9 +273,9 @@ def convert(
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
 
-    The options are those of `timm-harmonic convert`; `data_config` has mean, std, img_size and scale, which replace the
-    training run's. Returns the files. Raises InputError if they contradict each other
-    or the outputs differ, CheckpointError if the checkpoint cannot be read or does not fit.
+    The options are those of `timm-harmonic convert`; `data_config` has mean, std, img_size and scale. Returns the
+    files. Raises InputError if options contradict each other or the outputs differ, CheckpointError if the checkpoint
+    cannot be read or does not fit.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
@@ -297,9 +289,7 @@ def convert(
             license = license or LICENSE
             repo_id = repo_id or f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
         given = {key: value for key, value in (data_config or {}).items() if value is not None}
-        images = {**source.run, **given}
-        if 'img_size' in given:
-            images.pop('input_size', None)  # which would count
+        images = {**source.run, **(dict(input_size=None) if 'img_size' in given else {}), **given}
 
         def add_run(folder: Path) -> None:
             for theirs, ours in _OF_RUN.items():
@@ -353,7 +343,8 @@ def write_folder(
     images = _checked_images(model, source.run if data_config is None else data_config)
     with new_folder(out) as folder:
         next_step(steps, 'write')
-        _save(model, folder, license, class_names, images, own=not license and not source.url)
+        config = dict(label_names=class_names, pretrained_cfg=dict(license=license or None))
+        _save(model, folder, config, images, own=not license and not source.url)
         add(folder)
         next_step(steps, 'compare')
         loaded = create_trained(f'local-dir:{folder}')
@@ -368,31 +359,23 @@ def write_folder(
 
 
 def _checked_images(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns how to prepare images, with a mean and deviation for each channel. Raises InputError if it cannot be."""
-    numbers = {key: given[key] for key in ('mean', 'std') if given.get(key) is not None}
-    numbers = {key: [value] if isinstance(value, (int, float)) else list(value) for key, value in numbers.items()}
-    if given.get('scale') is not None:
-        check_scale(given['scale'])
-    if not all(math.isfinite(value) for values in numbers.values() for value in values):
-        raise InputError(f'mean and std must be finite numbers, got {numbers}.')
-    if min(numbers.get('std', [1])) <= 0:
-        raise InputError(f'std must be above 0, got {numbers["std"]}.')
-    config_of_images(model, numbers)
-    return {**given, **numbers}
+    """Returns how to prepare images, with lists of means and deviations. Raises InputError if they make no sense."""
+    images = dict(given)
+    for key, bound in (('mean', -math.inf), ('std', 0)):
+        if (value := given.get(key)) is not None:
+            images[key] = [value] if isinstance(value, (int, float)) else value
+            if not all(isinstance(number, (int, float)) and bound < number < math.inf for number in images[key]):
+                raise InputError(f'{key} must be finite numbers{" above 0" * (key == "std")}, got {value!r}.')
+    check_scale(images.get('scale', 1))
+    with explained('the images cannot be prepared', TypeError, ValueError, AssertionError):
+        config_of_images(model, images)
+    return images
 
 
-def _save(
-    model: nn.Module,
-    folder: Path,
-    license: str,
-    class_names: list[str] | None,
-    images: dict[str, Any],
-    own: bool,
-) -> None:
-    model_config = dict(label_names=class_names, pretrained_cfg=dict(license=license or None))
+def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: dict[str, Any], own: bool) -> None:
     scale = images.pop('scale', None)
     try:
-        with explained('the network cannot be saved for such images', ValueError, AssertionError):
+        with explained('the network cannot be saved for such images', TypeError, ValueError, AssertionError):
             save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=images)
     except SafetensorError as error:  # a full disk
         raise InputError(f'the weights cannot be written to {folder.parent}: {first_line(error)}') from error
@@ -404,9 +387,8 @@ def _save(
     if own:
         _own(cfg)
     if scale is not None:
-        notes = cfg.get('notes') or []
-        others = [note for note in ([notes] if isinstance(notes, str) else notes) if noted_scale(note) is None]
-        cfg['notes'] = [*others, scale_note(scale)]
+        notes = [cfg['notes']] if isinstance(cfg.get('notes'), str) else cfg.get('notes') or []
+        cfg['notes'] = [*(note for note in notes if noted_scale(note) is None), scale_note(scale)]
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
@@ -415,8 +397,7 @@ def _compare(model: nn.Module, loaded: nn.Module) -> None:
     """Raises unless the folder's network gives the source's outputs on random images, up to float32 rounding."""
     images = torch.randn(2, *loaded.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
     with explained(f'the network cannot run on images of shape {tuple(images.shape[1:])}', Exception):
-        expected = model(images)
-    found = loaded(images)
+        expected, found = model(images), loaded(images)
     if not expected.isfinite().all():
         raise InputError('the outputs of the checkpoint are not finite.')
     if expected.shape != found.shape:

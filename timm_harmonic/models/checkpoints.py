@@ -52,11 +52,12 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
         if re.match(rb'\s*<[!?a-zA-Z]', start):
             problem = 'is a web page, not a checkpoint: download the file itself again.'
         elif isinstance(error, pickle.UnpicklingError):
+            needed = re.search(r'GLOBAL ([\w.]+)', str(error))
             problem = (
                 'was not loaded: it is not a checkpoint, or it holds more than tensors and plain values and could run '
-                f'code{_classes(path)}. Download it again, or save its state dict alone where you trust the file: '
-                "torch.save(model.state_dict(), 'weights.pth'), or torch.save(torch.load(FILE, "
-                "weights_only=False)['state_dict'], 'weights.pth') for a checkpoint of Lightning."
+                f'code{f" ({needed[1]})" if needed else ""}. Download it again, or save the state dict alone where you '
+                "trust it: torch.save(model.state_dict(), 'weights.pth'), or, for a checkpoint of Lightning, "
+                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')."
             )
         else:
             reason = f'{type(error).__name__}: {first_line(error)}'
@@ -71,42 +72,29 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
     return checkpoint
 
 
-def _classes(path: str) -> str:
-    """Names the classes that a file of torch.save would need."""
-    try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # any other file
-        return ''
-    return f' ({_shorten(sorted(found))})' * bool(found)
-
-
 def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     """The state dict in what a training script saved, without the prefixes of wrapped modules.
 
     Args:
-        checkpoint: A state dict, or a dict that holds state dicts, under the names that training scripts give them or
-            a single one under any name.
+        checkpoint: A state dict, or a dict that holds some under usual names, or a single one.
         use_ema: Whether to take averaged parameters. None takes them if they exist, as timm does.
 
     Raises:
-        CheckpointError: If the requested parameters do not exist, it is not clear which of several are meant, or a key
-            or value is not a parameter's.
+        CheckpointError: If the requested parameters do not exist or are ambiguous, or a key or value is not a
+            parameter's.
     """
-    averaged, last = ([key for key in keys if _holds_tensors(checkpoint.get(key))] for keys in (_AVERAGED, _LAST))
+    held = [k for k, v in checkpoint.items() if isinstance(v, dict) and any(isinstance(i, Tensor) for i in v.values())]
+    averaged, last = ([key for key in keys if key in held] for keys in (_AVERAGED, _LAST))
     if not averaged and not last and not any(isinstance(value, Tensor) and value.ndim for value in checkpoint.values()):
-        last = [key for key, value in checkpoint.items() if _holds_tensors(value)]
+        last = held
     if use_ema and not averaged:
         raise CheckpointError(f'the checkpoint has no averaged weights ({" or ".join(_AVERAGED)}).')
     if use_ema is False and averaged and not last:
         raise CheckpointError('the checkpoint has averaged weights (EMA) only.')
     chosen = averaged if averaged and use_ema is not False else last
     if len(chosen) > 1 and chosen[0] not in ('state_dict', 'state_dict_ema'):  # timm takes these first
-        raise CheckpointError(
-            f'the checkpoint has several state dicts ({", ".join(map(str, chosen))}): save one alone.'
-        )
+        raise CheckpointError(f'the checkpoint has several state dicts: save {" or ".join(map(str, chosen))} alone.')
     state = checkpoint[chosen[0]] if chosen else checkpoint
-    if chosen and not _holds_tensors(state, nested=False):
-        return unwrap({key: value for key, value in state.items() if _holds_tensors(value, nested=False)})
     if strange := [key for key in state if not isinstance(key, str)]:
         raise CheckpointError(f'the checkpoint has the key {strange[0]!r}, which is not the name of a parameter.')
     clean = clean_state_dict({_WRAPPERS.sub('', key): value for key, value in state.items()})
@@ -116,14 +104,6 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     for key, value in clean.items():
         _check_tensor(key, value)
     return clean
-
-
-def _holds_tensors(value: Any, nested: bool = True) -> bool:
-    """Whether this is a state dict, or holds one under a usual name."""
-    if not isinstance(value, dict):
-        return False
-    inner = [value[key] for key in _LAST if key in value] if nested else []
-    return any(isinstance(entry, Tensor) for entry in value.values()) or any(_holds_tensors(i, False) for i in inner)
 
 
 def _check_tensor(key: str, value: Any) -> None:
@@ -305,7 +285,7 @@ def hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
     prefixes = [key.removesuffix(missing[0]) for key in state if missing and key.endswith(f'.{missing[0]}')]
     found = [prefix for prefix in prefixes if all(f'{prefix}{key}' in state for key in missing)]
     place = ' or '.join(map(repr, found))
-    return f' They are there with the prefix {place}: save the state dict of that module alone.' * bool(found)
+    return f' The missing keys have the prefix {place}: save the state dict of that module alone.' * bool(found)
 
 
 def _other_basis(state: StateDict, name: str, layer: HarmonicLayer) -> str:
