@@ -317,18 +317,24 @@ def test_distillation_from_the_uncut_network(workplace):
 
 
 def test_harmonized_by_its_options(workplace):
-    """train.py builds and truncates the network, and validate.py takes the same options."""
+    """train.py builds and truncates the network. validate.py takes the same options, and a folder stores them."""
     kwargs = ('--model-kwargs', 'base_model=mobilenetv3_small_050', 'level=3', "levels={'blocks.4.*':2}")
-    paths = ('--model', 'harmonized', *kwargs, *workplace.common())
-    workplace.run('train.py', *paths, *workplace.output('harmonized'), '--model-ema', '--model-ema-decay', 0.5)
+    paths = ('--model', 'harmonized', *workplace.common(), *kwargs)
+    ema = ('--model-ema', '--model-ema-decay', 0.5)
+    workplace.run('train.py', *paths, *workplace.output('harmonized'), *ema, '--bn-eps', 0.01, '--drop-path', 0.1)
     trained = workplace.summary('harmonized')
     state = workplace.checkpoint('harmonized')['state_dict']
     assert state['blocks.3.0.conv_dw.weight'].shape[2:] == (6, 1)
     assert state['blocks.4.0.conv_dw.weight'].shape[2:] == (3, 1)
     checkpoint = ('--checkpoint', workplace.folder / 'harmonized' / 'last.pth.tar', '--use-ema')
-    result = workplace.run('validate.py', *paths, *checkpoint, '--split', 'validation')
-    found = json.loads(result.stdout.split('--result\n')[1])
-    assert found['top1'] == pytest.approx(trained['eval_top1'], abs=1e-3)
+    command_line(workplace, 'convert', checkpoint[1], '--use-ema', '--model', 'harmonized', '--out', 'options')
+    folder = ('--model', 'local-dir:options', '--pretrained', *workplace.common())
+    for options in ((*paths, 'bn_eps=0.01', *checkpoint), folder):
+        result = workplace.run('validate.py', *options, '--split', 'validation')
+        found = json.loads(result.stdout.split('--result\n')[1])
+        assert found['top1'] == pytest.approx(trained['eval_top1'], abs=1e-3)
+    loaded = timm.create_model(f'local-dir:{workplace.folder / "options"}', pretrained=True)
+    assert {norm.eps for norm in loaded.modules() if hasattr(norm, 'running_var')} == {0.01}
 
 
 def test_recipe_for_few_images(workplace):

@@ -80,8 +80,7 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 def preparation(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_preparation` that were given, by the names of `timm_harmonic.common.images.data_config`."""
-    names = dict(img_size='img_size', mean='mean', std='std', scale='image_scale')
-    return {name: value for key, name in names.items() if (value := getattr(args, key)) is not None}
+    return {key: value for key in ('img_size', 'mean', 'std', 'scale') if (value := getattr(args, key)) is not None}
 
 
 def add_class_names(parser: argparse.ArgumentParser) -> None:

@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.common import require
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import check_new
-    from timm_harmonic.common.images import SCALE
     from timm_harmonic.common.progress import progress
     from timm_harmonic.small_data import protocol, results, tasks, training
 
@@ -114,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             classes=task.classes,
             mean=task.config['mean'],
             std=task.config['std'],
-            scale=task.config[SCALE],
+            scale=task.config['scale'],
             notes=task.notes,
             skipped=task.skipped,
         ),

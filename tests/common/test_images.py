@@ -80,7 +80,7 @@ def pixels(channels, height=40, width=56):
 def test_bands_are_scaled_and_normalised_one_by_one(dtype):
     model = network(5)
     scale = 1000.0 if np.dtype(dtype).itemsize == 4 else None
-    given = dict(mean=[0.1, 0.2, 0.3, 0.4, 0.5], std=[0.5, 0.4, 0.3, 0.2, 0.1], image_scale=scale)
+    given = dict(mean=[0.1, 0.2, 0.3, 0.4, 0.5], std=[0.5, 0.4, 0.3, 0.2, 0.1], scale=scale)
     prepare = preparation(model, img_size=32, crop_pct=1.0, **given)
     full = np.float32(scale or np.iinfo(dtype).max)
     array = (np.random.default_rng(0).random((32, 40, 5)) * full).astype(dtype)
@@ -103,7 +103,7 @@ def test_every_depth_and_number_of_bands_is_prepared_as_8_bit_colour_is(crop, in
     expected = colour(array)
     same = dict(atol=2.1 / 255 / 0.2, rtol=0)
     torch.testing.assert_close(colour(array.astype(np.uint16) * 257), expected, **same)
-    scaled = preparation(network(), image_scale=2.0, **given)(array / 255 * 2)
+    scaled = preparation(network(), scale=2.0, **given)(array / 255 * 2)
     if interpolation in ('nearest', 'bilinear'):  # the others overshoot, and only 8 and 16 bits are cut off
         torch.testing.assert_close(scaled, expected, **same)
     for key in ('mean', 'std'):
@@ -127,30 +127,24 @@ def test_scale_is_stated_once(tmp_path):
         with pytest.raises(DepthError, match=f'holds {np.dtype(dtype)}, .* --scale 1 if'):
             preparation(model)(np.zeros((40, 40, 2), dtype))
     array = np.random.default_rng(0).integers(0, 10000, (40, 40, 2))
-    expected = preparation(model, image_scale=10000.0)(array)
+    expected = preparation(model, scale=10000.0)(array)
     model.pretrained_cfg['notes'] = ('measured', scale_note(10000))
     for dtype in (np.uint16, np.int32, np.float32):
         torch.testing.assert_close(preparation(model)(array.astype(dtype)), expected)
-    torch.testing.assert_close(preparation(model, image_scale=5000.0)(array // 2), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(preparation(model, scale=5000.0)(array // 2), expected, atol=1e-3, rtol=0)
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     torch.testing.assert_close(preparation(loaded)(array), expected)
     for wrong in (0, -1.0, float('nan')):
         with pytest.raises(InputError, match='scale must be a number above 0'):
-            preparation(model, image_scale=wrong)
-
-
-def test_a_training_runs_option_scale_is_another_one():
-    """timm's train.py calls the area of random crops scale."""
-    array = pixels(3)
-    torch.testing.assert_close(preparation(network(), scale=[0.08, 1.0])(array), preparation(network())(array))
+            preparation(model, scale=wrong)
 
 
 @pytest.mark.parametrize(('first', 'second'), [('u1', 'u2'), ('u2', 'i2'), ('u1', 'f4')])
 def test_images_of_two_depths_are_an_error_that_names_both(first, second, tmp_path):
     for name, dtype in dict(a=first, b=second).items():
         np.save(tmp_path / f'{name}.npy', pixels(3).astype(dtype))
-    images = ImageFolder(tmp_path, 'train', preparation(network(), img_size=32, image_scale=255.0))
+    images = ImageFolder(tmp_path, 'train', preparation(network(), img_size=32, scale=255.0))
     with pytest.raises(DepthError, match=r'a\.npy holds u?int\d+, .*b\.npy holds .*: images must have one depth'):
         list(batches_of(images, 1))
 
@@ -160,7 +154,7 @@ def test_what_is_far_from_training_is_a_warning(change, tmp_path):
     """Once, for the first such image."""
     array = np.random.default_rng(0).normal(0.4, 0.2, (40, 40, 3)).clip(0, 1)
     array = dict(scale=array * 255, dark=array * 0, bright=array + 3, none=array)[change].astype(np.float32)
-    prepare = preparation(network(), img_size=32, image_scale=1.0)
+    prepare = preparation(network(), img_size=32, scale=1.0)
     for name in 'ab':
         np.save(tmp_path / f'{name}.npy', array)
     with warnings.catch_warnings(record=True) as caught:

@@ -1,10 +1,12 @@
 """Folders of Hub repositories: from checkpoints and networks, loaded again, and what is refused."""
 
 import json
+import os
 import re
 import resource
 import shutil
 import sys
+from argparse import Namespace
 
 import PIL.Image
 import pytest
@@ -15,12 +17,15 @@ import tiny_models
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from timm.layers import DropPath
 from tiny_models import FILE, NAME, create, same
 
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
+from timm_harmonic.common.images import noted_scale
 from timm_harmonic.common.progress import progress
-from timm_harmonic.export.folder import FILES, Provenance, convert, load_network, model_card, write_folder
+from timm_harmonic.export.card import Provenance, model_card
+from timm_harmonic.export.folder import FILES, convert, load_network, write_folder
 from timm_harmonic.models.checkpoints import CheckpointError
 from timm_harmonic.models.weights import sha256_of
 
@@ -156,14 +161,211 @@ def test_folder_of_a_run(run, tmp_path, averaged):
 
 def test_options_in_the_checkpoint_itself(run, tmp_path):
     """As newer train.py scripts save them. No other class than that of the options is loaded."""
-    from argparse import Namespace
-
     path, models = run
     content = torch.load(path / 'model_best.pth.tar', weights_only=True)
     content['args'] = Namespace(**yaml.safe_load((path / 'args.yaml').read_text()))
     torch.save(content, tmp_path / 'alone.pth.tar')
     convert(tmp_path / 'alone.pth.tar', 'harm_resnet18', tmp_path / 'out')
     assert same(create(f'local-dir:{tmp_path / "out"}'), models[0], 4)
+
+
+SMALL = dict(layers=(1, 1, 1, 1), channels=(8, 16, 16, 16))
+MOBILE = dict(base_model='mobilenetv3_small_050')
+OPTIONS = {  # of train.py: the network, its model_kwargs, other options, and what train.py makes of those
+    'bn_eps': ('harmonized', MOBILE, dict(bn_eps=0.01, bn_momentum=0.02), dict(bn_eps=0.01, bn_momentum=0.02)),
+    'bn_tf': ('harmonized', MOBILE, dict(bn_tf=True), dict(bn_eps=1e-3, bn_momentum=0.01)),
+    'plain': ('mobilenetv3_small_050', {}, dict(bn_eps=0.01), dict(bn_eps=0.01)),
+    'gp': ('harm_resnet18', SMALL, dict(gp='max'), dict(global_pool='max')),
+    'drop': ('harm_resnet18', SMALL, dict(drop=0.3, drop_path=0.2), dict(drop_rate=0.3, drop_path_rate=0.2)),
+    'model_kwargs': ('harm_resnet18', dict(SMALL, act_layer='silu', output_stride=8), {}, {}),
+    'input_size': ('harm_resnet18', SMALL, dict(input_size=[4, 32, 48], img_size=64), dict(in_chans=4)),
+}
+
+
+@pytest.mark.parametrize(
+    ('what', 'saved_args'), [*((key, False) for key in OPTIONS), ('gp', True), ('input_size', True)]
+)
+def test_every_option_of_a_run_reaches_the_network(tmp_path, what, saved_args):
+    """In convert, and in the loader of predict and compress."""
+    name, model_kwargs, options, kwargs = OPTIONS[what]
+    torch.manual_seed(0)
+    trained = timm.create_model(name, **model_kwargs, **kwargs, num_classes=3)
+    reference.randomize_batch_norm(trained).eval()
+    defaults = dict(num_classes=3, drop=0.0, gp=None, bn_eps=None, scale=[0.08, 1.0], split_bn=False)
+    args = {**defaults, 'model': name, 'model_kwargs': json.loads(json.dumps(model_kwargs)), **options}
+    content = dict(state_dict=trained.state_dict(), **(dict(args=Namespace(**args)) if saved_args else {}))
+    torch.save(content, tmp_path / 'last.pth.tar')
+    if not saved_args:
+        (tmp_path / 'args.yaml').write_text(yaml.safe_dump(args))
+    networks = [load_network(name, tmp_path / 'last.pth.tar')[1]]
+    if name.startswith('harm'):
+        convert(tmp_path / 'last.pth.tar', name, tmp_path / 'folder')
+        networks.append(create(f'local-dir:{tmp_path / "folder"}'))
+    for network in networks:
+        assert same(network, trained, kwargs.get('in_chans', 3))
+        assert norms(network) == norms(trained)
+    assert drops(networks[0]) == drops(trained)  # timm leaves them out of folders: the next training run sets its own
+    if what == 'input_size':
+        assert tuple(networks[-1].pretrained_cfg['input_size']) == (4, 32, 48)
+
+
+def norms(network):
+    return [(m.eps, m.momentum) for m in network.modules() if hasattr(m, 'running_var')]
+
+
+def drops(network):
+    return network.drop_rate, [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
+
+
+def test_options_that_contradict_the_checkpoint(run, tmp_path):
+    path, models = run
+    options = yaml.safe_load((path / 'args.yaml').read_text())
+    for changes, words in (
+        (dict(num_classes=7), 'has num_classes=5, not 7'),
+        (dict(model='local-dir:elsewhere'), 'was trained as local-dir:elsewhere'),
+        (dict(bn_eps=0.1), 'cannot be created with .*bn_eps=0.1'),
+        (dict(std=[0.0, 1, 1, 1]), 'std must be finite numbers above 0'),
+        (dict(std='a'), "std must be finite numbers above 0, got 'a'"),
+        (dict(img_size='64'), 'the images cannot be prepared'),
+        (dict(img_size=0), 'cannot be saved for such images'),
+        (dict(mean=[0.1, 0.2]), r'mean has 2 values, the network takes 4 channels'),
+    ):
+        (path / 'args.yaml').write_text(yaml.safe_dump({**options, **changes}))
+        with pytest.raises(InputError, match=words):
+            convert(path / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'out')
+    (path / 'args.yaml').write_text(yaml.safe_dump({**options, 'split_bn': True}))
+    state = timm.layers.convert_splitbn_model(models[0]).state_dict()
+    torch.save(dict(state_dict=state), path / 'split.pth.tar')
+    with pytest.raises(CheckpointError, match=r'unexpected: .*aux_bn.* trained with --split-bn: save it without'):
+        convert(path / 'split.pth.tar', 'harm_resnet18', tmp_path / 'out')
+
+
+def test_the_config_is_that_of_the_tag(tmp_path):
+    """Its crop and interpolation were used in training."""
+    torch.save(dict(state_dict=timm.create_model('resnet18', num_classes=3).state_dict()), tmp_path / 'last.pth.tar')
+    (tmp_path / 'args.yaml').write_text('model: resnet18.tv_in1k\n')
+    for name in ('resnet18', 'resnet18.tv_in1k'):
+        cfg = load_network(name, tmp_path / 'last.pth.tar')[1].pretrained_cfg
+        assert (cfg['interpolation'], cfg['crop_pct']) == ('bilinear', 0.875)
+
+
+def test_a_state_dict_of_ones_own_loop(tmp_path, capsys):
+    """How its images were prepared is said on the command line, and stays with the folder."""
+    torch.manual_seed(0)
+    model = reference.randomize_batch_norm(timm.create_model('harm_resnet18', **SMALL, in_chans=2, num_classes=3))
+    torch.save({f'net.{key}': value for key, value in model.eval().state_dict().items()}, tmp_path / 'own.pth')
+    (tmp_path / 'classes.txt').write_text('a\nb\nc\n')
+    command = ['convert', str(tmp_path / 'own.pth'), '--model', 'harm_resnet18', '--out', str(tmp_path / 'out')]
+    command += ['--model-kwargs', 'layers=(1,1,1,1)', 'channels=(8,16,16,16)']
+    images = ['--mean', '0.2', '--std', '0.1', '0.3', '--img-size', '48', '--scale', '10000']
+    for wrong, words in (
+        (['--mean', '1', '2', '3'], 'mean has 3 values, the network takes 2 channels'),
+        (['--std', '0'], 'std must be finite numbers above 0, got [0.0]'),
+        (['--mean', 'nan'], 'must be finite'),
+        (['--scale', '-1'], 'scale must be a number above 0, got -1.0'),
+        (['--scale', 'inf'], 'scale must be a number above 0'),
+    ):
+        assert cli.main([*command, *images, *wrong]) == 1
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / 'out').exists()
+    assert cli.main([*command, *images, '--class-names', str(tmp_path / 'classes.txt')]) == 0
+    assert 'Images: 48 x 48' in capsys.readouterr().out
+    loaded = create(f'local-dir:{tmp_path / "out"}')
+    assert same(loaded, model, 2)
+    cfg = loaded.pretrained_cfg
+    assert (*cfg['mean'], *cfg['std']) == (0.2, 0.2, 0.1, 0.3)
+    assert tuple(cfg['input_size']) == (2, 48, 48)
+    assert noted_scale(cfg['notes']) == 10000
+    assert cfg['label_names'] == ['a', 'b', 'c']
+    assert 'Image values: divided by 10000' in (tmp_path / 'out' / 'README.md').read_text()
+    # Other weights for the folder, and a folder from the folder: the scale stays.
+    source, again = load_network(str(tmp_path / 'out'), tmp_path / 'own.pth')
+    write_folder(again, tmp_path / 'again', source, progress(total=3))
+    assert noted_scale(create(f'local-dir:{tmp_path / "again"}').pretrained_cfg['notes']) == 10000
+
+
+def test_arguments_replace_the_options_of_a_run(run, tmp_path):
+    path, _ = run
+    with (path / 'args.yaml').open('a') as file:
+        file.write('input_size: [4, 64, 96]\n')
+    images = dict(mean=0.5, std=None, img_size=80, scale=255.0)
+    convert(path / 'model_best.pth.tar', 'harm_resnet18', tmp_path / 'out', data_config=images)
+    cfg = create(f'local-dir:{tmp_path / "out"}').pretrained_cfg
+    assert tuple(cfg['input_size']) == (4, 80, 80)
+    assert (*cfg['mean'], *cfg['std']) == (0.5,) * 8
+    assert cfg['crop_pct'] == 0.9
+    assert noted_scale(cfg['notes']) == 255
+
+
+def test_files_for_everyone(run, tmp_path):
+    """As far as the umask allows."""
+    path, _ = run
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(mask)
+        try:
+            files = convert(path / 'model_best.pth.tar', 'harm_resnet18', tmp_path / str(mask))
+        finally:
+            os.umask(before)
+        assert {file.stat().st_mode & 0o777 for file in files} == {mode}
+        assert (tmp_path / str(mask)).stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+CLAIMS = ('license', 'origin_url', 'url', 'hf_hub_id', 'tag', 'paper_ids', 'paper_name', 'description', 'notes')
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [('harm_resnet18', SMALL), ('harmonized', MOBILE), ('harmonized', dict(SMALL, base_model='resnet18.tv_in1k'))],
+)
+def test_own_weights_claim_nothing_of_others(tmp_path, name, kwargs):
+    model = timm.create_model(name, num_classes=3, **kwargs)
+    torch.save(model.state_dict(), tmp_path / 'own.pth')
+    convert(tmp_path / 'own.pth', name, tmp_path / 'converted', model_kwargs=kwargs)
+    write_folder(model.eval(), tmp_path / 'written', Provenance(base='a test'), progress(total=3))
+    with pytest.warns(UserWarning, match='random weights'):
+        random = load_network(name, model_kwargs=kwargs, random_weights=True)[1]
+    for folder in ('converted', 'written'):
+        config = json.loads((tmp_path / folder / 'config.json').read_text())
+        assert not [key for key in CLAIMS if config['pretrained_cfg'].get(key)]
+        assert 'releases' not in (tmp_path / folder / 'README.md').read_text()
+    assert not [key for key in CLAIMS if random.pretrained_cfg.get(key)]
+
+
+def test_claims_of_weights_with_a_licence_stay(tmp_path):
+    """Those of timm's weights, which a caller hands on with their licence."""
+    model = timm.create_model('resnet18', **SMALL).eval()
+    write_folder(
+        model, tmp_path / 'out', Provenance(base="resnet18 (timm's weights)"), progress(total=3), license='mit'
+    )
+    cfg = json.loads((tmp_path / 'out' / 'config.json').read_text())['pretrained_cfg']
+    assert (cfg['license'], cfg['tag']) == ('mit', 'a1_in1k')
+
+
+UNUSUAL = {
+    'plain': ('resnet18', SMALL),
+    'harm0': ('harm_resnet18', dict(SMALL, stem_pool='max', harmonic_stem=False, harmonic_blocks=False)),
+    'blocks': ('harm_resnet18', dict(SMALL, stem_pool='max', harmonic_stem=False)),
+    'stem': ('harm_resnet18', dict(SMALL, stem_pool='max', harmonic_blocks=False)),
+}
+
+
+@pytest.mark.parametrize('what', UNUSUAL)
+def test_networks_without_a_file(tmp_path, what):
+    """With any number of channels, image size and preparation; the card says how to install and run each."""
+    name, options = UNUSUAL[what]
+    model = timm.create_model(name, num_classes=3, in_chans=5, **options)
+    reference.randomize_batch_norm(model).eval()
+    images = dict(img_size=32, mean=[0.1] * 5, std=[0.2] * 5, scale=2.5)
+    about = dict(class_names=['a', 'b', 'c'], data_config=images)
+    write_folder(model, tmp_path / 'best', Provenance(base='the best of a comparison'), progress(total=3), **about)
+    loaded = create(f'local-dir:{tmp_path / "best"}')
+    assert same(loaded, model, 5)
+    assert tuple(loaded.pretrained_cfg['input_size']) == (5, 32, 32)
+    assert noted_scale(loaded.pretrained_cfg['notes']) == 2.5
+    text = (tmp_path / 'best' / 'README.md').read_text()
+    assert ('pip install timm`' in text) is (what == 'plain')
+    assert ('timm-harmonic predict local-dir:best images/' in text) is (what != 'plain')
+    assert images['scale'] == 2.5  # the caller's
 
 
 def test_options_by_hand_and_class_names(run, tmp_path):

@@ -14,7 +14,7 @@ from timm.models import load_checkpoint
 from torch import nn
 
 import timm_harmonic
-from timm_harmonic.models.checkpoints import CheckpointError, read_checkpoint
+from timm_harmonic.models.checkpoints import CheckpointError, fit_keys, read_checkpoint
 
 # Small networks load quickly.
 TINY = dict(layers=(1, 1, 1, 1), channels=(16, 16, 16, 16))
@@ -104,7 +104,21 @@ WRAPPINGS = {
     'main.py, module': lambda s: dict(epoch=1, state_dict={f'module.{k}': v for k, v in s.items()}),
     'timm': lambda s: dict(epoch=1, arch='harm_resnet50', state_dict={}, state_dict_ema=s),
     'compiled': lambda s: {f'_orig_mod.{k}': v for k, v in s.items()},
+    'compiled blocks': lambda s: {k.replace('layer1.0.', 'layer1.0._orig_mod.'): v for k, v in s.items()},
+    'sharded': lambda s: {k.replace('layer1.', '_fsdp_wrapped_module.layer1.'): v for k, v in s.items()},
+    'Lightning': lambda s: dict(state_dict=prefixed('model.', s), loops={'fit_loop': {}}, callbacks={}),
+    'Lightning, compiled, DDP': lambda s: dict(state_dict=prefixed('module.net._orig_mod.module.', s)),
+    'transformers': lambda s: prefixed('timm_model.', s),
+    'distillation': lambda s: dict(student=prefixed('module.backbone.', s), epoch=3, loss={}),
+    'fastai': lambda s: dict(model=s, opt=dict(state=[{}], hypers=[{}])),
+    'torchvision': lambda s: dict(model={}, model_ema=dict(n_averaged=torch.tensor(4), **prefixed('module.', s))),
+    'a tutorial': lambda s: dict(model_state_dict=s, optimizer_state_dict=dict(state={0: {}}), loss=torch.tensor(0.3)),
+    'a name of their own': lambda s: dict(classifier_sd=s, epoch=3, best=torch.tensor(0.9), rng=b'123'),
 }
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
 
 
 @pytest.mark.parametrize('wrapping', WRAPPINGS)
@@ -112,6 +126,34 @@ def test_wrappings(wrapping):
     model, state = trained()
     overlay = dict(state_dict=WRAPPINGS[wrapping](state))
     assert same(create(pretrained=True, pretrained_cfg_overlay=overlay).eval(), model)
+
+
+AMBIGUOUS = {
+    'two networks': (lambda s: dict(student=s, teacher=s), 'several state dicts: save student or teacher alone'),
+    'two names': (lambda s: dict(model=s, net=s), 'several state dicts: save model or net alone'),
+    'a loss': (
+        lambda s: dict(state_dict={'loss.weight': torch.ones(3), **prefixed('model.', s)}),
+        r"The missing keys have the prefix 'model\.': save the state dict of that module alone",
+    ),
+    'two modules': (lambda s: prefixed('student.', s) | prefixed('teacher.', s), "prefix 'student.' or 'teacher.'"),
+}
+
+
+@pytest.mark.parametrize('what', AMBIGUOUS)
+def test_weights_that_are_not_alone(what):
+    model, _ = trained()
+    make, words = AMBIGUOUS[what]
+    with pytest.raises(CheckpointError, match=words):
+        create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=make(model.state_dict())))
+
+
+def test_a_network_with_a_module_named_like_a_prefix():
+    model = nn.ModuleDict(dict(model=nn.ModuleDict(dict(net=nn.Linear(2, 3)))))
+    state = dict(model.state_dict())
+    for given in (state, prefixed('net.', state), prefixed('model.', state)):
+        assert fit_keys(given, model, {}) == state
+    other = {'model.conv.weight': torch.ones(1)}
+    assert fit_keys(other, model, {}) == other  # an error that names its keys follows
 
 
 @pytest.mark.parametrize('name', ['harm_resnet18', 'harm_resnet50', 'harm_seresnext50_32x4d', 'harm_vgg11_bn'])
@@ -339,6 +381,17 @@ def test_pickle_that_would_run_code(tmp_path, zipped):
     with pytest.raises(CheckpointError, match=r'was not loaded.*could run code'):
         load(str(path))
     assert not Trap.ran
+
+
+class Settings(dict):
+    """Stands for what Lightning's hyper_parameters may hold."""
+
+
+def test_a_checkpoint_that_needs_a_class(tmp_path):
+    """The error names it, and how to save the weights alone."""
+    path = saved(tmp_path, dict(state_dict={'a': torch.zeros(3)}, hyper_parameters=Settings(lr=1)))
+    with pytest.raises(CheckpointError, match=r"code \(.*Settings\)\..*weights_only=False\)\['state_dict'\], "):
+        read_checkpoint(path)
 
 
 def test_not_a_state_dict(tmp_path):

@@ -16,7 +16,6 @@ from . import InputError, explained
 from .folders import classes_of, image_files, split_folder
 from .readers import READABLE, read_image
 
-SCALE = 'image_scale'  # in options and configs: the value of images that stands for 1
 _NOTE = 'scale: '  # how the note in a network's config begins that holds it
 _MODES = {1: 'L', 3: 'RGB'}  # Pillow's modes by number of channels: what timm's transform takes
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in gray, as in Pillow
@@ -70,9 +69,9 @@ def scale_of(dtype: np.dtype, scale: float | None = None) -> float:
 
 
 def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """timm's data config of a network, with a mean and deviation for each of its channels, and its scale as SCALE.
+    """timm's data config of a network, with a mean and deviation for each of its channels, and its `scale`.
 
-    `given` has options by timm's names (img_size, mean, std, ...), for instance a training run's, and SCALE. If the
+    `given` has options by timm's names (img_size, mean, std, ...), for instance a training run's, and the scale, see `scale_of`. If the
     network's config has a mean and deviation for another number of channels, every channel gets their average. Raises
     InputError if the given ones do not fit the channels.
     """
@@ -90,8 +89,8 @@ def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
                 config[key] = (sum(config[key]) / len(config[key]),) * model.in_chans
         if min(config['std']) <= 0:
             raise InputError(f'std must be above 0, got {min(config["std"]):g}')
-        scale = given.get(SCALE)
-        config[SCALE] = noted_scale(model.pretrained_cfg.get('notes')) if scale is None else check_scale(scale)
+        scale = given.get('scale')
+        config['scale'] = noted_scale(model.pretrained_cfg.get('notes')) if scale is None else check_scale(scale)
     return config
 
 
@@ -109,11 +108,11 @@ class Preparation:
         self, network: nn.Module | dict[str, Any], given: dict[str, Any] | None = None, warns: bool = True
     ) -> None:
         config = network if isinstance(network, dict) else data_config(network, given or {})
-        self.config, self.scale, self._warns = config, config[SCALE], warns
+        self.config, self.scale, self._warns = config, config['scale'], warns
         self.channels: int = config['input_size'][0]
         self._first: tuple[str, Path] | None = None  # the depth of all images, and one that has it
         with explained("the network's config does not say how to prepare images", Exception):
-            ours = {key: value for key, value in config.items() if key != SCALE}
+            ours = {key: value for key, value in config.items() if key != 'scale'}
             self._transform = create_transform(**ours, is_training=False)
             size = (1, *config['input_size'][1:])
             self._planes = [  # a border is filled with the channel's mean

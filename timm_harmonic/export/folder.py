@@ -1,81 +1,63 @@
-"""The folder of a Hub repository, written from a checkpoint or a network, and its card."""
+"""The folder of a Hub repository, written from a checkpoint or a network."""
 
 import argparse
-import copy
-import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo
-from timm.models import (
-    get_model_args,
-    get_pretrained_cfg,
-    list_pretrained,
-    model_entrypoint,
-    reparameterize_model,
-    save_for_hf,
-)
+from timm.models import get_pretrained_cfg, list_pretrained, model_entrypoint, save_for_hf
 from torch import nn
 from tqdm import tqdm
 
 from ..common import InputError, explained, first_line
 from ..common.files import check_new, new_folder
+from ..common.images import check_scale, noted_scale, scale_note
+from ..common.images import data_config as config_of_images
 from ..common.progress import progress
-from ..conversion.costs import count_macs
 from ..conversion.swap import harmonic_layers
-from ..layers import HarmonicBlock2d
 from ..models.checkpoints import (
     CheckpointError,
     StateDict,
     basis_options,
     check_fit,
+    fit_keys,
+    hint_of_prefix,
     names_of,
     read_checkpoint,
-    rename_keys,
     unwrap,
 )
-from ..models.paper import REPOSITORY
 from ..models.weights import ORGANISATION, TAG, WEIGHTS_NAME, pinned_sha256, released_digits, sha256_of
+from .card import Provenance, model_card
 
 LICENSE = 'bsd-3-clause'  # of what the authors released
-INSTALL = '`git clone` its repository and run `pip install .` in it'  # cards and pages say how from here
 
 _OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # their names in a run and in a folder
 _COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deployed.onnx')  # only after compression
 FILES = (WEIGHTS_NAME, 'config.json', 'README.md', *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 
+# Options of timm's train.py that it passes to create_model: under their own names, and under others.
+_OF_NETWORK = ('num_classes', 'in_chans', 'bn_eps', 'bn_momentum')
+_RENAMED = dict(global_pool='gp', drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block')
+# What a config says about the weights that it came with.
+_CLAIMS = ('license', 'origin_url', 'url', 'hf_hub_id', 'tag', 'paper_ids', 'paper_name', 'description', 'notes')
+
 _SOURCES = ('cache_dir', 'checkpoint_path', 'pretrained')  # how arguments of create_model that name weights begin
 _IDS = dict(license=r'[a-z0-9][a-z0-9.+-]*', dataset=r'[\w.-]+(/[\w.-]+)?')  # as the Hub writes them
-
-
-@dataclasses.dataclass(frozen=True)
-class Provenance:
-    """Where weights come from. Fields that do not apply are empty."""
-
-    file: str = ''  # name of the source file
-    sha256: str = ''  # of the source file, 64 hex digits
-    url: str = ''  # where the authors released the source file
-    notes: tuple[str, ...] = ()  # what the paper says about the weights
-    epoch: int | None = None  # of the training run, counted from 0
-    averaged: bool = False  # whether the file's averaged weights were taken
-    run: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the training run
-    base: str = ''  # the network, if its weights did not come from a file
 
 
 def load_network(
@@ -107,6 +89,7 @@ def load_network(
     if not random_weights:
         raise InputError(f'{model_name} needs weights: pass --checkpoint FILE or --pretrained.')
     model = _create(model_name, kwargs).eval()
+    _own(model.pretrained_cfg)
     warnings.warn(f'{model_name} has random weights: pass --pretrained or --checkpoint FILE.', stacklevel=2)
     return Provenance(base=f'{model_name.partition(".")[0]} with random weights'), model
 
@@ -120,19 +103,21 @@ def key_names(model_name: str) -> dict[str, str] | None:
 
 
 def read_source(path: Path, model_name: str, use_ema: bool | None = None) -> tuple[Provenance, StateDict]:
-    """Returns the provenance of a checkpoint, and its state dict under our names of parameters.
+    """Returns the provenance of a checkpoint, and its state dict.
 
     A released file is recognised by its hash; otherwise the run that the file lies in is described. Raises
     CheckpointError if the file cannot be read, InputError if it belongs to another architecture.
     """
     content = read_checkpoint(path)
-    state = rename_keys(unwrap(content, use_ema), key_names(model_name) or {})
+    state = unwrap(content, use_ema)
     digest = sha256_of(path)
-    if released := _released(path, digest, model_name):
+    if released := _released(path, digest, model_name.partition('.')[0]):
         return released, state
     run = _run_options(path, content)
-    trained = str(run.get('model', model_name))
-    if ':' not in trained and trained.partition('.')[0] != model_name:  # a repository or folder may have any name
+    trained = str(run.get('model') or model_name)
+    # A repository or a folder has options of its own, and may have another name here.
+    trained_as, named = (':' if ':' in name else name.partition('.')[0] for name in (trained, model_name))
+    if trained_as != named:
         raise InputError(f'{path.name} was trained as {trained}, by the options of its run, not as {model_name}.')
     epoch = content.get('epoch') if isinstance(content.get('epoch'), int) else None
     averaged = bool(use_ema) or ('state_dict_ema' in content and 'state_dict' not in content)
@@ -157,25 +142,43 @@ def _paper_notes(cfg: Any) -> tuple[str, ...]:
 def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
     """Options of the training run: args.yaml beside the checkpoint, or those that timm's train.py saved in it."""
     options = path.parent / 'args.yaml'
-    if not options.is_file():
-        return dict(vars(content['args'])) if isinstance(content.get('args'), argparse.Namespace) else {}
-    try:
-        run = yaml.safe_load(options.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise InputError(f'{options} is damaged: {first_line(error)}') from error
+    run: Any = dict(vars(content['args'])) if isinstance(content.get('args'), argparse.Namespace) else {}
+    if options.is_file():
+        try:
+            run = yaml.safe_load(options.read_text(encoding='utf-8'))
+        except (yaml.YAMLError, ValueError, OSError) as error:
+            raise InputError(f'{options} is damaged: {first_line(error)}') from error
+    place = options if options.is_file() else f'the run of {path.name}'
     if not isinstance(run, dict):
-        raise InputError(f'{options} holds a {type(run).__name__}, not options.')
+        raise InputError(f'{place} holds a {type(run).__name__}, not options.')
     if not isinstance(run.get('model_kwargs') or {}, dict):
-        raise InputError(f'{options} has model_kwargs {run["model_kwargs"]!r}: they must be NAME: VALUE.')
-    if run.get('input_size') is not None:  # it counts in train.py; timm refuses to save a network with both
-        run.pop('img_size', None)
+        raise InputError(f'{place} has model_kwargs {run["model_kwargs"]!r}: they must be NAME: VALUE.')
+    run.pop('scale', None)  # of random crops; elsewhere scale is the value of images that stands for 1
+    size = run.pop('input_size', None)
+    if isinstance(size, (list, tuple)) and len(size) == 3:  # it counts in train.py; timm saves no network with both
+        run |= dict(in_chans=size[0], img_size=size[1])
+        run |= dict(img_size=None, input_size=size) if size[1] != size[2] else {}
+    elif size is not None:  # the side, in other scripts
+        run['img_size'] = size
     return run
 
 
 def options_of_run(source: Provenance) -> dict[str, Any]:
-    """The network's options in a training run, without those that name the weights it started from."""
-    options = source.run.get('model_kwargs') or {}
+    """The options with which a training run built its network, without those that name the weights it started from."""
+    run, names = source.run, dict(zip(_OF_NETWORK, _OF_NETWORK, strict=True)) | _RENAMED
+    options = dict(bn_eps=1e-3, bn_momentum=0.01) if run.get('bn_tf') else {}  # of older versions of timm
+    options |= {key: run[name] for key, name in names.items() if run.get(name) is not None}
+    options |= run.get('model_kwargs') or {}
     return {key: value for key, value in options.items() if not str(key).startswith(_SOURCES)}
+
+
+def _own(cfg: dict[str, Any]) -> None:
+    """Removes from a config what it says about other weights than those that the network has now."""
+    scale = noted_scale(cfg.get('notes'))
+    for key in _CLAIMS:
+        cfg.pop(key, None)
+    if scale is not None:
+        cfg['notes'] = [scale_note(scale)]
 
 
 def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -205,13 +208,15 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     """
     if given := [key for key in model_kwargs if key.startswith(_SOURCES)]:
         raise InputError(f'{given[0]} is not an option of a network: the weights are those of {source.file}.')
+    names = key_names(model_name) or {}
+    if ':' not in model_name:
+        model_name = source.run.get('model') or model_name  # its tag may have another config
     kwargs = {**basis_options(state), **options_of_run(source), **model_kwargs}
     if kwargs.get('features_only'):
         raise InputError('leave features_only out: give it to timm.create_model when you load the folder.')
-    if source.run.get('gp'):
-        kwargs.setdefault('global_pool', source.run['gp'])
     with torch.device('meta'):
         blank = _create(model_name, kwargs)
+    state = fit_keys(state, blank, names)
     if not harmonic_layers(blank):  # timm would say less about a misfit
         check_fit(state, blank, blank.pretrained_cfg['classifier'], blank.pretrained_cfg['first_conv'])
     shapes = _shapes(blank, state, f'{source.file} has no {{}}: it is not a {model_name}.')
@@ -223,18 +228,19 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
         source=None,
         num_classes=shapes['num_classes'],
         input_size=(shapes['in_chans'], *blank.pretrained_cfg['input_size'][1:]),
-        notes=source.notes or None,
+        label_offset=None,
+        **(dict(notes=source.notes) if source.url else {}),
     )
-    if not source.url:
-        overlay.update(tag=None, url=None, hf_hub_id=None, origin_url=None, license=None)
     model = _create(model_name, dict(kwargs, pretrained=True, pretrained_cfg_overlay=overlay))
     model.pretrained_cfg.pop('state_dict', None)  # timm's own networks keep it
+    if not source.url:
+        _own(model.pretrained_cfg)
     return model.eval()
 
 
 def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:
     """Classes and input channels of parameters, by the first and the last layer of their network."""
-    (first, *_), (last, *_) = (names_of(blank.pretrained_cfg[key]) for key in ('first_conv', 'classifier'))
+    first, last = (next(iter(names_of(blank.pretrained_cfg[key])), '') for key in ('first_conv', 'classifier'))
     stem, classifier = blank.get_submodule(first), state.get(f'{last}.weight')
     statistics, weight = state.get(f'{first}.bn.running_mean'), state.get(f'{first}.weight')
     for key, value, least in ((f'{first}.weight', weight, 2), (f'{last}.weight', classifier, 1)):
@@ -242,10 +248,13 @@ def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:
             raise CheckpointError(f'{key} of the checkpoint has shape {tuple(value.shape)}.')
     if statistics is not None and hasattr(stem, 'basis'):
         channels = statistics.numel() // stem.basis.shape[0]
+    elif not first or isinstance(stem, nn.Linear):  # shapes do not tell
+        channels = blank.in_chans
     elif weight is not None:
         channels = weight.shape[1] * stem.groups
     else:
-        raise CheckpointError(missing.format(f'{first}.weight'))
+        known = [name for name, _ in blank.named_parameters() if not name.startswith(f'{last}.')]
+        raise CheckpointError(missing.format(f'{first}.weight') + hint_of_prefix(state, known))
     return dict(num_classes=0 if classifier is None else len(classifier), in_chans=channels)
 
 
@@ -260,11 +269,13 @@ def convert(
     class_names: list[str] | None = None,
     license: str = '',
     dataset: str = '',
+    data_config: dict[str, Any] | None = None,
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
 
-    The options are those of `timm-harmonic convert`. Returns the files. Raises InputError if they contradict each other
-    or the outputs differ, CheckpointError if the checkpoint cannot be read or does not fit.
+    The options are those of `timm-harmonic convert`; `data_config` has mean, std, img_size and scale. Returns the
+    files. Raises InputError if options contradict each other or the outputs differ, CheckpointError if the checkpoint
+    cannot be read or does not fit.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
@@ -276,7 +287,9 @@ def convert(
         if source.url:
             class_names, dataset = ImageNetInfo().label_names(), dataset or 'imagenet-1k'
             license = license or LICENSE
-            repo_id = repo_id or f'{ORGANISATION}/{model_name}.{TAG}'
+            repo_id = repo_id or f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
+        given = {key: value for key, value in (data_config or {}).items() if value is not None}
+        images = {**source.run, **(dict(input_size=None) if 'img_size' in given else {}), **given}
 
         def add_run(folder: Path) -> None:
             for theirs, ours in _OF_RUN.items():
@@ -287,7 +300,7 @@ def convert(
                     shutil.copyfile(path, folder / ours)
 
         about: dict[str, Any] = dict(repo_id=repo_id, class_names=class_names, license=license, dataset=dataset)
-        return write_folder(model, out, source, steps, add=add_run, **about)
+        return write_folder(model, out, source, steps, add=add_run, data_config=images, **about)
 
 
 def next_step(steps: tqdm, what: str) -> None:
@@ -313,8 +326,10 @@ def write_folder(
 
     `out` must be new or empty, and is written as a whole or not at all. `steps` is a progress bar that moves by three.
     repo_id, license and dataset are ids of the Hub, for the card. `data_config` tells how to prepare images, by timm's
-    names; by default the options of the training run do. `add` writes more files. Returns the files. Raises InputError
-    if an argument is invalid, or the folder does not give the network's outputs.
+    names, and may have the scale, the value of images that stands for 1; by default the options of the training run
+    do. Without a licence, the config's origin and paper are left out: they are about other weights. `add` writes more
+    files. Returns the files. Raises InputError if an argument is invalid, the network cannot run on such images, or
+    the folder does not give the network's outputs.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
@@ -325,9 +340,11 @@ def write_folder(
         raise InputError(first_line(error)) from error
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f'{len(class_names)} class names for {model.num_classes} classes.')
+    images = _checked_images(model, source.run if data_config is None else data_config)
     with new_folder(out) as folder:
         next_step(steps, 'write')
-        _save(model, folder, license, class_names, source.run if data_config is None else data_config)
+        config = dict(label_names=class_names, pretrained_cfg=dict(license=license or None))
+        _save(model, folder, config, images, own=not license and not source.url)
         add(folder)
         next_step(steps, 'compare')
         loaded = create_trained(f'local-dir:{folder}')
@@ -335,26 +352,45 @@ def write_folder(
         place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
         model_card(loaded, place, source, license, dataset).save(folder / 'README.md')
         _check_files(folder)
+        for path in folder.iterdir():  # safetensors writes files that only their owner can read
+            path.chmod(folder.stat().st_mode & 0o666)
         steps.update()
     return sorted(out.iterdir())
 
 
-def _save(
-    model: nn.Module, folder: Path, license: str, class_names: list[str] | None, data_config: dict[str, Any]
-) -> None:
-    model_config = dict(label_names=class_names, pretrained_cfg=dict(license=license or None))
-    for (
-        parameter
-    ) in model.parameters():  # safetensors needs it, and .to(memory_format=...) leaves (O, I, P, 1) as it is
+def _checked_images(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns how to prepare images, with lists of means and deviations. Raises InputError if they make no sense."""
+    images = dict(given)
+    for key, bound in (('mean', -math.inf), ('std', 0)):
+        if (value := given.get(key)) is not None:
+            images[key] = [value] if isinstance(value, (int, float)) else value
+            if not all(isinstance(number, (int, float)) and bound < number < math.inf for number in images[key]):
+                raise InputError(f'{key} must be finite numbers{" above 0" * (key == "std")}, got {value!r}.')
+    check_scale(images.get('scale', 1))
+    with explained('the images cannot be prepared', TypeError, ValueError, AssertionError):
+        config_of_images(model, images)
+    return images
+
+
+def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: dict[str, Any], own: bool) -> None:
+    scale = images.pop('scale', None)
+    for parameter in model.parameters():  # as safetensors needs; .to(memory_format=...) leaves (O, I, P, 1) as it is
         parameter.data = parameter.data.contiguous()
     try:
-        save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=data_config)
+        with explained('the network cannot be saved for such images', TypeError, ValueError, AssertionError):
+            save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=images)
     except SafetensorError as error:  # a full disk
         raise InputError(f'the weights cannot be written to {folder.parent}: {first_line(error)}') from error
     # timm writes num_classes at the top and among model_args; transformers refuses the latter.
     path = folder / 'config.json'
     config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)
+    cfg = config['pretrained_cfg']
+    if own:
+        _own(cfg)
+    if scale is not None:
+        notes = [cfg['notes']] if isinstance(cfg.get('notes'), str) else cfg.get('notes') or []
+        cfg['notes'] = [*(note for note in notes if noted_scale(note) is None), scale_note(scale)]
     path.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
 
@@ -362,7 +398,8 @@ def _save(
 def _compare(model: nn.Module, loaded: nn.Module) -> None:
     """Raises unless the folder's network gives the source's outputs on random images, up to float32 rounding."""
     images = torch.randn(2, *loaded.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
-    expected, found = model(images), loaded(images)
+    with explained(f'the network cannot run on images of shape {tuple(images.shape[1:])}', Exception):
+        expected, found = model(images), loaded(images)
     if not expected.isfinite().all():
         raise InputError('the outputs of the checkpoint are not finite.')
     if expected.shape != found.shape:
@@ -379,66 +416,3 @@ def _check_files(folder: Path) -> None:
     licences = ModelCard.load(folder / 'README.md').data.license, config['pretrained_cfg'].get('license')
     if strange or licences[0] != licences[1]:
         raise InputError(f'the folder is not fit for the Hub: files {strange}, licences {licences}.')
-
-
-def model_card(model: nn.Module, place: str, source: Provenance, license: str = '', dataset: str = '') -> ModelCard:
-    """The card of a network with its weights, front matter included.
-
-    `place` is what timm loads it by: hf-hub:organisation/name, or local-dir:FOLDER.
-    """
-    data = ModelCardData(
-        license=license or None,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'harmonic-networks'],
-        datasets=[dataset] if dataset else None,
-    )
-    args, layers = get_model_args(model), harmonic_layers(model).values()
-    channels, height, width = model.pretrained_cfg['input_size']
-    fused = reparameterize_model(copy.deepcopy(model).to('meta')).eval()
-    return ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name('card.md')),
-        name=re.split('[:/]', place)[-1],
-        architecture=model.pretrained_cfg['architecture'],
-        base_model=repr(args['base_model']) if 'base_model' in args else '',
-        layers=_layers(model),
-        separable=sum(layer.form == 'separable' for layer in layers),
-        kept=sum(layer.weight.numel() for layer in layers),
-        full=sum(layer.weight.numel() // len(layer.basis) * layer.basis[0].numel() for layer in layers),
-        parameters=sum(p.numel() for p in model.parameters()),
-        macs=count_macs(fused, torch.empty(1, channels, height, width, device='meta')),
-        classes=model.num_classes,
-        features=model.num_features,
-        options=_options(args),
-        channels=channels,
-        height=height,
-        image_width=width,
-        place_literal=repr(place),
-        source=source,
-        license=license,
-        dataset=dataset,
-        version=version('timm-harmonic'),
-        repository=REPOSITORY,
-        install=INSTALL,
-    )
-
-
-def _options(args: dict[str, Any]) -> str:
-    """Options as in Python. One that lists every layer is only mentioned."""
-    shown = {key: value for key, value in args.items() if key not in ('num_classes', 'in_chans', 'global_pool')}
-    return ', '.join(
-        f'`{key}` of {len(value)} layers, in config.json'
-        if isinstance(value, (dict, list)) and len(value) > 4
-        else f'`{key}={value!r}`'
-        for key, value in shown.items()
-    )
-
-
-def _layers(model: nn.Module) -> str:
-    found: Counter[str] = Counter()
-    for layer in harmonic_layers(model).values():
-        functions, side = layer.basis.shape[:2]
-        normalised = ', normalised responses' if isinstance(layer, HarmonicBlock2d) else ''
-        found[f'{side} x {side} with {functions} of {side * side} functions ({layer.named_basis()}){normalised}'] += 1
-    return '; '.join(f'{number} of {text}' for text, number in found.items())

@@ -19,9 +19,11 @@ from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum, options_of_cod
 StateDict = dict[str, Any]
 Names = str | Sequence[str] | None
 
-# Where training scripts keep parameters: timm its averaged ones, and everyone the last ones (`params` in the authors'
-# scripts for CIFAR and STL-10).
-_AVERAGED, _LAST = ('state_dict_ema', 'model_ema'), ('state_dict', 'model', 'params')
+# Where training scripts keep averaged parameters and the last ones (`params`: the authors' for CIFAR and STL-10).
+_AVERAGED = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema')
+_LAST = ('state_dict', 'model', 'params', 'model_state_dict', 'net', 'network', 'weights', 'module')
+# What torch puts into names, at any depth, when it compiles a module, shards it or recomputes its activations.
+_WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 _BASIS = '.basis_code'  # the state dict's entry for a layer's basis, missing if it is the authors'
 
 
@@ -50,9 +52,12 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
         if re.match(rb'\s*<[!?a-zA-Z]', start):
             problem = 'is a web page, not a checkpoint: download the file itself again.'
         elif isinstance(error, pickle.UnpicklingError):
+            needed = re.search(r'GLOBAL ([\w.]+)', str(error))
             problem = (
                 'was not loaded: it is not a checkpoint, or it holds more than tensors and plain values and could run '
-                f'code. Download it again, or save its state dict alone. ({first_line(error)})'
+                f'code{f" ({needed[1]})" if needed else ""}. Download it again, or save the state dict alone where you '
+                "trust it: torch.save(model.state_dict(), 'weights.pth'), or, for a checkpoint of Lightning, "
+                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')."
             )
         else:
             reason = f'{type(error).__name__}: {first_line(error)}'
@@ -71,24 +76,31 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     """The state dict in what a training script saved, without the prefixes of wrapped modules.
 
     Args:
-        checkpoint: A state dict, or a dict that holds one or two under timm's names.
+        checkpoint: A state dict, or a dict that holds some under usual names, or a single one.
         use_ema: Whether to take averaged parameters. None takes them if they exist, as timm does.
 
     Raises:
-        CheckpointError: If the requested parameters do not exist, or a key or value is not a parameter's.
+        CheckpointError: If the requested parameters do not exist or are ambiguous, or a key or value is not a
+            parameter's.
     """
-    averaged = [checkpoint[key] for key in _AVERAGED if isinstance(checkpoint.get(key), dict)]
-    last = [checkpoint[key] for key in _LAST if isinstance(checkpoint.get(key), dict)]
+    held = [k for k, v in checkpoint.items() if isinstance(v, dict) and any(isinstance(i, Tensor) for i in v.values())]
+    averaged, last = ([key for key in keys if key in held] for keys in (_AVERAGED, _LAST))
+    if not averaged and not last and not any(isinstance(value, Tensor) and value.ndim for value in checkpoint.values()):
+        last = held
     if use_ema and not averaged:
         raise CheckpointError(f'the checkpoint has no averaged weights ({" or ".join(_AVERAGED)}).')
     if use_ema is False and averaged and not last:
         raise CheckpointError('the checkpoint has averaged weights (EMA) only.')
-    state = ((last if use_ema is False else averaged + last) or [checkpoint])[0]
+    chosen = averaged if averaged and use_ema is not False else last
+    if len(chosen) > 1 and chosen[0] not in ('state_dict', 'state_dict_ema'):  # timm takes these first
+        raise CheckpointError(f'the checkpoint has several state dicts: save {" or ".join(map(str, chosen))} alone.')
+    state = checkpoint[chosen[0]] if chosen else checkpoint
     if strange := [key for key in state if not isinstance(key, str)]:
         raise CheckpointError(f'the checkpoint has the key {strange[0]!r}, which is not the name of a parameter.')
-    clean = clean_state_dict(state)
+    clean = clean_state_dict({_WRAPPERS.sub('', key): value for key, value in state.items()})
     if len(clean) != len(state):
         raise CheckpointError('the checkpoint has one parameter under two names, with and without the prefix module.')
+    clean.pop('n_averaged', None)  # of torch.optim.swa_utils.AveragedModel
     for key, value in clean.items():
         _check_tensor(key, value)
     return clean
@@ -121,7 +133,7 @@ def convert_state_dict(
     target, layers = model.state_dict(), harmonic_layers(model)
     stem = model.pretrained_cfg['first_conv']
     state = {}
-    for key, value in rename_keys(unwrap(checkpoint), names).items():
+    for key, value in fit_keys(unwrap(checkpoint), model, names).items():
         name, _, attribute = key.rpartition('.')
         if attribute == 'dct' and name in layers:
             _check_basis(key, value, layers[name])
@@ -135,6 +147,20 @@ def convert_state_dict(
         _adapt_stem(state, stem, layers[stem], norms, model.pretrained_cfg['input_size'][0])
     check_fit(state, model, model.pretrained_cfg['classifier'], stem)
     return state
+
+
+def fit_keys(state: StateDict, model: nn.Module, names: dict[str, str]) -> StateDict:
+    """Renames keys to a network's: the authors' by `names`, see `rename_keys`, and others without their prefixes.
+
+    Prefixes such as `model.` are left out if all keys have them and none fits with them.
+    """
+    own, bare = model.state_dict().keys(), state
+    while not own & (renamed := rename_keys(bare, names)).keys():
+        first = {key.partition('.')[0] for key in bare}
+        if len(first) != 1 or not all('.' in key for key in bare):
+            return rename_keys(state, names)
+        bare = {key.partition('.')[2]: value for key, value in bare.items()}
+    return renamed
 
 
 def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
@@ -248,7 +274,18 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     }
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
-        raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.')
+        hint = hint_of_prefix(state, problems['missing'])
+        if any('.aux_bn.' in key for key in state):
+            hint = ' It was trained with --split-bn: save it without the keys of aux_bn, which evaluation does not use.'
+        raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.{hint}')
+
+
+def hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
+    """What to do if a state dict has the missing keys with a prefix, besides other keys; otherwise ''."""
+    prefixes = [key.removesuffix(missing[0]) for key in state if missing and key.endswith(f'.{missing[0]}')]
+    found = [prefix for prefix in prefixes if all(f'{prefix}{key}' in state for key in missing)]
+    place = ' or '.join(map(repr, found))
+    return f' The missing keys have the prefix {place}: save the state dict of that module alone.' * bool(found)
 
 
 def _other_basis(state: StateDict, name: str, layer: HarmonicLayer) -> str:

@@ -25,7 +25,7 @@ from ..conversion.costs import Form
 from ..conversion.harmonize import ARCHITECTURE, PatternLevels, harmonize
 from ..conversion.swap import harmonic_layers
 from ..layers import HarmonicConv2d, options_of_basis
-from .checkpoints import CheckpointError, StateDict, check_fit, unwrap
+from .checkpoints import CheckpointError, StateDict, check_fit, fit_keys, unwrap
 from .weights import build_model
 
 __all__ = ['checkpoint_filter_fn', 'harmonized']
@@ -155,7 +155,7 @@ def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
 
     Raises CheckpointError if it does not fit, naming the parameters.
     """
-    state, cfg = unwrap(checkpoint), model.pretrained_cfg
+    state, cfg = fit_keys(unwrap(checkpoint), model, {}), model.pretrained_cfg
     for name, layer in harmonic_layers(model).items():
         weight = state.get(f'{name}.weight')
         if weight is None or not isinstance(layer, HarmonicConv2d) or weight.ndim != 4 or weight.shape[3] != 1:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common import InputError
 from ..common.files import new_folder
 from ..common.folders import classes_of, image_files, natural_order, split_folders
-from ..common.images import SCALE, Preparation, far_from_training, scale_of, unreadable, warn_of
+from ..common.images import Preparation, far_from_training, scale_of, unreadable, warn_of
 from ..common.progress import progress
 from ..common.readers import READABLE, read_image
 
@@ -233,7 +233,7 @@ def read_folder(
             f'Images were shrunk from {shorter} (median of the shorter side) to {side} pixels: see --img-size.'
         )
     how: dict[str, Any] = dict(input_size=(channels, side, side), interpolation='bilinear', crop_pct=1.0)
-    how |= {'crop_mode': 'center', 'mean': (0.0,) * channels, 'std': (1.0,) * channels, SCALE: scale}
+    how |= dict(crop_mode='center', mean=(0.0,) * channels, std=(1.0,) * channels, scale=scale)
     prepare = Preparation(how, warns=False)
     splits: dict[str, Images] = {}
     paths: dict[str, list[Path]] = {}

@@ -1,0 +1,99 @@
+"""The card of a folder: what is said about a network and its weights, and where they come from."""
+
+import copy
+import dataclasses
+import re
+import shlex
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from timm.models import get_model_args, model_entrypoint, reparameterize_model
+from torch import nn
+
+from ..common.images import noted_scale
+from ..conversion.costs import count_macs
+from ..conversion.swap import harmonic_layers
+from ..layers import HarmonicBlock2d
+from ..models.paper import REPOSITORY
+
+INSTALL = '`git clone` its repository and run `pip install .` in it'  # cards and pages say how from here
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where weights come from. Fields that do not apply are empty."""
+
+    file: str = ''  # name of the source file
+    sha256: str = ''  # of the source file, 64 hex digits
+    url: str = ''  # where the authors released the source file
+    notes: tuple[str, ...] = ()  # what the paper says about the weights
+    epoch: int | None = None  # of the training run, counted from 0
+    averaged: bool = False  # whether the file's averaged weights were taken
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the training run
+    base: str = ''  # the network, if its weights did not come from a file
+
+
+def model_card(model: nn.Module, place: str, source: Provenance, license: str = '', dataset: str = '') -> ModelCard:
+    """The card of a network with its weights, front matter included.
+
+    `place` is what timm loads it by: hf-hub:organisation/name, or local-dir:FOLDER.
+    """
+    data = ModelCardData(
+        license=license or None,
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'harmonic-networks'],
+        datasets=[dataset] if dataset else None,
+    )
+    args, layers, cfg = get_model_args(model), harmonic_layers(model).values(), model.pretrained_cfg
+    ours = model_entrypoint(cfg['architecture']).__module__.startswith(__name__.partition('.')[0])
+    fused = reparameterize_model(copy.deepcopy(model).to('meta')).eval()
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name('card.md')),
+        name=re.split('[:/]', place)[-1],
+        base_model=repr(args['base_model']) if 'base_model' in args else '',
+        cfg=cfg,
+        layers=_layers(model),
+        separable=sum(layer.form == 'separable' for layer in layers),
+        kept=sum(layer.weight.numel() for layer in layers),
+        full=sum(layer.weight.numel() // len(layer.basis) * layer.basis[0].numel() for layer in layers),
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=count_macs(fused, torch.empty(1, *cfg['input_size'], device='meta')),
+        classes=model.num_classes,
+        features=model.num_features,
+        options=_options(args),
+        scale=noted_scale(cfg.get('notes')),
+        place_literal=repr(place),
+        place_shell=shlex.quote(place),
+        source=source,
+        license=license,
+        dataset=dataset,
+        version=version('timm-harmonic'),
+        repository=REPOSITORY,
+        install=INSTALL if ours else '',
+    )
+
+
+def _options(args: dict[str, Any]) -> str:
+    """Options as in Python. One that lists every layer is only mentioned."""
+    shown = {key: value for key, value in args.items() if key not in ('num_classes', 'in_chans', 'global_pool')}
+    return ', '.join(
+        f'`{key}` of {len(value)} layers, in config.json'
+        if isinstance(value, (dict, list)) and len(value) > 4
+        else f'`{key}={value!r}`'
+        for key, value in shown.items()
+    )
+
+
+def _layers(model: nn.Module) -> str:
+    found: Counter[str] = Counter()
+    for layer in harmonic_layers(model).values():
+        functions, side = layer.basis.shape[:2]
+        normalised = ', normalised responses' if isinstance(layer, HarmonicBlock2d) else ''
+        found[f'{side} x {side} with {functions} of {side * side} functions ({layer.named_basis()}){normalised}'] += 1
+    return '; '.join(f'{number} of {text}' for text, number in found.items())
