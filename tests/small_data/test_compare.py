@@ -175,7 +175,7 @@ def test_what_is_a_split_and_what_is_a_class(tmp_path):
     make(tmp_path / 'no_train', 4, splits=('validation', 'test'))
     for name, words in dict(
         flat='0.png lies beside the class folders',
-        mixed='has test/, train/ beside classes',
+        mixed='has train/, test/ beside classes',
         unlabelled='test/0.png lies beside the class folders',
         no_train='has validation/ and test/, but no train/',
     ).items():

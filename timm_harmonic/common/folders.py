@@ -57,7 +57,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
     """
     with explained(f'cannot list {str(folder)!r}', OSError):
         here = _folders(folder)
-        named = [(split, path) for path in here for split, names in SPLITS.items() if path.name.lower() in names]
+        named = [(split, path) for split, names in SPLITS.items() for path in here if path.name.lower() in names]
         # Beside other folders, one without class folders is a class of this name: trains, in a folder of vehicles.
         found = named if len(named) == len(here) else [(split, path) for split, path in named if _folders(path)]
     if len(named) - len(found) > 1:

@@ -71,9 +71,9 @@ def scale_of(dtype: np.dtype, scale: float | None = None) -> float:
 def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """timm's data config of a network, with a mean and deviation for each of its channels, and its `scale`.
 
-    `given` has options by timm's names (img_size, mean, std, ...), for instance a training run's, and the scale, see `scale_of`. If the
-    network's config has a mean and deviation for another number of channels, every channel gets their average. Raises
-    InputError if the given ones do not fit the channels.
+    `given` has options by timm's names (img_size, mean, std, ...), for instance a training run's, and the scale, see
+    `scale_of`. If the network's config has a mean and deviation for another number of channels, every channel gets
+    their average. Raises InputError if the given ones do not fit the channels.
     """
     for key in ('mean', 'std'):
         if given.get(key) is not None and len(given[key]) not in (1, model.in_chans):
