@@ -90,7 +90,7 @@ def test_bands_are_scaled_and_normalised_one_by_one(dtype):
         prepare(array[..., :3])
     with pytest.raises(InputError, match='mean has 2 values, the network takes 5 channels'):
         preparation(model, mean=[0.5, 0.5])
-    with pytest.raises(InputError, match='std must be above 0, got 0'):
+    with pytest.raises(InputError, match='std must be finite numbers above 0, got'):
         preparation(model, std=[0.0])
 
 

@@ -226,7 +226,7 @@ def test_options_that_contradict_the_checkpoint(run, tmp_path):
         (dict(bn_eps=0.1), 'cannot be created with .*bn_eps=0.1'),
         (dict(std=[0.0, 1, 1, 1]), 'std must be finite numbers above 0'),
         (dict(std='a'), "std must be finite numbers above 0, got 'a'"),
-        (dict(img_size='64'), 'the images cannot be prepared'),
+        (dict(img_size='64'), 'does not say how to prepare images'),
         (dict(img_size=0), 'cannot be saved for such images'),
         (dict(mean=[0.1, 0.2]), r'mean has 2 values, the network takes 4 channels'),
     ):
@@ -262,8 +262,6 @@ def test_a_state_dict_of_ones_own_loop(tmp_path, capsys):
         (['--mean', '1', '2', '3'], 'mean has 3 values, the network takes 2 channels'),
         (['--std', '0'], 'std must be finite numbers above 0, got [0.0]'),
         (['--mean', 'nan'], 'must be finite'),
-        (['--scale', '-1'], 'scale must be a number above 0, got -1.0'),
-        (['--scale', 'inf'], 'scale must be a number above 0'),
     ):
         assert cli.main([*command, *images, *wrong]) == 1
         assert words in capsys.readouterr().err

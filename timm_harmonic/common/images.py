@@ -73,13 +73,17 @@ def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
 
     `given` has options by timm's names (img_size, mean, std, ...), for instance a training run's, and the scale, see
     `scale_of`. If the network's config has a mean and deviation for another number of channels, every channel gets
-    their average. Raises InputError if the given ones do not fit the channels.
+    their average. Raises InputError if the given ones make no sense or do not fit the channels.
     """
-    for key in ('mean', 'std'):
-        if given.get(key) is not None and len(given[key]) not in (1, model.in_chans):
+    for key, bound in (('mean', -np.inf), ('std', 0)):
+        if (values := given.get(key)) is None:
+            continue
+        if not all(isinstance(value, (int, float)) and bound < value < np.inf for value in values):
+            raise InputError(f'{key} must be finite numbers{" above 0" * (key == "std")}, got {values!r}.')
+        if len(values) not in (1, model.in_chans):
             raise InputError(
-                f'{key} has {len(given[key])} values, the network takes {model.in_chans} channels: give one value, or '
-                'one for each channel.'
+                f'{key} has {len(values)} values, the network takes {model.in_chans} channels: give one value, or one '
+                'for each channel.'
             )
     with explained("the network's config does not say how to prepare images", Exception):
         config = resolve_data_config(dict(given, in_chans=model.in_chans), model=model)
@@ -87,8 +91,6 @@ def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         for key in ('mean', 'std'):
             if len(config[key]) != model.in_chans:
                 config[key] = (sum(config[key]) / len(config[key]),) * model.in_chans
-        if min(config['std']) <= 0:
-            raise InputError(f'std must be above 0, got {min(config["std"]):g}')
         scale = given.get('scale')
         config['scale'] = noted_scale(model.pretrained_cfg.get('notes')) if scale is None else check_scale(scale)
     return config

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import re
 import shutil
 import sys
@@ -25,8 +24,8 @@ from tqdm import tqdm
 
 from ..common import InputError, explained, first_line
 from ..common.files import check_new, new_folder
-from ..common.images import check_scale, noted_scale, scale_note
 from ..common.images import data_config as config_of_images
+from ..common.images import noted_scale, scale_note
 from ..common.progress import progress
 from ..conversion.swap import harmonic_layers
 from ..models.checkpoints import (
@@ -340,7 +339,10 @@ def write_folder(
         raise InputError(first_line(error)) from error
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f'{len(class_names)} class names for {model.num_classes} classes.')
-    images = _checked_images(model, source.run if data_config is None else data_config)
+    images = dict(source.run if data_config is None else data_config)
+    for key in ('mean', 'std'):
+        images[key] = [images[key]] if isinstance(images.get(key), (int, float)) else images.get(key)
+    config_of_images(model, images)  # raises if they make no sense
     with new_folder(out) as folder:
         next_step(steps, 'write')
         config = dict(label_names=class_names, pretrained_cfg=dict(license=license or None))
@@ -356,20 +358,6 @@ def write_folder(
             path.chmod(folder.stat().st_mode & 0o666)
         steps.update()
     return sorted(out.iterdir())
-
-
-def _checked_images(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns how to prepare images, with lists of means and deviations. Raises InputError if they make no sense."""
-    images = dict(given)
-    for key, bound in (('mean', -math.inf), ('std', 0)):
-        if (value := given.get(key)) is not None:
-            images[key] = [value] if isinstance(value, (int, float)) else value
-            if not all(isinstance(number, (int, float)) and bound < number < math.inf for number in images[key]):
-                raise InputError(f'{key} must be finite numbers{" above 0" * (key == "std")}, got {value!r}.')
-    check_scale(images.get('scale', 1))
-    with explained('the images cannot be prepared', TypeError, ValueError, AssertionError):
-        config_of_images(model, images)
-    return images
 
 
 def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: dict[str, Any], own: bool) -> None:
