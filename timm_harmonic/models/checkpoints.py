@@ -56,7 +56,7 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
             problem = (
                 'was not loaded: it is not a checkpoint, or it holds more than tensors and plain values and could run '
                 f'code{f" ({needed[1]})" if needed else ""}. Download it again; or, in the environment that wrote it, '
-                "save the state dict alone: torch.save(model.state_dict(), 'weights.pth'), in Lightning that of the module."
+                "save the state dict alone: torch.save(model.state_dict(), 'weights.pth'). In Lightning, the module's."
             )
         else:
             reason = f'{type(error).__name__}: {first_line(error)}'
