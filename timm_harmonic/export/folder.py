@@ -366,7 +366,8 @@ def _checked_images(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
             images[key] = [value] if isinstance(value, (int, float)) else value
             if not all(isinstance(number, (int, float)) and bound < number < math.inf for number in images[key]):
                 raise InputError(f'{key} must be finite numbers{" above 0" * (key == "std")}, got {value!r}.')
-    check_scale(images.get('scale', 1))
+    if images.get('scale') is not None:
+        check_scale(images['scale'])
     with explained('the images cannot be prepared', TypeError, ValueError, AssertionError):
         config_of_images(model, images)
     return images
