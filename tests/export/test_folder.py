@@ -362,7 +362,9 @@ def test_networks_without_a_file(tmp_path, what):
     assert noted_scale(loaded.pretrained_cfg['notes']) == 2.5
     text = (tmp_path / 'best' / 'README.md').read_text()
     assert ('pip install timm`' in text) is (what == 'plain')
-    assert ('timm-harmonic predict local-dir:best images/' in text) is (what != 'plain')
+    ours = ('timm-harmonic predict local-dir:best images/', '@article{Ulicny22', 'harmonic-networks')
+    assert all((words in text) is (what != 'plain') for words in ours)
+    assert 'divided by 2.5, then mean 0.1, 0.1, 0.1, 0.1, 0.1, standard deviation 0.2' in text
     assert images['scale'] == 2.5  # the caller's
 
 

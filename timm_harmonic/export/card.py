@@ -42,15 +42,16 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
 
     `place` is what timm loads it by: hf-hub:organisation/name, or local-dir:FOLDER.
     """
+    args, layers, cfg = get_model_args(model), harmonic_layers(model).values(), model.pretrained_cfg
+    of_package = model_entrypoint(cfg['architecture']).__module__.startswith(__name__.partition('.')[0])
+    ours = bool(layers) or of_package  # the package is needed to load it
     data = ModelCardData(
         license=license or None,
         library_name='timm',
         pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'harmonic-networks'],
+        tags=['image-classification', 'timm', *(['harmonic-networks'] if ours else [])],
         datasets=[dataset] if dataset else None,
     )
-    args, layers, cfg = get_model_args(model), harmonic_layers(model).values(), model.pretrained_cfg
-    ours = model_entrypoint(cfg['architecture']).__module__.startswith(__name__.partition('.')[0])
     fused = reparameterize_model(copy.deepcopy(model).to('meta')).eval()
     return ModelCard.from_template(
         data,

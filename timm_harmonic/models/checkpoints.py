@@ -55,9 +55,8 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
             needed = re.search(r'GLOBAL ([\w.]+)', str(error))
             problem = (
                 'was not loaded: it is not a checkpoint, or it holds more than tensors and plain values and could run '
-                f'code{f" ({needed[1]})" if needed else ""}. Download it again, or save the state dict alone where you '
-                "trust it: torch.save(model.state_dict(), 'weights.pth'), or, for a checkpoint of Lightning, "
-                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')."
+                f'code{f" ({needed[1]})" if needed else ""}. Download it again; or, in the environment that wrote it, '
+                "save the state dict alone: torch.save(model.state_dict(), 'weights.pth'). In Lightning, the module's."
             )
         else:
             reason = f'{type(error).__name__}: {first_line(error)}'
