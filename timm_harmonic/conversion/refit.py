@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..common import InputError
+from ..common.device import float64_device
 from ..common.progress import progress
 from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, dct_frequencies, full_level, owns_weight
 from .running import Use, check_changeable, evaluating, images_in, trainable, uses_of, watching
@@ -90,13 +91,13 @@ class Moments:
 
 def rows_of(values: Tensor, groups: int) -> Tensor:
     """Reshapes channels (B, groups * c, N) into rows (groups, B * N, c) in float64."""
-    values = values.to('cpu' if values.device.type == 'mps' else values.device, torch.float64)
+    values = values.to(float64_device(values.device), torch.float64)
     return values.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def by_group(weight: Tensor, groups: int) -> Tensor:
     """Reshapes coefficients (O, C / groups, P, 1) into weights (groups, F, o) in float64."""
-    rows = weight.detach().to('cpu' if weight.device.type == 'mps' else weight.device, torch.float64).flatten(1)
+    rows = weight.detach().to(float64_device(weight.device), torch.float64).flatten(1)
     return rows.unflatten(0, (groups, -1)).transpose(1, 2)
 
 
@@ -112,8 +113,7 @@ class Samples:
         self.layer: Any = layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
         count = layer.in_channels // layer.groups * len(layer.basis)
         size = count + layer.out_channels // layer.groups + 1
-        device = 'cpu' if layer.weight.device.type == 'mps' else layer.weight.device
-        sums = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=device)
+        sums = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=float64_device(layer.weight.device))
         self.fit, self.test = Moments(count, sums), Moments(count, sums.clone())
         self.share = min(1.0, max(_POSITIONS * count, _FEWEST) / positions)
         self.generator = torch.Generator().manual_seed(0)
@@ -370,14 +370,15 @@ def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) ->
             if not len(images):  # the part has fewer than four
                 continue
             for wanted, found in zip(_outputs(model, images), _outputs(small, images), strict=True):
-                error += float((found.double() - wanted.double()).square().sum())
-                variance += float((wanted.double() - wanted.double().mean()).square().sum())
+                error += float((found - wanted).square().sum())
+                variance += float((wanted - wanted.mean()).square().sum())
     return error / max(variance, torch.finfo(torch.float64).tiny)
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Returns the floating-point tensors among a network's outputs."""
-    return [x for x in tree_leaves(model(images)) if isinstance(x, Tensor) and x.is_floating_point()]
+    """Returns the floating-point tensors among a network's outputs, in float64."""
+    outputs = [x for x in tree_leaves(model(images)) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x.to(float64_device(x.device), torch.float64) for x in outputs]
 
 
 def _check_outputs(model: nn.Module, small: nn.Module, images: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common import InputError
-from .base import HarmonicLayer
+from .base import HarmonicLayer, refresh
 from .compose import compose, outside_autocast
 from .dct import dct_spectrum
 
@@ -103,7 +103,7 @@ class HarmonicBlock2d(HarmonicLayer):
     """
 
     def _add_norm(self) -> None:
-        dd: dict[str, Any] = {'device': self.weight.device, 'dtype': self.weight.dtype}
+        dd: dict[str, Any] = {'device': self.basis.device, 'dtype': self.weight.dtype}
         eps = 1e-5 if self.smoothness is None else _FLOOR
         self.bn: Any = nn.BatchNorm2d(self.in_channels * self.weight.shape[2], eps, affine=False, **dd)
         self.register_buffer('spectrum', None, persistent=False)
@@ -160,11 +160,13 @@ class HarmonicBlock2d(HarmonicLayer):
     def coefficients(self) -> Tensor:
         """Returns the coefficients (O, C / groups, P, 1) of the filters of evaluation, normalisation included."""
         self._check_statistics('weigh frequencies')
+        refresh(self)
         scale = _scale(self.bn.running_var, self.bn.weight, self.bn.eps, self.basis.dtype)
         return _times(self.weight.to(scale.dtype), scale, self.groups)
 
     def filters(self) -> Tensor:
         """Composes the filters (O, C / groups, k, k) of evaluation, differentiably."""
+        refresh(self)
         return self._fused()[0]
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
@@ -174,6 +176,7 @@ class HarmonicBlock2d(HarmonicLayer):
             InputError: If a module without running statistics has replaced `bn`.
         """
         self._check_statistics('fuse')
+        refresh(self)
         if self.form == 'separable':
             return self._to_sequential(*self._mix_in_eval())
         return self._to_conv2d(*self._fused())
