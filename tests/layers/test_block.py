@@ -3,10 +3,12 @@
 import copy
 
 import pytest
+import reference
 import torch
 import torch.autograd.forward_ad as fwad
 from reference import relative_error
-from timm.layers import convert_splitbn_model
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, convert_splitbn_model
+from timm.utils import freeze
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d
@@ -215,3 +217,92 @@ def test_what_does_not_fit_changes_no_statistics(x, words):
         layer(x)
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
     assert layer(torch.randn(0, 3, 8, 8)).shape == (0, 4, 6, 6)
+
+
+def set_to(**attributes):
+    return lambda layer: [setattr(layer.bn, name, value) for name, value in attributes.items()]
+
+
+def replaced_by(kind, **options):
+    def replace(layer):
+        bn = kind(147, **options)
+        bn.running_mean, bn.running_var = layer.bn.running_mean, layer.bn.running_var
+        layer.bn = bn.double()
+
+    return replace
+
+
+FROZEN = {
+    'eval': lambda layer: layer.bn.eval(),
+    'not tracked': set_to(track_running_stats=False),
+    'not tracked, eval': lambda layer: set_to(track_running_stats=False)(layer) and layer.bn.eval(),
+    'Lightning': lambda layer: set_to(track_running_stats=False)(layer) and layer.requires_grad_(False),
+    'momentum 0': set_to(momentum=0.0),
+    'timm': lambda layer: freeze(nn.Sequential(layer), ['0.bn']),
+    'activation': replaced_by(FrozenBatchNormAct2d),
+    'trained activation': replaced_by(BatchNormAct2d, affine=False),
+    'average of all': set_to(momentum=None),
+    'average of many': lambda layer: set_to(momentum=None)(layer) and layer.bn.num_batches_tracked.fill_(9),
+}
+
+
+@pytest.mark.parametrize('how', FROZEN)
+def test_frozen_as_batch_norm_is(how):
+    """The same as filtering, the module in `bn` and mixing, in training and then in evaluation; also from a file."""
+    layer, other = pair()
+    generator = torch.Generator().manual_seed(4)
+    layer.bn.running_mean.normal_(generator=generator)
+    layer.bn.running_var.uniform_(0.5, 1.5, generator=generator)
+    other.load_state_dict(layer.state_dict())
+    FROZEN[how](layer)
+    bn = copy.deepcopy(layer.bn)
+    images = [torch.randn(4, 3, 33, 40, generator=generator, dtype=torch.float64) for _ in range(4)]
+    functions = reference.dct_functions(7)
+
+    def check(x):
+        normalised = bn(reference.responses(x, functions, 4, 3))
+        assert relative_error(layer(x), reference.mix(normalised, other.weight, other.bias, 1)) < 1e-12
+        torch.testing.assert_close(layer.bn.state_dict(), bn.state_dict(), rtol=1e-14, atol=1e-14)
+
+    for x in images[:3]:
+        check(x)
+    layer.eval()
+    bn.eval()
+    check(images[3])
+    if 'activation' in how:
+        with pytest.raises(ValueError, match=r'cannot fuse: .* has no running statistics, or an activation'):
+            layer.fuse()
+        return
+    assert relative_error(layer.fuse()(images[3]), layer(images[3])) < 1e-12
+    lower = layer.at_level(3)
+    assert relative_error(lower.fuse()(images[3]), lower(images[3])) < 1e-12
+
+
+@pytest.mark.parametrize('metadata', [True, False])
+def test_files_of_frozen_stems(metadata):
+    """Into frozen and other stems, strictly, as nn.BatchNorm2d and FrozenBatchNorm2d take each other's files."""
+    for written in FROZEN:
+        for read in FROZEN:
+            if 'activation' in written + read and written != read:
+                continue
+            source, target = pair()[0], HarmonicBlock2d(3, 6, 7, 4, 3, dtype=torch.float64)
+            source(images())
+            FROZEN[written](source)
+            FROZEN[read](target)
+            state = source.state_dict()
+            no_count = 'num_batches_tracked' not in ''.join(state)
+            if read in ('not tracked', 'not tracked, eval', 'Lightning') and no_count:
+                continue  # nn.BatchNorm2d itself asks for the count there
+            target.load_state_dict(state if metadata else dict(state))
+            assert torch.equal(target.eval()(images()), source.eval()(images())), (written, read)
+
+
+@pytest.mark.parametrize(('name', 'value'), [('weight', 2.0), ('bias', 0.5)])
+def test_scales_of_a_normalisation_are_never_dropped(name, value):
+    """A stem without scales refuses those of a file, unless they change nothing."""
+    source, target = pair()
+    FROZEN['timm'](source)
+    getattr(source.bn, name)[5] = value
+    with pytest.raises(RuntimeError, match=f'Unexpected.*bn.{name}'):
+        target.load_state_dict(source.state_dict())
+    assert target.load_state_dict(source.state_dict(), strict=False).unexpected_keys == [f'bn.{name}']

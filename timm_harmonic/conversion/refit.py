@@ -184,6 +184,10 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     """Returns a refitted copy of a truncated network, see `refit`, on images of `read_images`."""
     _check_outputs(model, small, parts[0])
     fitted, counted = copy.deepcopy(small), copy.deepcopy(small)
+    tracked = [m for of in (fitted, counted) for m in of.modules() if isinstance(m, _NORMS) and m.track_running_stats]
+    frozen = [norm for norm in tracked if norm.training < small.training]
+    for norm in frozen:  # in evaluation nothing else tells them apart
+        norm.track_running_stats = False
     with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
         norms, uses = norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
@@ -196,6 +200,8 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         if not math.isfinite(errors[small]):
             raise InputError('the networks give values that are not finite on the data.')
         best = min(errors, key=lambda network: math.inf if math.isnan(errors[network]) else errors[network])
+    for norm in frozen:
+        norm.track_running_stats = True
     return copy.deepcopy(small) if best is small else best
 
 
@@ -423,11 +429,13 @@ def _check_pair(model: nn.Module, small: nn.Module) -> None:
 def norms_of(model: nn.Module) -> list[Any]:
     """Returns the batch normalisations of a network whose statistics follow the data, except inside harmonic blocks.
 
-    Levels do not change the statistics of a harmonic block's responses. A momentum of 0 freezes statistics.
+    Levels do not change the statistics of a harmonic block's responses. A momentum of 0 freezes statistics, and so does
+    evaluation in a network that trains.
     """
     inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d)}
     norms = [module for module in model.modules() if isinstance(module, _NORMS) and id(module) not in inside]
-    return [norm for norm in norms if norm.track_running_stats and norm.momentum != 0]
+    tracked = [norm for norm in norms if norm.track_running_stats and norm.num_batches_tracked is not None]
+    return [norm for norm in tracked if norm.momentum != 0 and norm.training >= model.training]
 
 
 def norms_behind(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ..common import InputError
 from .base import HarmonicLayer, refresh
@@ -153,9 +154,20 @@ class HarmonicBlock2d(HarmonicLayer):
         with torch.inference_mode(False):
             self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A frozen norm stores a scale and a shift, which are 1 and 0 where `bn` has none.
+        for name, neutral in (('weight', 1.0), ('bias', 0.0)):
+            key, own = f'{prefix}bn.{name}', getattr(self.bn, name, None)
+            stored, mean = state_dict.get(key), state_dict.get(f'{prefix}bn.running_mean')
+            if own is None and stored is not None and not stored.is_meta and bool((stored == neutral).all()):
+                del state_dict[key]
+            elif own is not None and stored is None and mean is not None:
+                state_dict[key] = torch.full_like(mean, neutral)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def has_statistics(self) -> bool:
-        """Tells whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
-        return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None
+        """Tells whether the normalisation has running statistics and no activation, as nn.BatchNorm2d and its kin."""
+        return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None and not hasattr(self.bn, 'act')
 
     def coefficients(self) -> Tensor:
         """Returns the coefficients (O, C / groups, P, 1) of the filters of evaluation, normalisation included."""
@@ -183,9 +195,10 @@ class HarmonicBlock2d(HarmonicLayer):
 
     def _keep_responses(self, kept: list[int]) -> None:
         bn, count = self.bn, self.weight.shape[2]
-        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or next(bn.children(), None) is not None:
+        kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+        if not isinstance(bn, kinds) or next(bn.children(), None) is not None:
             raise InputError(f'cannot truncate: {type(bn).__name__} is no batch normalisation that can drop responses.')
-        index = torch.arange(bn.num_features, device=self.weight.device).reshape(-1, count)[:, kept].flatten()
+        index = torch.arange(self.in_channels * count, device=self.weight.device).reshape(-1, count)[:, kept].flatten()
         for tensor in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
             if tensor is not None:
                 tensor.data = tensor.data[index]
@@ -193,7 +206,7 @@ class HarmonicBlock2d(HarmonicLayer):
 
     def _check_statistics(self, purpose: str) -> None:
         if not self.has_statistics():
-            raise InputError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics.')
+            raise InputError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics, or an activation.')
 
     def _fused(self) -> tuple[Tensor, Tensor]:
         return self._fused_by(self.bn.running_mean, self.bn.running_var)
@@ -269,12 +282,12 @@ class HarmonicBlock2d(HarmonicLayer):
         bn = self.bn
         if count < 2:
             raise InputError(f'expected more than 1 response per channel when training, got {count}.')
-        if bn.running_mean is None:
+        if bn.running_mean is None or not bn.track_running_stats:
             return
         bn.num_batches_tracked.add_(1)
         # Without momentum, the average over all batches: a tensor, because a number would wait for the device.
         factor = bn.momentum
         if factor is None:
-            factor = (1 / bn.num_batches_tracked).to(bn.running_mean.dtype)
+            factor = bn.num_batches_tracked.to(mean.dtype).reciprocal().to(bn.running_mean.dtype)
         for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
             running.lerp_(new.to(running.dtype), factor)
