@@ -6,6 +6,7 @@ respond() filters every input channel by every DCT function, mix() is a 1 x 1 co
 responses are known, all three are linear, so the layer computes them as one dense convolution wherever it can.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -238,7 +239,7 @@ class HarmonicBlock2d(HarmonicLayer):
         # Inputs that do not fit are refused before statistics change.
         fits = x.ndim == 4 and x.shape[1] == self.in_channels
         fits = fits and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
-        return fits and len(x) > 0 and not x.requires_grad
+        return fits and x.shape[0] > 0 and not x.requires_grad  # len() would fix the batch of an exported program
 
     @torch.jit.unused
     def _fused_by_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,12 +258,14 @@ class HarmonicBlock2d(HarmonicLayer):
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
         functions = self._functions().to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
         images = x.reshape(-1, 1, height, width)
-        positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
-        # A compiled graph contains every piece, so there they are large.
-        small = x.device.type == 'cpu' and not torch.compiler.is_compiling()
-        piece = _PIECE_CPU if small else _PIECE
+        parts: Sequence[Tensor] = (images,)
+        if not torch.compiler.is_exporting():  # a program must not depend on the number of pieces
+            positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
+            # A compiled graph contains every piece, so there they are large.
+            small = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+            parts = images.split(max(1, (_PIECE_CPU if small else _PIECE) // (positions * len(functions))))
         means, variances, count = [], [], 0
-        for part in images.split(max(1, piece // (positions * len(functions)))):
+        for part in parts:
             responses = self._convolve(part, functions, None, 1)
             count = responses.shape[2] * responses.shape[3]
             if x.device.type == 'cpu':  # takes half the time of var_mean
