@@ -182,6 +182,18 @@ def test_compiles_without_a_break(needs_gradient):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('dim', [torch.export.Dim.DYNAMIC, torch.export.Dim('batch')], ids=['dynamic', 'named'])
+def test_exported_for_every_batch(dim, strict):
+    """In training, where the statistics are those of the batch, however many pieces they take."""
+    layer, other = pair()
+    program = torch.export.export(layer, (images(),), dynamic_shapes=({0: dim},), strict=strict).module()
+    for batch in (2, 70):
+        x = torch.randn(batch, 3, 33, 40, dtype=torch.float64)
+        assert relative_error(program(x), other(x)) < 1e-12
+    torch.testing.assert_close(program.state_dict()['bn.running_var'], other.bn.running_var)
+
+
 def test_memory_that_is_kept():
     """The backward pass keeps what a plain convolution keeps: the image and the filters, and a few small tensors."""
     layer, other = pair(torch.float32, out=64)
