@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.common.device import float64_device, has_float64
+from timm_harmonic.common.device import float64_device
 from timm_harmonic.layers import base
 
 
 def test_devices_that_have_float64():
     for name in ('cpu', 'meta', *(['cuda'] if torch.cuda.is_available() else [])):
-        assert has_float64(torch.device(name))
         assert float64_device(torch.device(name)) == torch.device(name)
 
 
@@ -25,17 +24,17 @@ def test_devices_that_refuse_float64(error, monkeypatch):
 
     monkeypatch.setattr(torch, 'ones', refuse)
     device = torch.device('xpu', 7)
-    has_float64.cache_clear()
+    float64_device.cache_clear()
     assert float64_device(device) == float64_device(device) == torch.device('cpu')
     assert asked == [device]
-    has_float64.cache_clear()
+    float64_device.cache_clear()
 
 
 @pytest.mark.parametrize('cls', [HarmonicConv2d, HarmonicBlock2d])
 def test_a_layer_without_float64(cls, monkeypatch):
     torch.manual_seed(0)
     expected = cls(3, 8, 3).eval()
-    monkeypatch.setattr(base, 'has_float64', lambda device: False)
+    monkeypatch.setattr(base, 'float64_device', lambda device: torch.device('meta'))
     layer = cls(3, 8, 3).eval()
     layer.load_state_dict(expected.state_dict())
     assert {buffer.dtype for buffer in layer.buffers()} <= {torch.float32, torch.int64}

@@ -16,15 +16,10 @@ def usable_device(name: str | None) -> torch.device:
 
 
 @functools.cache
-def has_float64(device: torch.device) -> bool:
-    """Tells whether a device computes in float64, by trying: neither Apple's GPUs nor all of Intel's do."""
+def float64_device(device: torch.device) -> torch.device:
+    """Returns a device if it computes in float64, which is tried (Apple's GPUs do not), and else the CPU."""
     try:
         torch.ones(1, dtype=torch.float64, device=device).mul_(2)
-    except Exception:  # devices raise errors of their own
-        return False
-    return True
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Returns the device on which to compute in float64 what is on another: the same one or the CPU."""
-    return device if has_float64(device) else torch.device('cpu')
+    except Exception:  # each kind of device raises its own
+        return torch.device('cpu')
+    return device

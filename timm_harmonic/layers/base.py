@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +11,7 @@ from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import Tensor, nn
 
 from ..common import InputError
-from ..common.device import has_float64
+from ..common.device import float64_device
 from .compose import format_of
 from .dct import (
     check_level,
@@ -48,24 +48,22 @@ def computes_weight(hook: Any) -> bool:
 
 
 def refresh(layer: nn.Module) -> None:
-    """Recomputes what pre-hooks compute, such as a pruned weight: until then it is that of the last forward pass.
+    """Recomputes what pre-hooks compute, such as a pruned weight, as the next forward pass would.
 
-    The layer then has the parameters that its next forward pass would use, while the state of the hooks (spectral_norm
-    has one) stays. Raises InputError if an unknown hook may compute the weight.
+    The state of the hooks (spectral_norm has one) stays. Raises InputError if an unknown hook may compute the weight.
     """
+    if isinstance(layer, HarmonicLayer):
+        _complete(layer)
     for module in layer.modules():
-        hooks = list(module._forward_pre_hooks.values())
-        computing = [hook for hook in hooks if computes_weight(hook)]
-        targets = {getattr(hook, 'name', getattr(hook, '_tensor_name', '')) for hook in computing}
-        if len(computing) < len(hooks) and 'weight' in vars(module).keys() - targets:
+        hooks = [hook for hook in module._forward_pre_hooks.values() if computes_weight(hook)]
+        if module._forward_pre_hooks and not hooks and 'weight' in vars(module):
             raise InputError(f'cannot tell the filters of {layer}: a hook may compute its weight, make that permanent.')
-        if isinstance(module, HarmonicLayer):
-            _complete(module)
         buffers = module._buffers.copy()
-        if computing:
-            module._buffers.update({name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)})
-        for hook in computing:
-            hook(module, ())
+        for name, buffer in module.named_buffers(recurse=False) if hooks else ():
+            module._buffers[name] = buffer.clone()
+        with torch.enable_grad():  # tells whether the weight is trained
+            for hook in hooks:
+                hook(module, ())
         module._buffers.update(buffers)
 
 
@@ -75,10 +73,7 @@ def owns_weight(layer: nn.Module) -> bool:
 
 
 def _complete(layer: 'HarmonicLayer', inputs: Any = None) -> None:
-    """Builds the basis of a layer that was made on meta once its coefficients exist, however they were set.
-
-    As a hook it runs before such a layer's forward pass, and init_non_persistent_buffers removes it.
-    """
+    """Builds the basis of a layer made on meta whose coefficients have values, however they were set; a pre-hook."""
     if layer.basis.is_meta and not layer._coefficients_in_memory().is_meta:
         layer.init_non_persistent_buffers()
 
@@ -180,15 +175,11 @@ class HarmonicLayer(nn.Module):
 
     def _coefficients_in_memory(self) -> Tensor:
         """Returns the parameter that casts reach: the coefficients or, pruned or normed, what computes them."""
-        return next(self._parameters_of('weight'), self.weight)
-
-    def _parameters_of(self, name: str) -> Iterator[Tensor]:
-        """Yields the parameter of this name or, if it is computed, those that it is computed from."""
-        of = (name, f'parametrizations.{name}.')
-        return (parameter for key, parameter in self.named_parameters() if key.startswith(of))
-
-    def _learns(self, name: str) -> bool:
-        return any(parameter.requires_grad for parameter in self._parameters_of(name))
+        names = ('weight', 'parametrizations.weight.')
+        for name, parameter in self.named_parameters():
+            if name.startswith(names):
+                return parameter
+        return self.weight
 
     def __getstate__(self) -> dict[str, Any]:
         # The history of a computed weight cannot be copied.
@@ -202,7 +193,7 @@ class HarmonicLayer(nn.Module):
         float32 keep three digits.
         """
         exact = like.device.type == 'cuda' or self.in_channels // self.groups <= _FEW_CHANNELS
-        exact = exact and has_float64(like.device)
+        exact = exact and float64_device(like.device) == like.device
         dtype = torch.promote_types(like.dtype, torch.float64 if exact else torch.float32)
         options = (self.kernel_size[0], self.level, self.dc, self.normalization, self.smoothness)
         return dct_basis(*options, device=like.device, dtype=dtype)
@@ -367,10 +358,10 @@ class HarmonicLayer(nn.Module):
         conv = nn.utils.skip_init(Conv2dSame if same else nn.Conv2d, **args)
         with torch.no_grad():
             conv.weight.copy_(filters)
-            conv.weight.requires_grad_(self._learns('weight'))
+            conv.weight.requires_grad_(self._coefficients_in_memory().requires_grad)
             if bias is not None:
                 conv.bias.copy_(bias)
-                conv.bias.requires_grad_(self._learns('weight' if self.bias is None else 'bias'))
+                conv.bias.requires_grad_((self.weight if self.bias is None else self.bias).requires_grad)
         return conv.to(memory_format=format_of(self.weight)).train(self.training)
 
     def _to_sequential(self, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
