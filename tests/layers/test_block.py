@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import reference
+import timm
 import torch
 import torch.autograd.forward_ad as fwad
 from reference import relative_error
+from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, convert_splitbn_model
 from timm.utils import freeze
 from torch import nn
@@ -307,6 +309,19 @@ def test_files_of_frozen_stems(metadata):
                 continue  # nn.BatchNorm2d itself asks for the count there
             target.load_state_dict(state if metadata else dict(state))
             assert torch.equal(target.eval()(images()), source.eval()(images())), (written, read)
+
+
+@pytest.mark.parametrize('way', ['checkpoint_path', 'pretrained'])
+def test_files_of_frozen_networks(way, tmp_path):
+    options = dict(num_classes=3, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    model = reference.small('harm_resnet18', options)
+    frozen = copy.deepcopy(model)
+    freeze(frozen)
+    save_file(frozen.state_dict(), path := str(tmp_path / 'frozen.safetensors'))
+    file = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path, num_classes=3))
+    loaded = timm.create_model('harm_resnet18', **options, **(file if way == 'pretrained' else {way: path}))
+    x = torch.randn(2, 3, 64, 64)
+    assert relative_error(loaded.eval()(x), model(x)) < 1e-5
 
 
 @pytest.mark.parametrize(('name', 'value'), [('weight', 2.0), ('bias', 0.5)])

@@ -155,8 +155,8 @@ class HarmonicBlock2d(HarmonicLayer):
         with torch.inference_mode(False):
             self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A frozen norm stores a scale and a shift, which are 1 and 0 where `bn` has none.
+    def fit_norm(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Drops scales of 1 and shifts of 0, as frozen norms store them, if `bn` has none; adds them if it has."""
         for name, neutral in (('weight', 1.0), ('bias', 0.0)):
             key, own = f'{prefix}bn.{name}', getattr(self.bn, name, None)
             stored, mean = state_dict.get(key), state_dict.get(f'{prefix}bn.running_mean')
@@ -164,6 +164,9 @@ class HarmonicBlock2d(HarmonicLayer):
                 del state_dict[key]
             elif own is not None and stored is None and mean is not None:
                 state_dict[key] = torch.full_like(mean, neutral)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.fit_norm(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def has_statistics(self) -> bool:
