@@ -201,13 +201,35 @@ def test_the_running_mean_takes_the_constant_up():
     assert output_error(model, better, parts) < 0.1 * output_error(model, small, parts)
 
 
-def test_frozen_statistics_stay():
+def each_norm(change):
+    def freeze(model):
+        for module in model.train().modules():
+            if isinstance(module, nn.BatchNorm2d):
+                change(module)
+        return model
+
+    return freeze
+
+
+@pytest.mark.parametrize(
+    'freeze',
+    [
+        freeze_batch_norm_2d,
+        each_norm(lambda norm: norm.eval()),
+        each_norm(lambda norm: setattr(norm, 'momentum', 0.0)),
+        each_norm(lambda norm: setattr(norm, 'track_running_stats', False)),
+    ],
+)
+def test_frozen_statistics_stay(freeze):
     model, data = tiny()
-    frozen = freeze_batch_norm_2d(copy.deepcopy(model))
+    frozen = freeze(copy.deepcopy(model))
     assert norms_of(frozen) == []
     small = weakened(truncate(frozen, level=2))
     better = refit(frozen, small, [data])
     assert nearer(frozen, better, small, data)
+    for old, new in zip(small.modules(), better.modules(), strict=True):
+        for flag in ('training', 'momentum', 'track_running_stats'):
+            assert getattr(old, flag, None) == getattr(new, flag, None)
     for name, module in better.named_modules():
         if hasattr(module, 'running_var') and name:
             assert torch.equal(module.running_var, small.get_submodule(name).running_var)

@@ -3,10 +3,14 @@
 import copy
 
 import pytest
+import reference
+import timm
 import torch
 import torch.autograd.forward_ad as fwad
 from reference import relative_error
-from timm.layers import convert_splitbn_model
+from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, convert_splitbn_model
+from timm.utils import freeze
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d
@@ -180,6 +184,18 @@ def test_compiles_without_a_break(needs_gradient):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('dim', [torch.export.Dim.DYNAMIC, torch.export.Dim('batch')], ids=['dynamic', 'named'])
+def test_exported_for_every_batch(dim, strict):
+    """In training, where the statistics are those of the batch, however many pieces they take."""
+    layer, other = pair()
+    program = torch.export.export(layer, (images(),), dynamic_shapes=({0: dim},), strict=strict).module()
+    for batch in (2, 70):
+        x = torch.randn(batch, 3, 33, 40, dtype=torch.float64)
+        assert relative_error(program(x), other(x)) < 1e-12
+    torch.testing.assert_close(program.state_dict()['bn.running_var'], other.bn.running_var)
+
+
 def test_memory_that_is_kept():
     """The backward pass keeps what a plain convolution keeps: the image and the filters, and a few small tensors."""
     layer, other = pair(torch.float32, out=64)
@@ -215,3 +231,105 @@ def test_what_does_not_fit_changes_no_statistics(x, words):
         layer(x)
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
     assert layer(torch.randn(0, 3, 8, 8)).shape == (0, 4, 6, 6)
+
+
+def set_to(**attributes):
+    return lambda layer: [setattr(layer.bn, name, value) for name, value in attributes.items()]
+
+
+def replaced_by(kind, **options):
+    def replace(layer):
+        bn = kind(147, **options)
+        bn.running_mean, bn.running_var = layer.bn.running_mean, layer.bn.running_var
+        layer.bn = bn.double()
+
+    return replace
+
+
+FROZEN = {
+    'eval': lambda layer: layer.bn.eval(),
+    'not tracked': set_to(track_running_stats=False),
+    'not tracked, eval': lambda layer: set_to(track_running_stats=False)(layer) and layer.bn.eval(),
+    'Lightning': lambda layer: set_to(track_running_stats=False)(layer) and layer.requires_grad_(False),
+    'momentum 0': set_to(momentum=0.0),
+    'timm': lambda layer: freeze(nn.Sequential(layer), ['0.bn']),
+    'activation': replaced_by(FrozenBatchNormAct2d),
+    'trained activation': replaced_by(BatchNormAct2d, affine=False),
+    'average of all': set_to(momentum=None),
+    'average of many': lambda layer: set_to(momentum=None)(layer) and layer.bn.num_batches_tracked.fill_(9),
+}
+
+
+@pytest.mark.parametrize('how', FROZEN)
+def test_frozen_as_batch_norm_is(how):
+    """The same as filtering, the module in `bn` and mixing, in training and then in evaluation; also from a file."""
+    layer, other = pair()
+    generator = torch.Generator().manual_seed(4)
+    layer.bn.running_mean.normal_(generator=generator)
+    layer.bn.running_var.uniform_(0.5, 1.5, generator=generator)
+    other.load_state_dict(layer.state_dict())
+    FROZEN[how](layer)
+    bn = copy.deepcopy(layer.bn)
+    images = [torch.randn(4, 3, 33, 40, generator=generator, dtype=torch.float64) for _ in range(4)]
+    functions = reference.dct_functions(7)
+
+    def check(x):
+        normalised = bn(reference.responses(x, functions, 4, 3))
+        assert relative_error(layer(x), reference.mix(normalised, other.weight, other.bias, 1)) < 1e-12
+        torch.testing.assert_close(layer.bn.state_dict(), bn.state_dict(), rtol=1e-14, atol=1e-14)
+
+    for x in images[:3]:
+        check(x)
+    layer.eval()
+    bn.eval()
+    check(images[3])
+    if 'activation' in how:
+        with pytest.raises(ValueError, match=r'cannot fuse: .* has no running statistics, or an activation'):
+            layer.fuse()
+        return
+    assert relative_error(layer.fuse()(images[3]), layer(images[3])) < 1e-12
+    lower = layer.at_level(3)
+    assert relative_error(lower.fuse()(images[3]), lower(images[3])) < 1e-12
+
+
+@pytest.mark.parametrize('metadata', [True, False])
+def test_files_of_frozen_stems(metadata):
+    """Into frozen and other stems, strictly, as nn.BatchNorm2d and FrozenBatchNorm2d take each other's files."""
+    for written in FROZEN:
+        for read in FROZEN:
+            if 'activation' in written + read and written != read:
+                continue
+            source, target = pair()[0], HarmonicBlock2d(3, 6, 7, 4, 3, dtype=torch.float64)
+            source(images())
+            FROZEN[written](source)
+            FROZEN[read](target)
+            state = source.state_dict()
+            no_count = 'num_batches_tracked' not in ''.join(state)
+            if read in ('not tracked', 'not tracked, eval', 'Lightning') and no_count:
+                continue  # nn.BatchNorm2d itself asks for the count there
+            target.load_state_dict(state if metadata else dict(state))
+            assert torch.equal(target.eval()(images()), source.eval()(images())), (written, read)
+
+
+@pytest.mark.parametrize('way', ['checkpoint_path', 'pretrained'])
+def test_files_of_frozen_networks(way, tmp_path):
+    options = dict(num_classes=3, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    model = reference.small('harm_resnet18', options)
+    frozen = copy.deepcopy(model)
+    freeze(frozen)
+    save_file(frozen.state_dict(), path := str(tmp_path / 'frozen.safetensors'))
+    file = dict(pretrained=True, pretrained_cfg_overlay=dict(file=path, num_classes=3))
+    loaded = timm.create_model('harm_resnet18', **options, **(file if way == 'pretrained' else {way: path}))
+    x = torch.randn(2, 3, 64, 64)
+    assert relative_error(loaded.eval()(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize(('name', 'value'), [('weight', 2.0), ('bias', 0.5)])
+def test_scales_of_a_normalisation_are_never_dropped(name, value):
+    """A stem without scales refuses those of a file, unless they change nothing."""
+    source, target = pair()
+    FROZEN['timm'](source)
+    getattr(source.bn, name)[5] = value
+    with pytest.raises(RuntimeError, match=f'Unexpected.*bn.{name}'):
+        target.load_state_dict(source.state_dict())
+    assert target.load_state_dict(source.state_dict(), strict=False).unexpected_keys == [f'bn.{name}']

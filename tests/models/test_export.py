@@ -1,5 +1,6 @@
 """Export of whole networks, fused and unfused: torch.export, ONNX, TorchScript, AOTInductor."""
 
+import copy
 import functools
 import io
 import shutil
@@ -139,6 +140,20 @@ def test_torch_export_strict_from_a_file(case):
     """By TorchDynamo, which reads the Python code of our layers."""
     program = saved_and_loaded(torch.export.save, torch.export.load, exported(case, 'unfused', strict=True))
     compare(program.module(), case)
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_torch_export_in_training(strict):
+    """One program for every batch, which updates the running statistics."""
+    model = small('harm_resnet18', dict(num_classes=10)).train()
+    shapes = ({0: torch.export.Dim('batch')},)
+    run = torch.export.export(
+        copy.deepcopy(model), (images(4, (64, 64)),), dynamic_shapes=shapes, strict=strict
+    ).module()
+    for batch in (3, 40):
+        x = images(batch, (64, 64))
+        assert reference.relative_error(run(x), model(x)) < 1e-5
+    torch.testing.assert_close(dict(run.state_dict()), dict(model.state_dict()))
 
 
 class Graph(NamedTuple):

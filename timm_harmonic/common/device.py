@@ -1,5 +1,7 @@
 """Devices that networks run on."""
 
+import functools
+
 import torch
 
 from . import explained
@@ -10,4 +12,14 @@ def usable_device(name: str | None) -> torch.device:
     with explained(f'device {name!r} cannot be used here', AssertionError, ImportError, RuntimeError):
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=device).cpu()
+    return device
+
+
+@functools.cache
+def float64_device(device: torch.device) -> torch.device:
+    """Returns a device if it computes in float64, which is tried (Apple's GPUs do not), and else the CPU."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).mul_(2)
+    except Exception:  # each kind of device raises its own
+        return torch.device('cpu')
     return device

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..common import InputError
+from ..common.device import float64_device
 from ..common.progress import progress
 from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, dct_frequencies, full_level, owns_weight
 from .running import Use, check_changeable, evaluating, images_in, trainable, uses_of, watching
@@ -90,13 +91,13 @@ class Moments:
 
 def rows_of(values: Tensor, groups: int) -> Tensor:
     """Reshapes channels (B, groups * c, N) into rows (groups, B * N, c) in float64."""
-    values = values.to('cpu' if values.device.type == 'mps' else values.device, torch.float64)
+    values = values.to(float64_device(values.device), torch.float64)
     return values.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def by_group(weight: Tensor, groups: int) -> Tensor:
     """Reshapes coefficients (O, C / groups, P, 1) into weights (groups, F, o) in float64."""
-    rows = weight.detach().to('cpu' if weight.device.type == 'mps' else weight.device, torch.float64).flatten(1)
+    rows = weight.detach().to(float64_device(weight.device), torch.float64).flatten(1)
     return rows.unflatten(0, (groups, -1)).transpose(1, 2)
 
 
@@ -112,8 +113,7 @@ class Samples:
         self.layer: Any = layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
         count = layer.in_channels // layer.groups * len(layer.basis)
         size = count + layer.out_channels // layer.groups + 1
-        device = 'cpu' if layer.weight.device.type == 'mps' else layer.weight.device
-        sums = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=device)
+        sums = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=float64_device(layer.weight.device))
         self.fit, self.test = Moments(count, sums), Moments(count, sums.clone())
         self.share = min(1.0, max(_POSITIONS * count, _FEWEST) / positions)
         self.generator = torch.Generator().manual_seed(0)
@@ -184,6 +184,10 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     """Returns a refitted copy of a truncated network, see `refit`, on images of `read_images`."""
     _check_outputs(model, small, parts[0])
     fitted, counted = copy.deepcopy(small), copy.deepcopy(small)
+    tracked = [m for of in (fitted, counted) for m in of.modules() if isinstance(m, _NORMS) and m.track_running_stats]
+    frozen = [norm for norm in tracked if norm.training < small.training]
+    for norm in frozen:  # in evaluation nothing else tells them apart
+        norm.track_running_stats = False
     with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
         norms, uses = norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
@@ -196,6 +200,8 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         if not math.isfinite(errors[small]):
             raise InputError('the networks give values that are not finite on the data.')
         best = min(errors, key=lambda network: math.inf if math.isnan(errors[network]) else errors[network])
+    for norm in frozen:
+        norm.track_running_stats = True
     return copy.deepcopy(small) if best is small else best
 
 
@@ -370,14 +376,15 @@ def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) ->
             if not len(images):  # the part has fewer than four
                 continue
             for wanted, found in zip(_outputs(model, images), _outputs(small, images), strict=True):
-                error += float((found.double() - wanted.double()).square().sum())
-                variance += float((wanted.double() - wanted.double().mean()).square().sum())
+                error += float((found - wanted).square().sum())
+                variance += float((wanted - wanted.mean()).square().sum())
     return error / max(variance, torch.finfo(torch.float64).tiny)
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Returns the floating-point tensors among a network's outputs."""
-    return [x for x in tree_leaves(model(images)) if isinstance(x, Tensor) and x.is_floating_point()]
+    """Returns the floating-point tensors among a network's outputs, in float64."""
+    outputs = [x for x in tree_leaves(model(images)) if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x.to(float64_device(x.device), torch.float64) for x in outputs]
 
 
 def _check_outputs(model: nn.Module, small: nn.Module, images: Tensor) -> None:
@@ -422,11 +429,13 @@ def _check_pair(model: nn.Module, small: nn.Module) -> None:
 def norms_of(model: nn.Module) -> list[Any]:
     """Returns the batch normalisations of a network whose statistics follow the data, except inside harmonic blocks.
 
-    Levels do not change the statistics of a harmonic block's responses. A momentum of 0 freezes statistics.
+    Levels do not change the statistics of a harmonic block's responses. A momentum of 0 freezes statistics, and so does
+    evaluation in a network that trains.
     """
     inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d)}
     norms = [module for module in model.modules() if isinstance(module, _NORMS) and id(module) not in inside]
-    return [norm for norm in norms if norm.track_running_stats and norm.momentum != 0]
+    tracked = [norm for norm in norms if norm.track_running_stats and norm.num_batches_tracked is not None]
+    return [norm for norm in tracked if norm.momentum != 0 and norm.training >= model.training]
 
 
 def norms_behind(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:

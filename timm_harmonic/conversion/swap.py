@@ -1,7 +1,7 @@
 """Which convolutions of a network can become harmonic, and the one way in which layers are swapped."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..layers import (
     HarmonicConv2d,
     HarmonicConv2dSame,
     HarmonicLayer,
+    computes_weight,
     conv_args,
     owns_weight,
 )
@@ -110,9 +111,12 @@ def _reason_to_skip(conv: nn.Module) -> str:
     return changes_of(conv) or _own_state(conv)
 
 
-def changes_of(layer: nn.Module) -> str:
-    """Names what replacing a layer would lose: hooks or a forward of its own. Empty if nothing."""
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
+def changes_of(layer: nn.Module, kinds: Sequence[str] = _HOOKS) -> str:
+    """Names what replacing a layer would lose: hooks of these kinds or a forward of its own. Empty if nothing.
+
+    Hooks that compute its parameters do not count: fusing takes their result.
+    """
+    if any(not computes_weight(hook) for kind in kinds for hook in getattr(layer, kind).values()):
         return 'has hooks, which would be lost'
     if {'forward', '_conv_forward'} & vars(layer).keys():
         return 'its forward was replaced, which would be lost'
@@ -224,7 +228,7 @@ def make_plain(model: nn.Module, forms: Mapping[str, str]) -> nn.Module:
     layers, within = harmonic_layers(plain), in_fusing_blocks(plain)
     for name, layer in layers.items():
         layer.form = forms.get(name, 'dense')
-        if reason := changes_of(layer):
+        if reason := changes_of(layer, _HOOKS[:4]):  # those of state dicts compute nothing
             raise InputError(f'cannot deploy {name or type(layer).__name__}: {reason}. Remove that first.')
     if isinstance(plain, HarmonicLayer):
         return plain.fuse()

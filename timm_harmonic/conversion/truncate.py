@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import InputError
+from ..common.device import float64_device
 from ..layers import dct_frequencies
 from .costs import Costs, costs_of
 from .harmonize import PatternLevels, plan, record_options
@@ -192,7 +193,7 @@ def losses_by_images(model: nn.Module, data: Iterable[Any], batches: int | None 
 
     def watch(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
         responses = (output, *(output - low(x) for low in lower[name].values()))
-        output, *errors = (of.to('cpu' if of.device.type == 'mps' else of.device, torch.float64) for of in responses)
+        output, *errors = (of.to(float64_device(of.device), torch.float64) for of in responses)
         squares = [of.square().sum((0, 2, 3)) for of in (output, *errors)]
         added = torch.stack([torch.full_like(squares[0], output[:, 0].numel()), output.sum((0, 2, 3)), *squares])
         sums[name] = sums.get(name, 0) + added

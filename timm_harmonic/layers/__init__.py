@@ -1,6 +1,6 @@
 """The harmonic layers, and the DCT basis that their filters are composed of."""
 
-from .base import COMPUTED, HarmonicLayer, conv_args, owns_weight
+from .base import COMPUTED, HarmonicLayer, computes_weight, conv_args, owns_weight
 from .block import HarmonicBlock2d
 from .compose import compose, format_of
 from .conv import HarmonicConv2d, HarmonicConv2dSame

@@ -11,6 +11,7 @@ from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import Tensor, nn
 
 from ..common import InputError
+from ..common.device import float64_device
 from .compose import format_of
 from .dct import (
     check_level,
@@ -41,9 +42,40 @@ def conv_args(conv: nn.Module) -> dict[str, Any]:
     return dict(args, bias=conv.bias is not None, device=conv.weight.device, dtype=conv.weight.dtype)
 
 
+def computes_weight(hook: Any) -> bool:
+    """Tells whether a forward pre-hook computes a parameter: pruning, weight_norm, spectral_norm and their kin."""
+    return hook is _complete or hasattr(hook, 'compute_weight') or hasattr(hook, 'apply_mask')
+
+
+def refresh(layer: nn.Module) -> None:
+    """Recomputes what pre-hooks compute, such as a pruned weight, as the next forward pass would.
+
+    The state of the hooks (spectral_norm has one) stays. Raises InputError if an unknown hook may compute the weight.
+    """
+    if isinstance(layer, HarmonicLayer):
+        _complete(layer)
+    for module in layer.modules():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if computes_weight(hook)]
+        if module._forward_pre_hooks and not hooks and 'weight' in vars(module):
+            raise InputError(f'cannot tell the filters of {layer}: a hook may compute its weight, make that permanent.')
+        buffers = module._buffers.copy()
+        for name, buffer in module.named_buffers(recurse=False) if hooks else ():
+            module._buffers[name] = buffer.clone()
+        with torch.enable_grad():  # tells whether the weight is trained
+            for hook in hooks:
+                hook(module, ())
+        module._buffers.update(buffers)
+
+
 def owns_weight(layer: nn.Module) -> bool:
     """Tells whether a layer's weight is a parameter, not recomputed by pruning, weight_norm and the like."""
     return 'weight' in dict(layer.named_parameters(recurse=False))
+
+
+def _complete(layer: 'HarmonicLayer', inputs: Any = None) -> None:
+    """Builds the basis of a layer made on meta whose coefficients have values, however they were set; a pre-hook."""
+    if layer.basis.is_meta and not layer._coefficients_in_memory().is_meta:
+        layer.init_non_persistent_buffers()
 
 
 class HarmonicLayer(nn.Module):
@@ -103,9 +135,12 @@ class HarmonicLayer(nn.Module):
 
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         count = len(dct_frequencies(side, level, dc))
+        # accelerate's init_empty_weights moves parameters to meta, and needs buffers where they are without it.
+        here, asked = torch.empty(0, dtype=dtype), torch.empty(0, **dd)
+        self.weight = nn.Parameter(here)
+        self.register_buffer('basis', here if asked.is_meta and self.weight.is_meta else asked, persistent=False)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
-        self.register_buffer('basis', None, persistent=False)
         self.register_buffer('basis_code', None)
         self._add_norm()
         self.init_non_persistent_buffers()
@@ -121,13 +156,18 @@ class HarmonicLayer(nn.Module):
     def init_non_persistent_buffers(self) -> None:
         """Rebuilds the basis on the coefficients' device, in the precision that filters are composed in.
 
-        The state dict holds the code of the basis, unless it is the authors' basis.
+        While the coefficients alone are on meta, it stays where it is. The state dict holds the code of the basis,
+        unless it is the authors' basis.
         """
         like = self._coefficients_in_memory()
         with torch.inference_mode(False):  # inference tensors could not be trained with
-            self.basis = self.basis_for(like)
+            self.basis = self.basis_for(self.basis.to(like.dtype) if like.is_meta else like)
             code = code_of_basis(self.normalization, self.smoothness)
-            self.basis_code = None if code is None else code.to(like.device)
+            self.basis_code = None if code is None else code.to(self.basis.device)
+        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is _complete]:
+            del self._forward_pre_hooks[key]
+        if self.basis.is_meta:
+            self.register_forward_pre_hook(_complete)
         alone = self.basis_for(torch.empty(0, device='cpu')) if len(self.basis) == 1 else None
         pools = alone is not None and is_constant(alone[0]) and self.padding_mode == 'zeros'
         # An attribute, because TorchScript has to know whether it is None.
@@ -141,6 +181,10 @@ class HarmonicLayer(nn.Module):
                 return parameter
         return self.weight
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The history of a computed weight cannot be copied.
+        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in vars(self).items()}
+
     def basis_for(self, like: Tensor) -> Tensor:
         """Builds the basis (P, k, k) on a tensor's device and in its precision, but never below float32.
 
@@ -148,14 +192,15 @@ class HarmonicLayer(nn.Module):
         coefficients cost little. So does everything on CUDA: where TF32 is allowed, as timm's scripts do, products in
         float32 keep three digits.
         """
-        kind = like.device.type
-        exact = kind == 'cuda' or (kind != 'mps' and self.in_channels // self.groups <= _FEW_CHANNELS)
+        exact = like.device.type == 'cuda' or self.in_channels // self.groups <= _FEW_CHANNELS
+        exact = exact and float64_device(like.device) == like.device
         dtype = torch.promote_types(like.dtype, torch.float64 if exact else torch.float32)
         options = (self.kernel_size[0], self.level, self.dc, self.normalization, self.smoothness)
         return dct_basis(*options, device=like.device, dtype=dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
         # A cast would round the basis for good, and to_empty() would lose it.
+        _complete(self)
         super()._apply(fn, recurse)
         self.init_non_persistent_buffers()
         return self
@@ -218,6 +263,7 @@ class HarmonicLayer(nn.Module):
 
     def coefficients(self) -> Tensor:
         """Returns the coefficients (O, C / groups, P, 1) of the filters that evaluation uses."""
+        refresh(self)
         return self.weight
 
     def _energy_of_new(self) -> float | None:
@@ -312,7 +358,7 @@ class HarmonicLayer(nn.Module):
         conv = nn.utils.skip_init(Conv2dSame if same else nn.Conv2d, **args)
         with torch.no_grad():
             conv.weight.copy_(filters)
-            conv.weight.requires_grad_(self.weight.requires_grad)
+            conv.weight.requires_grad_(self._coefficients_in_memory().requires_grad)
             if bias is not None:
                 conv.bias.copy_(bias)
                 conv.bias.requires_grad_((self.weight if self.bias is None else self.bias).requires_grad)

@@ -6,14 +6,16 @@ respond() filters every input channel by every DCT function, mix() is a 1 x 1 co
 responses are known, all three are linear, so the layer computes them as one dense convolution wherever it can.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ..common import InputError
-from .base import HarmonicLayer
+from .base import HarmonicLayer, refresh
 from .compose import compose, outside_autocast
 from .dct import dct_spectrum
 
@@ -103,7 +105,7 @@ class HarmonicBlock2d(HarmonicLayer):
     """
 
     def _add_norm(self) -> None:
-        dd: dict[str, Any] = {'device': self.weight.device, 'dtype': self.weight.dtype}
+        dd: dict[str, Any] = {'device': self.basis.device, 'dtype': self.weight.dtype}
         eps = 1e-5 if self.smoothness is None else _FLOOR
         self.bn: Any = nn.BatchNorm2d(self.in_channels * self.weight.shape[2], eps, affine=False, **dd)
         self.register_buffer('spectrum', None, persistent=False)
@@ -153,18 +155,34 @@ class HarmonicBlock2d(HarmonicLayer):
         with torch.inference_mode(False):
             self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
 
+    def fit_norm(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Drops scales of 1 and shifts of 0, as frozen norms store them, if `bn` has none; adds them if it has."""
+        for name, neutral in (('weight', 1.0), ('bias', 0.0)):
+            key, own = f'{prefix}bn.{name}', getattr(self.bn, name, None)
+            stored, mean = state_dict.get(key), state_dict.get(f'{prefix}bn.running_mean')
+            if own is None and stored is not None and not stored.is_meta and bool((stored == neutral).all()):
+                del state_dict[key]
+            elif own is not None and stored is None and mean is not None:
+                state_dict[key] = torch.full_like(mean, neutral)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.fit_norm(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def has_statistics(self) -> bool:
-        """Tells whether the normalisation has running statistics, as nn.BatchNorm2d and its relatives do."""
-        return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None
+        """Tells whether the normalisation has running statistics and no activation, as nn.BatchNorm2d and its kin."""
+        return hasattr(self.bn, 'running_mean') and self.bn.running_mean is not None and not hasattr(self.bn, 'act')
 
     def coefficients(self) -> Tensor:
         """Returns the coefficients (O, C / groups, P, 1) of the filters of evaluation, normalisation included."""
         self._check_statistics('weigh frequencies')
+        refresh(self)
         scale = _scale(self.bn.running_var, self.bn.weight, self.bn.eps, self.basis.dtype)
         return _times(self.weight.to(scale.dtype), scale, self.groups)
 
     def filters(self) -> Tensor:
         """Composes the filters (O, C / groups, k, k) of evaluation, differentiably."""
+        refresh(self)
         return self._fused()[0]
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
@@ -174,15 +192,17 @@ class HarmonicBlock2d(HarmonicLayer):
             InputError: If a module without running statistics has replaced `bn`.
         """
         self._check_statistics('fuse')
+        refresh(self)
         if self.form == 'separable':
             return self._to_sequential(*self._mix_in_eval())
         return self._to_conv2d(*self._fused())
 
     def _keep_responses(self, kept: list[int]) -> None:
         bn, count = self.bn, self.weight.shape[2]
-        if not isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) or next(bn.children(), None) is not None:
+        kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+        if not isinstance(bn, kinds) or next(bn.children(), None) is not None:
             raise InputError(f'cannot truncate: {type(bn).__name__} is no batch normalisation that can drop responses.')
-        index = torch.arange(bn.num_features, device=self.weight.device).reshape(-1, count)[:, kept].flatten()
+        index = torch.arange(self.in_channels * count, device=self.weight.device).reshape(-1, count)[:, kept].flatten()
         for tensor in (bn.running_mean, bn.running_var, bn.weight, bn.bias):
             if tensor is not None:
                 tensor.data = tensor.data[index]
@@ -190,7 +210,7 @@ class HarmonicBlock2d(HarmonicLayer):
 
     def _check_statistics(self, purpose: str) -> None:
         if not self.has_statistics():
-            raise InputError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics.')
+            raise InputError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics, or an activation.')
 
     def _fused(self) -> tuple[Tensor, Tensor]:
         return self._fused_by(self.bn.running_mean, self.bn.running_var)
@@ -222,7 +242,7 @@ class HarmonicBlock2d(HarmonicLayer):
         # Inputs that do not fit are refused before statistics change.
         fits = x.ndim == 4 and x.shape[1] == self.in_channels
         fits = fits and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
-        return fits and len(x) > 0 and not x.requires_grad
+        return fits and x.shape[0] > 0 and not x.requires_grad  # len() would fix the batch of an exported program
 
     @torch.jit.unused
     def _fused_by_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,12 +261,14 @@ class HarmonicBlock2d(HarmonicLayer):
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
         functions = self._functions().to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
         images = x.reshape(-1, 1, height, width)
-        positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
-        # A compiled graph contains every piece, so there they are large.
-        small = x.device.type == 'cpu' and not torch.compiler.is_compiling()
-        piece = _PIECE_CPU if small else _PIECE
+        parts: Sequence[Tensor] = (images,)
+        if not torch.compiler.is_exporting():  # a program must not depend on the number of pieces
+            positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
+            # A compiled graph contains every piece, so there they are large.
+            small = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+            parts = images.split(max(1, (_PIECE_CPU if small else _PIECE) // (positions * len(functions))))
         means, variances, count = [], [], 0
-        for part in images.split(max(1, piece // (positions * len(functions)))):
+        for part in parts:
             responses = self._convolve(part, functions, None, 1)
             count = responses.shape[2] * responses.shape[3]
             if x.device.type == 'cpu':  # takes half the time of var_mean
@@ -266,12 +288,12 @@ class HarmonicBlock2d(HarmonicLayer):
         bn = self.bn
         if count < 2:
             raise InputError(f'expected more than 1 response per channel when training, got {count}.')
-        if bn.running_mean is None:
+        if bn.running_mean is None or not bn.track_running_stats:
             return
         bn.num_batches_tracked.add_(1)
         # Without momentum, the average over all batches: a tensor, because a number would wait for the device.
         factor = bn.momentum
         if factor is None:
-            factor = (1 / bn.num_batches_tracked).to(bn.running_mean.dtype)
+            factor = bn.num_batches_tracked.to(mean.dtype).reciprocal().to(bn.running_mean.dtype)
         for running, new in ((bn.running_mean, mean), (bn.running_var, var * (count / (count - 1)))):
             running.lerp_(new.to(running.dtype), factor)

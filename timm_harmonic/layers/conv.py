@@ -6,12 +6,14 @@
 is what is learned. With all k * k functions any filter can be expressed.
 """
 
+from typing import Any
+
 import torch
 from timm.layers import pad_same
 from torch import Tensor, nn
 
 from ..common import InputError
-from .base import HarmonicLayer, conv_args
+from .base import HarmonicLayer, conv_args, refresh
 from .compose import compose, format_of
 from .dct import project
 
@@ -78,12 +80,16 @@ class HarmonicConv2d(HarmonicLayer):
 
     def filters(self) -> Tensor:
         """Composes the filters (O, C / groups, k, k), differentiably, in the coefficients' dtype."""
+        refresh(self)
+        return self._filters()
+
+    def _filters(self) -> Tensor:
         return compose(self.weight, self.basis).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.form == 'separable':
             return self._separate(x, self.weight, self.bias)
-        return self._convolve(x, self.filters(), self.bias, self.groups)
+        return self._convolve(x, self._filters(), self.bias, self.groups)
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the coefficients mix: responses (B, C * P, H', W') to the basis, in the order c * P + n."""
@@ -91,9 +97,10 @@ class HarmonicConv2d(HarmonicLayer):
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
         """Returns new plain modules that compute the same: an nn.Conv2d or, in separable form, an nn.Sequential."""
+        refresh(self)
         if self.form == 'separable':
             return self._to_sequential(self.weight, self.bias)
-        return self._to_conv2d(self.filters(), self.bias)
+        return self._to_conv2d(self._filters(), self.bias)
 
     @classmethod
     def from_conv2d(
@@ -122,10 +129,14 @@ class HarmonicConv2d(HarmonicLayer):
             TypeError: If level or smoothness has another type.
             InputError: If the filters are not square, or an argument is out of range.
         """
-        options = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness, form=form)
-        layer = nn.utils.skip_init(cls, **conv_args(conv), **options)
+        refresh(conv)
+        options: dict[str, Any] = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness)
+        options.update(conv_args(conv), form=form)
+        empty = conv.weight.is_meta  # the basis may still have values
+        layer: Any = cls(**options) if empty else nn.utils.skip_init(cls, **options)
         with torch.no_grad():
-            layer.weight.copy_(_within(project(conv.weight, layer.basis), conv.weight.dtype))
+            if not empty:
+                layer.weight.copy_(_within(project(conv.weight, layer.basis), conv.weight.dtype))
             layer.weight.requires_grad_(conv.weight.requires_grad)
             if conv.bias is not None:
                 layer.bias.copy_(conv.bias)
@@ -169,4 +180,4 @@ class HarmonicConv2dSame(HarmonicConv2d):
         x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         if self.form == 'separable':
             return self._separate(x, self.weight, self.bias)
-        return self._convolve(x, self.filters(), self.bias, self.groups)
+        return self._convolve(x, self._filters(), self.bias, self.groups)

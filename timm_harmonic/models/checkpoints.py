@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..common import TimmHarmonicError, first_line
 from ..conversion.swap import harmonic_layers
-from ..layers import HarmonicConv2d, HarmonicLayer, dct_spectrum, options_of_code
+from ..layers import HarmonicBlock2d, HarmonicConv2d, HarmonicLayer, dct_spectrum, options_of_code
 
 StateDict = dict[str, Any]
 Names = str | Sequence[str] | None
@@ -199,6 +199,8 @@ def _adapt_stem(state: StateDict, stem: str, layer: HarmonicLayer, norms: Sequen
     Additional channels repeat the source's. One channel responds as all source channels would to the same gray image:
     timm sums the weights, so they are brought to a common scale first, and the next shift absorbs the means.
     """
+    if isinstance(layer, HarmonicBlock2d):
+        layer.fit_norm(state, f'{stem}.')
     weight, mean, var = (state.get(f'{stem}.{key}') for key in ('weight', 'bn.running_mean', 'bn.running_var'))
     count, channels = layer.basis.shape[0], layer.in_channels
     if weight is None or mean is None or var is None or weight.shape[2:] != (count, 1) or mean.numel() % count:
