@@ -31,7 +31,7 @@ class Convolution:
     frequencies: int | None  # number of all frequencies
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
-    energy_kept: float | None  # share of the filters' energy; None if unknown, as for coefficients loaded at a level
+    energy_kept: float | None  # share of the filters' energy that truncation left; None if loaded at a level
     basis: str | None  # 'l1' (the authors'), 'ortho' or 'smoothness=S'
     form: str | None  # 'dense' or 'separable'
     macs_before: int | None  # multiply-adds of the plain convolution for one image; None without images
@@ -62,11 +62,14 @@ class HarmonicReport:
         return '\n'.join([*self._lines(pad_edge=False, padding=(0, 2, 0, 0)), self.summary()])
 
     def summary(self) -> str:
-        """Returns one sentence: how much is harmonic, and the parameters."""
+        """Returns how much is harmonic, the parameters, and what a question mark in the table means."""
         harmonic = sum(conv.level is not None for conv in self.convolutions)
+        unknown = any(conv.level is not None and conv.energy_kept is None for conv in self.convolutions)
         return (
             f'{self.model}: {harmonic} of {len(self.convolutions)} convolutions are harmonic, {self.parameters:,} of '
             f'{self.parameters_before:,} parameters ({self.parameters / max(1, self.parameters_before):.1%}).'
+            + ' The energy kept is unknown (?) where coefficients were loaded or initialised at their level.'
+            * unknown
         )
 
     def _lines(self, box: str = '', **style: Any) -> list[str]:

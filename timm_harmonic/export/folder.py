@@ -308,13 +308,15 @@ def write_folder(
     dataset: str = '',
     data_config: dict[str, Any] | None = None,
     add: Callable[[Path], None] = lambda folder: None,
+    keep: bool = True,
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a network, loads it again and compares the outputs.
 
     `out` must be new or empty, and is written as a whole or not at all. `steps` is a progress bar that moves by three.
     repo_id, license and dataset are ids of the Hub, for the card. `data_config` tells how to prepare images, by timm's
-    names; by default the options of the training run do. `add` writes more files. Returns the files. Raises InputError
-    if an argument is invalid, or the folder does not give the network's outputs.
+    names; by default the options of the training run do. `add` writes more files. Without `keep`, all is done but
+    nothing stays. Returns the files. Raises InputError if an argument is invalid, or the folder does not give the
+    network's outputs.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
@@ -325,7 +327,7 @@ def write_folder(
         raise InputError(first_line(error)) from error
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f'{len(class_names)} class names for {model.num_classes} classes.')
-    with new_folder(out) as folder:
+    with new_folder(out, keep) as folder:
         next_step(steps, 'write')
         _save(model, folder, license, class_names, source.run if data_config is None else data_config)
         add(folder)
@@ -336,7 +338,7 @@ def write_folder(
         model_card(loaded, place, source, license, dataset).save(folder / 'README.md')
         _check_files(folder)
         steps.update()
-    return sorted(out.iterdir())
+    return sorted(out.iterdir()) if keep else []
 
 
 def _save(
