@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     def draw(folder: Path, small: Any) -> None:
         if importlib.util.find_spec('matplotlib') is not None:
             with explained(f'matplotlib cannot draw {_PICTURE}', Exception):
-                draw_truncation(folder / _PICTURE, whole, small)
+                draw_truncation(folder / _PICTURE, whole, small, args.refit)
 
     with progress(total=9, desc='build', **STEPS) as steps, tempfile.TemporaryDirectory() as temporary:
         source, plain = load_network(

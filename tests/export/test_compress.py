@@ -34,7 +34,7 @@ DRAW = report.draw_truncation
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch):
     """Most tests need no picture, which takes longer than the rest."""
-    monkeypatch.setattr(report, 'draw_truncation', lambda path, whole, small: path.write_text(''))
+    monkeypatch.setattr(report, 'draw_truncation', lambda path, *networks: path.write_text(''))
 
 
 def build(seed=0, **kwargs):

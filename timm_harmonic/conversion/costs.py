@@ -95,13 +95,14 @@ def costs_of(model: nn.Module, cost: str, images: Tensor | None = None) -> Costs
 def count_macs(model: nn.Module, images: Tensor) -> int:
     """Counts a network's multiply-adds for one image, as torch does: convolutions and matrix products.
 
-    Raises InputError if torch cannot run the network while it counts.
+    Raises InputError if the network cannot run on shapes alone.
     """
-    problem = f'the multiply-adds of {type(model).__name__} cannot be counted'
-    composed = sdpa_kernel(SDPBackend.MATH)  # not every device's fused attention is counted
+    # On the meta device, because fused kernels of attention and recurrent layers are not counted everywhere. Without
+    # gradients, because torch's counter cannot follow modules that get a parameter as their input.
+    shapes = copy.deepcopy(model).eval().requires_grad_(False).to('meta')
+    problem, composed = f'the multiply-adds of {type(model).__name__} cannot be counted', sdpa_kernel(SDPBackend.MATH)
     with explained(problem, Exception), torch.no_grad(), composed, FlopCounterMode(display=False) as counter:
-        # Without gradients, because torch's counter cannot follow modules that get a parameter as their input.
-        copy.deepcopy(model).eval().requires_grad_(False)(images.detach())
+        shapes(images.detach().to('meta'))
     return counter.get_total_flops() // 2 // len(images)
 
 

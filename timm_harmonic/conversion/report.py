@@ -14,7 +14,11 @@ from .truncate import losses_by_filters
 
 _CAPTION = (
     'A layer at level L keeps the frequencies i + j < L, left of the line. Frequency: sign changes of a DCT function, '
-    'down\nand across. Energy: the sum of squared coefficients. Dark cells right of the line cost little.'
+    'down\nand across. Energy: the sum of squared coefficients, before truncation.'
+)
+_WITHOUT_REFIT = ' Dark cells right of the line cost little.'
+_WITH_REFIT = (
+    '\nRefitted: what is left of the line was then fitted to outputs on images, to compensate for what is right of it.'
 )
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
 
@@ -165,8 +169,11 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
     return HarmonicReport(name, tuple(found), parameters + dropped, parameters)
 
 
-def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
-    """Draws a PNG of a truncation: the energy of each layer by frequency, and the level that it keeps."""
+def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool = False) -> None:
+    """Draws a PNG of a truncation: the energy of each layer by frequency, and the level that it keeps.
+
+    `refit` tells whether the truncated network was refitted.
+    """
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -193,7 +200,11 @@ def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
         axes.set_xticks(range(top))
         axes.tick_params(length=2)
         axes.set_xlabel('frequency i + j')
-        axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
+        axes.set_title(
+            f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters' + ', refitted' * refit
+        )
         figure.colorbar(image, ax=axes, label="share of the energy of a layer's filters (%)", shrink=0.8, pad=0.02)
-        figure.supxlabel(_CAPTION, x=0.01, ha='left', fontsize=8, color='0.35')
+        figure.supxlabel(
+            _CAPTION + (_WITH_REFIT if refit else _WITHOUT_REFIT), x=0.01, ha='left', fontsize=8, color='0.35'
+        )
         figure.savefig(path, format='png', dpi=130)
