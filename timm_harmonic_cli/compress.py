@@ -9,14 +9,13 @@ makes the plain network from it, each layer in the form that the folder records.
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import add_batch_size, add_weights, positive, share
 
 _ONNX, _PICTURE = 'deployed.onnx', 'compression.png'
+_IMAGES = ('img_size', 'mean', 'std', 'scale')  # options for images
 _DEPLOYED = dict(
     bytes=('ONNX file, bytes', ',d'),
     parameters=('parameters', ',d'),
@@ -108,8 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         next_step(steps, 'harmonize')
         basis = dict(normalization=args.normalization, smoothness=args.smoothness)
         whole = harmonize(plain, include=args.include, exclude=args.exclude, **basis)
-        images_as = ('img_size', 'mean', 'std', 'scale')
-        own = {key: value for key in images_as if (value := getattr(args, key)) is not None}
+        own = {key: value for key in _IMAGES if (value := getattr(args, key)) is not None}
         prepare = Preparation(whole, {**source.run, 'scale': None, **own})  # in a run of timm it is that of its crops
         example = torch.randn(1, *prepare.config['input_size'])
         _check_size(whole, example)
@@ -164,13 +162,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         def add_report(folder: Path) -> None:
             if fast is not None:
-                with _noting(failures, folder / _ONNX):
+                try:
                     export_checked(fast, example, folder / _ONNX)
                     record['deployed'] = measured(networks | {'compressed': (fast, folder / _ONNX)}, example)
+                except Exception as error:  # the rest took minutes and is worth keeping
+                    (folder / _ONNX).unlink(missing_ok=True)
+                    failures.append(error)
             (folder / 'compression.json').write_text(json.dumps(record, indent=1) + '\n')
             (folder / 'compression.md').write_text(_page(record, report))
-            with _noting(failures, folder / _PICTURE):
-                draw(folder, small)
+            draw(folder, small)
 
         for parameter in small.parameters():  # .to(memory_format=...) would leave (O, I, P, 1) as it is
             parameter.data = parameter.data.contiguous()  # safetensors needs it
@@ -181,16 +181,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if failures:
         raise InputError(f'{failures[0]} The folder {args.out} is complete but for that.')
     return record
-
-
-@contextmanager
-def _noting(failures: list[Exception], path: Path) -> Iterator[None]:
-    """Notes an error instead of raising it, and removes what was written of a file: the rest is worth keeping."""
-    try:
-        yield
-    except Exception as error:
-        path.unlink(missing_ok=True)
-        failures.append(error)
 
 
 def _check_options(args: argparse.Namespace) -> None:

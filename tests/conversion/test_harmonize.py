@@ -386,7 +386,7 @@ def test_energy_kept_is_the_product_of_truncations():
     for model, unknown in ((in_steps, False), (at_once, True)):
         report = harmonic_report(model)
         for text in (str(report), report.to_markdown()):
-            assert ('unknown (?) where coefficients were loaded' in text) == unknown
+            assert ('unknown (?) for coefficients loaded' in text) == unknown
 
 
 @pytest.mark.filterwarnings('ignore:`torch.jit.*` is deprecated:FutureWarning')  # torch's own

@@ -14,12 +14,10 @@ from .truncate import losses_by_filters
 
 _CAPTION = (
     'A layer at level L keeps the frequencies i + j < L, left of the line. Frequency: sign changes of a DCT function, '
-    'down\nand across. Energy: the sum of squared coefficients, before truncation.'
+    'down\nand across. Energy: the sum of squared coefficients, before truncation. '
 )
-_WITHOUT_REFIT = ' Dark cells right of the line cost little.'
-_WITH_REFIT = (
-    '\nRefitted: what is left of the line was then fitted to outputs on images, to compensate for what is right of it.'
-)
+_CUT = 'Dark cells right of the line cost little.'
+_REFITTED = '\nWhat is left of the line was then fitted to outputs on images, to compensate for what is right of it.'
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
 
 
@@ -72,7 +70,7 @@ class HarmonicReport:
         return (
             f'{self.model}: {harmonic} of {len(self.convolutions)} convolutions are harmonic, {self.parameters:,} of '
             f'{self.parameters_before:,} parameters ({self.parameters / max(1, self.parameters_before):.1%}).'
-            + ' The energy kept is unknown (?) where coefficients were loaded or initialised at their level.'
+            + ' The energy kept is unknown (?) for coefficients loaded or initialised at a level.'
             * unknown
         )
 
@@ -170,10 +168,7 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
 
 
 def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool = False) -> None:
-    """Draws a PNG of a truncation: the energy of each layer by frequency, and the level that it keeps.
-
-    `refit` tells whether the truncated network was refitted.
-    """
+    """Draws a PNG of a truncation, refitted or not: the energy of each layer by frequency, and the level it keeps."""
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -200,11 +195,8 @@ def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool 
         axes.set_xticks(range(top))
         axes.tick_params(length=2)
         axes.set_xlabel('frequency i + j')
-        axes.set_title(
-            f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters' + ', refitted' * refit
-        )
+        axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
         figure.colorbar(image, ax=axes, label="share of the energy of a layer's filters (%)", shrink=0.8, pad=0.02)
-        figure.supxlabel(
-            _CAPTION + (_WITH_REFIT if refit else _WITHOUT_REFIT), x=0.01, ha='left', fontsize=8, color='0.35'
-        )
+        caption = _CAPTION + (_REFITTED if refit else _CUT)
+        figure.supxlabel(caption, x=0.01, ha='left', fontsize=8, color='0.35')
         figure.savefig(path, format='png', dpi=130)

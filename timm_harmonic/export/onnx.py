@@ -41,28 +41,21 @@ def export_checked(network: nn.Module, images: Tensor, path: Path) -> None:
 
     Raises InputError if they differ, or the network cannot be exported.
     """
-    with explained(f'{path.name} cannot be written or run', Exception):
+    network, images = copy.deepcopy(network).cpu().float().eval(), images.cpu().float()  # a GPU may have fewer digits
+    with explained(f'{path.name} cannot be written or run', Exception), torch.inference_mode():
         export_onnx(network, images, path)
-        images = images.cpu().float()
-        found = onnx_runner(path)(images)
-    with torch.inference_mode():
-        expected = _on_cpu(network)(images)
+        found, expected = onnx_runner(path)(images), network(images)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
     if not error < _TOLERANCE:
         raise InputError(f'{path.name} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
 
 
-def _on_cpu(network: nn.Module) -> nn.Module:
-    """A copy in float32, for ONNX Runtime's kernels. On a GPU, torch may compute with fewer digits (TF32)."""
-    return copy.deepcopy(network).cpu().float().eval()
-
-
 def export_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes a plain network as ONNX in float32, for batches of any size. Its input is called `images`."""
+    """Writes a plain network as ONNX, for batches of any size. Its input is called `images`."""
     batches = ({0: torch.export.Dim.DYNAMIC},)
     options: dict[str, Any] = dict(input_names=['images'], dynamic_shapes=batches, dynamo=True, verbose=False)
-    example = torch.cat([images.cpu().float()] * 2)  # from a batch of one, torch 2.7 infers a fixed size
-    program: Any = torch.onnx.export(_on_cpu(network), (example,), **options)
+    example = torch.cat([images.cpu()] * 2)  # from a batch of one, torch 2.7 infers a fixed size
+    program: Any = torch.onnx.export(copy.deepcopy(network).cpu().eval(), (example,), **options)
     program.save(path, external_data=False)
 
 
