@@ -14,6 +14,7 @@ from typing import Any
 
 from . import add_batch_size, add_preparation, add_weights, positive, preparation, share
 
+_ONNX, _PICTURE = 'deployed.onnx', 'compression.png'
 _DEPLOYED = dict(
     bytes=('ONNX file, bytes', ',d'),
     parameters=('parameters', ',d'),
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     import importlib.util
     import json
+    import tempfile
     from importlib.metadata import version
 
     import timm
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm.models import reparameterize_model
 
     from timm_harmonic import deploy, harmonic_report, harmonize, truncate
-    from timm_harmonic.common import InputError, require
+    from timm_harmonic.common import InputError, explained, require
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import check_new
     from timm_harmonic.common.images import ImageFolder, Preparation, batches_of
@@ -80,26 +82,48 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.conversion.harmonize import record_options
     from timm_harmonic.conversion.report import draw_truncation
     from timm_harmonic.export.folder import STEPS, load_network, next_step, write_folder
-    from timm_harmonic.export.onnx import write_deployed
+    from timm_harmonic.export.onnx import export_checked, measured
 
     _check_options(args)
     check_new(args.out)
     place = usable_device(args.device)
     if args.deploy:
         require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
-    with progress(total=7, desc='build', **STEPS) as steps:
+
+    def draw(folder: Path, small: Any) -> None:
+        if importlib.util.find_spec('matplotlib') is not None:
+            with explained(f'matplotlib cannot draw {_PICTURE}', Exception):
+                draw_truncation(folder / _PICTURE, whole, small, args.refit)
+
+    with progress(total=9, desc='build', **STEPS) as steps, tempfile.TemporaryDirectory() as temporary:
         source, plain = load_network(
             args.model, args.checkpoint, args.pretrained, args.model_kwargs, random_weights=True
         )
         next_step(steps, 'harmonize')
         basis = dict(normalization=args.normalization, smoothness=args.smoothness)
         whole = harmonize(plain, include=args.include, exclude=args.exclude, **basis)
+        prepare = Preparation(whole, {**source.run, **preparation(args)})
+        example = torch.randn(1, *prepare.config['input_size'])
+        _check_size(whole, example)
+        license = args.license or plain.pretrained_cfg.get('license') or ''
+        about: dict[str, Any] = dict(repo_id=args.repo, license=license, data_config=prepare.config)
+        # What cannot be written should fail now, not after minutes of work.
+        write_folder(whole, args.out, source, steps, add=lambda folder: draw(folder, whole), keep=False, **about)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         whole.to(place).to(memory_format=layout)
+        example = example.to(place, memory_format=layout)
+        networks = {}
+        if args.deploy:
+            networks['plain'] = (deploy(whole, form='dense'), Path(temporary, _ONNX))
+            export_checked(networks['plain'][0], example, networks['plain'][1])
+        accuracy = {}
+        if args.evaluate is not None:
+            judging = ImageFolder(args.evaluate, args.split, prepare)
+            if len(judging.classes) != whole.num_classes:
+                raise InputError(f'{args.evaluate} has {len(judging.classes)} classes, not {whole.num_classes}.')
+            loader = batches_of(judging, args.batch_size)
+            accuracy['before'] = _evaluate(whole, loader, place)
         next_step(steps, 'truncate')
-        prepare = Preparation(whole, {**source.run, **preparation(args)})
-        example = torch.randn(1, *prepare.config['input_size']).to(place, memory_format=layout)
-        _check_size(whole, example)
         images = None
         if args.data is not None:
             drawn = batches_of(ImageFolder(args.data, 'train', prepare), args.batch_size, args.batches)
@@ -108,17 +132,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         chosen = ('level', 'energy', 'ratio', *(() if counted is None else ('cost',)))
         amount: dict[str, Any] = {key: value for key in chosen if (value := getattr(args, key)) is not None}
         small = truncate(whole, **amount, images=counted, data=images, refit=args.refit)
-        if args.deploy and counted is None:  # otherwise truncate has chosen the forms
+        if args.deploy and args.cost != 'time':  # by time, truncate has chosen the forms
             set_forms(small, forms_by_time(small, example))
             record_options(small)
         next_step(steps, 'evaluate')
-        measured = {}
         if args.evaluate is not None:
-            judging = ImageFolder(args.evaluate, args.split, prepare)
-            if len(judging.classes) != whole.num_classes:
-                raise InputError(f'{args.evaluate} has {len(judging.classes)} classes, not {whole.num_classes}.')
-            loader = batches_of(judging, args.batch_size)
-            measured = {when: _evaluate(of, loader, place) for when, of in (('before', whole), ('after', small))}
+            accuracy['after'] = _evaluate(small, loader, place)
         report = harmonic_report(small, example)
         drawn_images = f'outputs on {args.batches} batches of {args.batch_size} images'
         record: dict[str, Any] = dict(
@@ -129,25 +148,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             options=amount | (dict(refit=True) if args.refit else {}),
             weighed_by='filters' if args.data is None else drawn_images,
             timed=f'one image, {place.type}, {str(layout)[6:]}, {torch.get_num_threads()} threads',
-            accuracy=measured,
+            accuracy=accuracy,
             report=report.to_dict(),
         )
-        networks = (deploy(whole, form='dense'), reparameterize_model(small.eval())) if args.deploy else ()
+        fast = reparameterize_model(small.eval()) if args.deploy else None
+        failures: list[Exception] = []
 
         def add_report(folder: Path) -> None:
-            if networks:
-                record['deployed'] = write_deployed(*networks, example, folder)
+            if fast is not None:
+                try:
+                    export_checked(fast, example, folder / _ONNX)
+                    record['deployed'] = measured(networks | {'compressed': (fast, folder / _ONNX)}, example)
+                except Exception as error:  # the rest took minutes and is worth keeping
+                    (folder / _ONNX).unlink(missing_ok=True)
+                    failures.append(error)
             (folder / 'compression.json').write_text(json.dumps(record, indent=1) + '\n')
             (folder / 'compression.md').write_text(_page(record, report))
-            if importlib.util.find_spec('matplotlib') is not None:
-                draw_truncation(folder / 'compression.png', whole, small)
+            draw(folder, small)
 
-        license = args.license or plain.pretrained_cfg.get('license') or ''
-        about: dict[str, Any] = dict(repo_id=args.repo, license=license)
-        write_folder(small.cpu(), args.out, source, steps, data_config=prepare.config, add=add_report, **about)
+        write_folder(small.cpu(), args.out, source, steps, add=add_report, **about)
     print('\n\n'.join([report.summary(), *_tables(record)]))
     print(f'\nWrote {args.out}, layer by layer in {args.out / "compression.md"}. To load it:')
     print(f'timm.create_model("local-dir:{args.out}", pretrained=True)')
+    if failures:
+        raise InputError(f'{failures[0]} The folder {args.out} is complete but for that.')
     return record
 
 

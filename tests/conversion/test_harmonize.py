@@ -383,6 +383,10 @@ def test_energy_kept_is_the_product_of_truncations():
     assert in_steps.layer1[0].conv1.energy_kept == pytest.approx(at_once.layer1[0].conv1.energy_kept)
     at_once.load_state_dict(in_steps.state_dict())
     assert at_once.conv1.energy_kept is None  # unknown for coefficients that were loaded
+    for model, unknown in ((in_steps, False), (at_once, True)):
+        report = harmonic_report(model)
+        for text in (str(report), report.to_markdown()):
+            assert ('unknown (?) for coefficients loaded' in text) == unknown
 
 
 @pytest.mark.filterwarnings('ignore:`torch.jit.*` is deprecated:FutureWarning')  # torch's own

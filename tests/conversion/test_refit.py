@@ -11,7 +11,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_harmonic import harmonize, refit, truncate
+from timm_harmonic import harmonic_report, harmonize, refit, truncate
 from timm_harmonic.conversion.costs import costs_of
 from timm_harmonic.conversion.refit import (
     Moments,
@@ -20,8 +20,9 @@ from timm_harmonic.conversion.refit import (
     norms_behind,
     norms_of,
     output_error,
-    read_images,
+    refitted,
 )
+from timm_harmonic.conversion.running import read_images
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters
 
@@ -121,7 +122,7 @@ NETWORKS = dict(
     'name', [*list(NETWORKS)[:2], *(pytest.param(n, marks=pytest.mark.slow) for n in list(NETWORKS)[2:])]
 )
 def test_refitted_networks_are_never_further_from_the_complete_ones(name):
-    """On the images held out. Nothing else changes."""
+    """On images that include those held out. Nothing else changes."""
     torch.manual_seed(0)
     model, data = timm.create_model(name, num_classes=10, **NETWORKS[name]), smooth()
     estimate_statistics(model, [smooth(seed=1)])
@@ -149,6 +150,32 @@ def test_refitted_networks_are_nearer_to_the_complete_ones(level):
     estimate_statistics(counted, read_images([data], data))
     errors = [output_error(model, network, [smooth(64, seed=2)]) for network in (better, counted, small)]
     assert errors[0] < 0.9 * min(errors[1:])
+
+
+def test_images_held_out_take_no_part_in_what_they_judge(monkeypatch):
+    """Other held-out images lead to the same three networks; the best one is then fitted to them as well."""
+    judged = []
+
+    def note(model, network, parts):
+        judged[-1].append(copy.deepcopy(network))
+        return output_error(model, network, parts)
+
+    monkeypatch.setattr('timm_harmonic.conversion.refit.output_error', note)
+    monkeypatch.setattr('timm_harmonic.conversion.refit._RIDGES', (1e-2,))
+    torch.manual_seed(0)
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)).eval())
+    part = smooth(32)
+    estimate_statistics(model, [part])
+    small = weakened(truncate(model, level=2))
+    other = torch.where(torch.arange(32)[:, None, None, None] % 4 == 3, smooth(32, seed=1), part)
+    results = []
+    for images in (part, other):
+        judged.append([])
+        results.append(refitted(model, small, [images]))
+    for first, second in zip(*judged, strict=True):
+        assert same(first, second)
+    assert not same(*results)
+    assert not same(results[0], judged[0][2])
 
 
 def test_a_layer_makes_up_for_the_one_before():
@@ -271,9 +298,12 @@ def test_inplace_and_training_flags():
     model = simple()
     small = weakened(truncate(model, level=2)).train()
     small[0].eval()
+    small[2].form, small[2].milliseconds = 'separable', dict(dense=2.0, separable=1.0)
     better = refit(model, small, [smooth()])
     assert refit(model, small, [smooth()], inplace=True) is small
     assert same(small, better)
+    assert harmonic_report(small) == harmonic_report(better)
+    assert 0 < small[0].energy_kept < 1
     for network in (small, better):
         assert [module.training for module in network.modules()] == [True, False, True, True]
 
@@ -297,7 +327,7 @@ def test_any_iterable(data):
 
 
 def test_data_without_an_end(monkeypatch):
-    monkeypatch.setattr('timm_harmonic.conversion.refit._BYTES', 2**20)
+    monkeypatch.setattr('timm_harmonic.conversion.running._BYTES', 2**20)
     model = simple()
     small = weakened(truncate(model, level=2))
     endless = itertools.repeat(smooth(8))
@@ -484,6 +514,8 @@ def test_truncate_refits(tmp_path):
     changed = copy.deepcopy(model)
     assert truncate(changed, ratio=0.5, data=data, refit=True, inplace=True) is changed
     assert same(changed, small)
+    assert harmonic_report(changed) == harmonic_report(small)
+    assert 0 < changed.layer4[0].conv1.energy_kept < 1
     timm.models.save_for_hf(small, tmp_path)
     assert same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), small)
     with pytest.raises(ValueError, match='refit needs data'):

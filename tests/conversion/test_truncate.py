@@ -9,6 +9,7 @@ import reference
 import timm
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
+from timm.layers import set_fused_attn
 from timm.models import reparameterize_model
 from torch import nn
 
@@ -283,6 +284,36 @@ def test_layer_of_zeros_is_kept():
     low = truncate(model, ratio=(count(model) - 9) / count(model))
     assert levels(low)['1'] == 5
     assert truncate(model, level=2)[1].energy_kept == 1
+
+
+@pytest.mark.parametrize('name', ['pit_ti_224', 'coat_tiny', 'deit_tiny_patch16_224'])
+def test_multiply_adds_of_attention(name):
+    """Modules that get parameters as their input, and fused attention, count as what they are composed of."""
+    model = timm.create_model(name).train()
+    images = torch.randn(1, *model.pretrained_cfg['input_size'])
+    before = [*model.parameters()]
+    set_fused_attn(False)
+    try:
+        composed = timm.create_model(name)
+    finally:
+        set_fused_attn(True)
+    assert count_macs(model, images) == count_macs(composed, images)
+    assert model.training
+    assert all(a is b and b.requires_grad for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_multiply_adds_of_recurrent_layers():
+    """torch's fused kernel of an LSTM has no formula."""
+    assert count_macs(nn.LSTM(8, 16), torch.randn(1, 1, 8)) == 4 * 16 * (8 + 16)
+
+
+def test_a_network_that_cannot_be_counted():
+    class Asking(nn.Module):
+        def forward(self, x):
+            return x * x.mean().item()
+
+    with pytest.raises(ValueError, match=r'the multiply-adds of Asking cannot be counted: .*meta'):
+        count_macs(Asking(), torch.randn(1, 3, 8, 8))
 
 
 def test_multiply_adds_are_counted(network):

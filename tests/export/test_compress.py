@@ -15,11 +15,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import timm_harmonic_cli as cli
-from timm_harmonic import harmonize, truncate
-from timm_harmonic.common import InputError
+from timm_harmonic import deploy, harmonize, truncate
+from timm_harmonic.common import InputError, images
 from timm_harmonic.conversion import report
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.export.folder import convert
+from timm_harmonic.export.onnx import export_checked
 from timm_harmonic.models.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -33,7 +34,7 @@ DRAW = report.draw_truncation
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch):
     """Most tests need no picture, which takes longer than the rest."""
-    monkeypatch.setattr(report, 'draw_truncation', lambda path, whole, small: path.write_text(''))
+    monkeypatch.setattr(report, 'draw_truncation', lambda path, *networks: path.write_text(''))
 
 
 def build(seed=0, **kwargs):
@@ -129,13 +130,14 @@ def test_data_and_evaluation(checkpoint, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path, hub):
+def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path, monkeypatch, hub):
     """Everything at once: the folder gives the refitted network in its forms, and the ONNX file is that network."""
     import onnxruntime
 
     options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, img_size=64, repo='org/fast')
     found = dict(ratio=0.6, cost='macs', refit=True, deploy=True, channels_last=True, data=pictures)
     out = tmp_path / 'out'
+    monkeypatch.setattr('timm_harmonic.conversion.costs.forms_by_time', lambda small, images: {})  # as truncate chose
     record = compress(NAME, out, **options, **found, batches=2, batch_size=6)
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, 'deployed.onnx'])
     hub.add('org/fast', {path.name: path.read_bytes() for path in out.iterdir()})
@@ -174,8 +176,8 @@ def test_other_channels(channels, pictures, tmp_path):
     """The folder takes images of as many as the network, prepared as timm does."""
     torch.save(build(in_chans=channels).state_dict(), tmp_path / 'other.pth')
     options = dict(checkpoint=tmp_path / 'other.pth', model_kwargs=dict(KWARGS, in_chans=channels), img_size=32)
-    images = dict(data=pictures, evaluate=pictures) if channels == 1 else {}
-    compress(NAME, tmp_path / 'out', energy=0.9, **images, **options)
+    folders = dict(data=pictures, evaluate=pictures) if channels == 1 else {}
+    compress(NAME, tmp_path / 'out', energy=0.9, **folders, **options)
     model = loaded(tmp_path / 'out')
     assert model.pretrained_cfg['input_size'] == (channels, 32, 32)
     if channels == 1:
@@ -239,6 +241,85 @@ def test_refused_without_a_trace(checkpoint, tmp_path, monkeypatch, options, err
     with pytest.raises(error, match=words):
         compress(arguments.pop('model'), tmp_path / 'out', **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def fail(*args, **kwargs):
+    raise ImportError('a broken package')
+
+
+@pytest.mark.parametrize(
+    ('options', 'patched', 'words'),
+    [
+        (dict(license='no licence'), '', "license 'no licence' is not an id"),
+        (dict(repo='a/b/c'), '', 'a/b/c'),
+        (dict(), 'timm_harmonic.conversion.report.draw_truncation', 'matplotlib cannot draw .* a broken package'),
+        (dict(), 'timm_harmonic.conversion.costs.FlopCounterMode', 'multiply-adds of ResNet cannot be counted'),
+        (dict(deploy=True), 'timm_harmonic.export.onnx.export_onnx', 'deployed.onnx cannot be written or run'),
+        (dict(out='file/below/out'), '', "out' cannot be written: NotADirectoryError"),
+        (dict(evaluate='damaged'), '', 'bad.png'),
+    ],
+)
+def test_what_cannot_be_reported_fails_before_the_work(checkpoint, tmp_path, monkeypatch, options, patched, words):
+    monkeypatch.setattr('timm_harmonic.truncate', lambda *args, **kwargs: pytest.fail('it has worked for minutes'))
+    if patched:
+        monkeypatch.setattr(patched, fail)
+    for label in 'abc':
+        (tmp_path / 'damaged' / label).mkdir(parents=True)
+        (tmp_path / 'damaged' / label / 'bad.png').write_text('no image')
+    (tmp_path / 'file').write_text('')
+    before = sorted(tmp_path.rglob('*'))
+    paths = {key: tmp_path / options[key] for key in ('out', 'evaluate') if key in options}
+    given = dict(level=2, img_size=32, checkpoint=checkpoint, model_kwargs=KWARGS, out=tmp_path / 'out') | options
+    with pytest.raises(InputError, match=words):
+        compress(NAME, **given | paths)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_file_that_fails_late_loses_nothing_else(checkpoint, tmp_path, monkeypatch):
+    """The folder is there, with the forms that are faster here; only the file that failed is not."""
+    written = []
+
+    def export(network, images, path):
+        path.write_text('')
+        written.append(path)
+        if len(written) == 2:  # the first is that of the complete network
+            raise InputError('it broke.')
+
+    monkeypatch.setattr('timm_harmonic.export.onnx.export_checked', export)
+    monkeypatch.setattr(
+        'timm_harmonic.conversion.costs.forms_by_time', lambda small, images: {'layer4.0.conv1': 'separable'}
+    )
+    out, options = tmp_path / 'out', dict(ratio=0.9, cost='macs', deploy=True, img_size=32)
+    with pytest.raises(InputError, match=r'it broke\. The folder .* is complete but for that'):
+        compress(NAME, out, checkpoint=checkpoint, model_kwargs=KWARGS, **options)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert harmonic_layers(loaded(out))['layer4.0.conv1'].form == 'separable'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_onnx_files_are_compared_in_float32(dtype, tmp_path):
+    network = deploy(harmonize(build(), level=1)).to(dtype)
+    export_checked(network, torch.randn(1, 3, 64, 64, dtype=dtype), tmp_path / 'some.onnx')
+    assert next(network.parameters()).dtype == dtype
+
+
+def test_scale_is_passed_on(checkpoint, tmp_path, monkeypatch):
+    """The one in timm's options of a run is that of its random crops."""
+    seen = []
+
+    class Noting(images.Preparation):
+        def __init__(self, model, given=None):
+            seen.append(given.pop('scale'))
+            super().__init__(model, given)
+
+    monkeypatch.setattr(images, 'Preparation', Noting)
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(model=NAME, scale=[0.08, 1.0])))
+    torch.save(torch.load(checkpoint), tmp_path / 'last.pth')
+    for name, scale in (('a', None), ('b', 1000.0)):
+        options = dict(checkpoint=tmp_path / 'last.pth', model_kwargs=KWARGS, level=2, scale=scale)
+        compress(NAME, tmp_path / name, **options)
+    assert seen == [None, 1000.0]
 
 
 def test_other_classes_cannot_be_evaluated(pictures, tmp_path):

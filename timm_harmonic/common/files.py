@@ -37,11 +37,11 @@ def check_new(out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, keep: bool = True) -> Iterator[Path]:
     """Yields a temporary folder to fill and renames it to `out`, which must be new or an empty folder.
 
     A folder that cannot be replaced (the working directory, a mount point) is filled by moving the files instead.
-    Raises InputError if `out` is not empty or cannot be written.
+    Without `keep`, the temporary folder is removed. Raises InputError if `out` is not empty or cannot be written.
     """
     with explained(f'{str(out)!r} cannot be written', OSError):
         check_new(out)
@@ -52,6 +52,8 @@ def new_folder(out: Path) -> Iterator[Path]:
             folder = Path(temporary, out.name or 'folder')
             folder.mkdir()
             yield folder
+            if not keep:
+                return
             if stays:
                 for path in sorted(folder.iterdir(), reverse=True):  # model.safetensors before config.json
                     path.rename(out / path.name)

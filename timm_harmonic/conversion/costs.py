@@ -1,5 +1,6 @@
 """What harmonic layers cost at each level: parameters, multiply-adds and time, each in the cheaper of two forms."""
 
+import copy
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..common import InputError
+from ..common import InputError, explained
 from ..layers import FORMS, HarmonicLayer, check_form, dct_frequencies
-from .running import Use, evaluating, uses_of
+from .running import Use, uses_of
 from .swap import harmonic_layers, in_fusing_blocks, make_plain
 
 Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the first pattern that matches counts
@@ -91,9 +93,16 @@ def costs_of(model: nn.Module, cost: str, images: Tensor | None = None) -> Costs
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
-    """Counts a network's multiply-adds for one image, as torch does: convolutions and matrix products."""
-    with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
-        model(images)
+    """Counts a network's multiply-adds for one image, as torch does: convolutions and matrix products.
+
+    Raises InputError if the network cannot run on shapes alone.
+    """
+    # On the meta device, because fused kernels of attention and recurrent layers are not counted everywhere. Without
+    # gradients, because torch's counter cannot follow modules that get a parameter as their input.
+    shapes = copy.deepcopy(model).eval().requires_grad_(False).to('meta')
+    problem, composed = f'the multiply-adds of {type(model).__name__} cannot be counted', sdpa_kernel(SDPBackend.MATH)
+    with explained(problem, Exception), torch.no_grad(), composed, FlopCounterMode(display=False) as counter:
+        shapes(images.detach().to('meta'))
     return counter.get_total_flops() // 2 // len(images)
 
 

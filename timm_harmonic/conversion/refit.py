@@ -14,13 +14,10 @@ from ..common import InputError
 from ..common.device import float64_device
 from ..common.progress import progress
 from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, dct_frequencies, full_level, owns_weight
-from .running import Use, check_changeable, evaluating, images_in, trainable, uses_of, watching
+from .running import HELD_OUT, Use, check_changeable, evaluating, read_images, trainable, uses_of, watching
 from .swap import check_unwrapped, harmonic_layers
 
-_BYTES = 2**31  # of images kept in memory
 _SUMS = 2**30  # bytes of sums held at a time while levels are compared
-_BATCH = 32  # images that run through a network together
-_HELD_OUT = 4  # one image in this many is held out
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last keeps the coefficients
 _RIDGE = 1e-2  # while levels are compared
 _ELEMENTS = 2**24  # of features held at a time: 128 MiB in float64
@@ -147,10 +144,11 @@ def refit(
     It fits layer after layer, in the order in which they run: least squares of the complete network's output of the
     layer on the responses that the truncated layer keeps, for the input that it gets in the truncated network. Each
     layer thus compensates for the layers before it. A ridge pulls towards the present coefficients. Every fourth image
-    is held out to choose the ridge, and whether a layer changes at all. The final fit uses all images unless that
-    increases the error on the held-out ones. Then the statistics of batch normalisation are re-estimated. The result
-    is the best on the held-out images of three: the truncated network, the same with re-estimated statistics, and the
-    refitted one.
+    is held out to choose the ridge, and whether a layer changes at all. Then the statistics of batch normalisation are
+    re-estimated. Three networks compete on the held-out images: the truncated one, the same with re-estimated
+    statistics, and the refitted one. So far the held-out images took part in neither the fit nor the statistics; the
+    winner is then fitted to all images. This makes it likely, not certain, that the result is nearer to the complete
+    network on other images too: the more images, the likelier.
 
     The images stay in memory, 2 GiB at most. One layer at a time needs sums of 16 (F + o)^2 bytes for F features and o
     outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3, and about as much again to solve them.
@@ -174,66 +172,48 @@ def refit(
     if inplace:
         check_changeable(small)
     best = refitted(model, small, read_images(data, next(small.parameters()), batches))
-    if not inplace:
-        return best
-    small.load_state_dict(best.state_dict())
-    return small
+    return take_over(small, best) if inplace else best
+
+
+def take_over(model: nn.Module, best: nn.Module) -> nn.Module:
+    """Gives a network all that refitting changed in a copy of it, in place; returns it."""
+    energies = {name: layer.energy_kept for name, layer in harmonic_layers(best).items()}
+    model.load_state_dict(best.state_dict())  # which makes the energies unknown
+    for name, layer in harmonic_layers(model).items():
+        layer.energy_kept = energies[name]
+    return model
 
 
 def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.Module:
     """Returns a refitted copy of a truncated network, see `refit`, on images of `read_images`."""
     _check_outputs(model, small, parts[0])
-    fitted, counted = copy.deepcopy(small), copy.deepcopy(small)
-    tracked = [m for of in (fitted, counted) for m in of.modules() if isinstance(m, _NORMS) and m.track_running_stats]
+    fitted, final, counted = (copy.deepcopy(small) for _ in range(3))  # `final` is fitted to the held-out images too
+    copies = [module for network in (fitted, final, counted) for module in network.modules()]
+    tracked = [module for module in copies if isinstance(module, _NORMS) and module.track_running_stats]
     frozen = [norm for norm in tracked if norm.training < small.training]
     for norm in frozen:  # in evaluation nothing else tells them apart
         norm.track_running_stats = False
     with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
-        norms, uses = norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
+        norms, uses = [norms_behind(network, parts[0]) for network in (fitted, final)], uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
         lowered = [name for name in uses if uses[name] and layers[name].level < full_level(layers[name].kernel_size[0])]
         for name in progress(lowered, desc='refit', unit='layer', leave=False):
-            _refit_layer(model, fitted, name, uses[name], parts, norms.get(name))
+            solved = _refit_layer(model, fitted, name, uses[name], parts, name in norms[0])
+            for network, of, solution in zip((fitted, final), norms, solved, strict=False):
+                _set_weights(network.get_submodule(name), of.get(name), *solution)
         for network in (fitted, counted):
-            estimate_statistics(network, parts)
+            # One image has no statistics.
+            estimate_statistics(network, [images for images, _ in _split(parts) if len(images) > 1])
         errors = {network: output_error(model, network, parts) for network in (small, counted, fitted)}
         if not math.isfinite(errors[small]):
             raise InputError('the networks give values that are not finite on the data.')
         best = min(errors, key=lambda network: math.inf if math.isnan(errors[network]) else errors[network])
+        if best is not small:
+            best = final if best is fitted else counted
+            estimate_statistics(best, parts)
     for norm in frozen:
         norm.track_running_stats = True
     return copy.deepcopy(small) if best is small else best
-
-
-class Parts(list[Tensor]):
-    """Images read by `read_images`."""
-
-
-def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Parts:
-    """Reads all images of `data`, see `images_in`, into parts of about 32 images of one size.
-
-    Raises InputError if they are fewer than eight, more than 2 GiB, or a single one of its size.
-    """
-    read: list[Tensor] = []
-    total = 0
-    for images in images_in(data, like, batches):
-        read.append(images)
-        total += images.nbytes
-        if total > _BYTES:
-            raise InputError(
-                f'data hold more than {_BYTES / 2**30:g} GiB of images, which stay in memory: limit batches.'
-            )
-    if (count := sum(map(len, read))) < 2 * _HELD_OUT:
-        raise InputError(f'data hold {count} images: at least {2 * _HELD_OUT} are needed.')
-    parts = Parts()
-    for size in dict.fromkeys(images.shape[1:] for images in read):
-        alike = torch.cat([images for images in read if images.shape[1:] == size])
-        if len(alike) == 1:
-            raise InputError(f'data hold a single image of size {tuple(size)}: two or more of each size are needed.')
-        # Shuffled, always in the same way: folders come class by class, and every batch should resemble all images.
-        order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
-        parts += alike[order.to(alike.device)].tensor_split(-(-len(alike) // _BATCH))
-    return parts
 
 
 def losses_after_refit(model: nn.Module, parts: Sequence[Tensor]) -> dict[str, dict[int, float]]:
@@ -294,9 +274,12 @@ def _batches_of_layers(layers: dict[str, HarmonicLayer]) -> Iterator[list[str]]:
 
 
 def _refit_layer(
-    model: nn.Module, small: nn.Module, name: str, uses: Sequence[Use], parts: Sequence[Tensor], norm: Any
-) -> None:
-    """Fits one layer of a truncated network, in place. `norm` is the module that normalises its output, if any."""
+    model: nn.Module, small: nn.Module, name: str, uses: Sequence[Use], parts: Sequence[Tensor], normalised: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Solves for a layer of a truncated network: without the held-out images, and with all. Empty if it should stay.
+
+    `normalised` tells whether a module with a running mean follows, which can take up a constant.
+    """
     layer: Any = small.get_submodule(name)
     samples = Samples(layer, _positions(uses, parts))
     for part, held_out in _with_held_out(parts):
@@ -309,20 +292,21 @@ def _refit_layer(
     start = by_group(layer.weight, layer.groups)
     nothing = start.new_zeros(layer.groups, start.shape[2])
     present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
-    intercept = layer.bias is not None or norm is not None
+    intercept = layer.bias is not None or normalised
     errors = {ridge: _relative(samples.test, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
     if errors[best] >= _relative(samples.test, start, present):
-        return
-    # On all images, unless that increases the error on the held-out ones.
-    solved = [moments.solve(start, best, intercept) for moments in (samples.fit.plus(samples.test), samples.fit)]
-    weight, bias = min(solved, key=lambda of: _relative(samples.test, *of))
+        return []
+    return [moments.solve(start, best, intercept) for moments in (samples.fit, samples.fit.plus(samples.test))]
+
+
+def _set_weights(layer: Any, norm: Any, weight: Tensor, bias: Tensor) -> None:
+    """Gives a layer new coefficients and a new bias; without one, the module that normalises its output takes that."""
     layer.weight.copy_(weight.transpose(1, 2).reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(bias.flatten())
     elif norm is not None:
         norm.running_mean.sub_(bias.flatten().to(norm.running_mean))
-    layer.energy_kept = None  # the filters are no longer those of the complete network
 
 
 def _positions(uses: Sequence[Use], parts: Sequence[Tensor]) -> int:
@@ -341,8 +325,15 @@ def _with_held_out(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields parts of the images, with a mask (B,) of those held out."""
     first = 0
     for part in parts:
-        yield part, (first + torch.arange(len(part))) % _HELD_OUT == _HELD_OUT - 1
+        yield part, (first + torch.arange(len(part))) % HELD_OUT == HELD_OUT - 1
         first += len(part)
+
+
+def _split(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the images of each part that the network is fitted to, and those held out."""
+    for part, mask in _with_held_out(parts):
+        held_out = mask.to(part.device)
+        yield part[~held_out], part[held_out]
 
 
 class _Enough(Exception):
@@ -371,8 +362,7 @@ def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) ->
     """
     error, variance = 0.0, 0.0
     with torch.no_grad(), evaluating(model), evaluating(small):
-        for part, held_out in _with_held_out(parts):
-            images = part[held_out.to(part.device)]
+        for _, images in _split(parts):
             if not len(images):  # the part has fewer than four
                 continue
             for wanted, found in zip(_outputs(model, images), _outputs(small, images), strict=True):

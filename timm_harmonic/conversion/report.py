@@ -14,8 +14,10 @@ from .truncate import losses_by_filters
 
 _CAPTION = (
     'A layer at level L keeps the frequencies i + j < L, left of the line. Frequency: sign changes of a DCT function, '
-    'down\nand across. Energy: the sum of squared coefficients. Dark cells right of the line cost little.'
+    'down\nand across. Energy: the sum of squared coefficients, before truncation. '
 )
+_CUT = 'Dark cells right of the line cost little.'
+_REFITTED = '\nWhat is left of the line was then fitted to outputs on images, to compensate for what is right of it.'
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
 
 
@@ -31,7 +33,7 @@ class Convolution:
     frequencies: int | None  # number of all frequencies
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
-    energy_kept: float | None  # share of the filters' energy; None if unknown, as for coefficients loaded at a level
+    energy_kept: float | None  # share of the filters' energy that truncation left; None if loaded at a level
     basis: str | None  # 'l1' (the authors'), 'ortho' or 'smoothness=S'
     form: str | None  # 'dense' or 'separable'
     macs_before: int | None  # multiply-adds of the plain convolution for one image; None without images
@@ -62,11 +64,14 @@ class HarmonicReport:
         return '\n'.join([*self._lines(pad_edge=False, padding=(0, 2, 0, 0)), self.summary()])
 
     def summary(self) -> str:
-        """Returns one sentence: how much is harmonic, and the parameters."""
+        """Returns how much is harmonic, the parameters, and what a question mark in the table means."""
         harmonic = sum(conv.level is not None for conv in self.convolutions)
+        unknown = any(conv.level is not None and conv.energy_kept is None for conv in self.convolutions)
         return (
             f'{self.model}: {harmonic} of {len(self.convolutions)} convolutions are harmonic, {self.parameters:,} of '
             f'{self.parameters_before:,} parameters ({self.parameters / max(1, self.parameters_before):.1%}).'
+            + ' The energy kept is unknown (?) for coefficients loaded or initialised at a level.'
+            * unknown
         )
 
     def _lines(self, box: str = '', **style: Any) -> list[str]:
@@ -162,8 +167,8 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
     return HarmonicReport(name, tuple(found), parameters + dropped, parameters)
 
 
-def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
-    """Draws a PNG of a truncation: the energy of each layer by frequency, and the level that it keeps."""
+def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool = False) -> None:
+    """Draws a PNG of a truncation, refitted or not: the energy of each layer by frequency, and the level it keeps."""
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -192,5 +197,6 @@ def draw_truncation(path: Path, model: nn.Module, small: nn.Module) -> None:
         axes.set_xlabel('frequency i + j')
         axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
         figure.colorbar(image, ax=axes, label="share of the energy of a layer's filters (%)", shrink=0.8, pad=0.02)
-        figure.supxlabel(_CAPTION, x=0.01, ha='left', fontsize=8, color='0.35')
+        caption = _CAPTION + (_REFITTED if refit else _CUT)
+        figure.supxlabel(caption, x=0.01, ha='left', fontsize=8, color='0.35')
         figure.savefig(path, format='png', dpi=130)

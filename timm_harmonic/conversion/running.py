@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from ..common import InputError
 from .swap import harmonic_layers
 
+HELD_OUT = 4  # one image in this many is held out
+_BYTES = 2**31  # of images kept in memory
+_BATCH = 32  # images that run through a network together
+
 P = ParamSpec('P')
 R = TypeVar('R')
 Watch = Callable[[str, Any, Tensor, Tensor], None]  # gets a module's name, the module, its input and its output
@@ -73,6 +77,37 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
         yield images.detach().to(like)
     if number < 0:
         raise InputError('data hold no batches: pass at least one batch of images.')
+
+
+class Parts(list[Tensor]):
+    """Images read by `read_images`."""
+
+
+def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Parts:
+    """Reads all images of `data`, see `images_in`, into parts of about 32 images of one size.
+
+    Raises InputError if they are fewer than eight, more than 2 GiB, or a single one of its size.
+    """
+    read: list[Tensor] = []
+    total = 0
+    for images in images_in(data, like, batches):
+        read.append(images)
+        total += images.nbytes
+        if total > _BYTES:
+            raise InputError(
+                f'data hold more than {_BYTES / 2**30:g} GiB of images, which stay in memory: limit batches.'
+            )
+    if (count := sum(map(len, read))) < 2 * HELD_OUT:
+        raise InputError(f'data hold {count} images: at least {2 * HELD_OUT} are needed.')
+    parts = Parts()
+    for size in dict.fromkeys(images.shape[1:] for images in read):
+        alike = torch.cat([images for images in read if images.shape[1:] == size])
+        if len(alike) == 1:
+            raise InputError(f'data hold a single image of size {tuple(size)}: two or more of each size are needed.')
+        # Shuffled, always in the same way: folders come class by class, and every batch should resemble all images.
+        order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
+        parts += alike[order.to(alike.device)].tensor_split(-(-len(alike) // _BATCH))
+    return parts
 
 
 @contextmanager

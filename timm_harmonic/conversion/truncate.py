@@ -14,8 +14,8 @@ from ..common.device import float64_device
 from ..layers import dct_frequencies
 from .costs import Costs, costs_of
 from .harmonize import PatternLevels, plan, record_options
-from .refit import Parts, losses_after_refit, read_images, refitted
-from .running import check_changeable, evaluating, images_in, trainable, watching
+from .refit import losses_after_refit, refitted, take_over
+from .running import Parts, check_changeable, evaluating, images_in, read_images, trainable, watching
 from .swap import check_unwrapped, harmonic_layers, replace_layers
 
 _COSTS = ('parameters', 'macs', 'time')
@@ -113,8 +113,7 @@ def truncate(
         small = refitted(model, small, parts)
     if inplace and small is not model:
         replace_layers(model, harmonic_layers(small))
-        model.load_state_dict(small.state_dict())
-        small = model
+        small = take_over(model, small)
     return record_options(small)
 
 

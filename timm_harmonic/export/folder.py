@@ -320,6 +320,7 @@ def write_folder(
     dataset: str = '',
     data_config: dict[str, Any] | None = None,
     add: Callable[[Path], None] = lambda folder: None,
+    keep: bool = True,
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a network, loads it again and compares the outputs.
 
@@ -327,8 +328,8 @@ def write_folder(
     repo_id, license and dataset are ids of the Hub, for the card. `data_config` tells how to prepare images, by timm's
     names, and may have the scale, the value of images that stands for 1; by default the options of the training run
     do. Without a licence, the config's origin and paper are left out: they are about other weights. `add` writes more
-    files. Returns the files. Raises InputError if an argument is invalid, the network cannot run on such images, or
-    the folder does not give the network's outputs.
+    files. Without `keep`, all is done but nothing stays. Returns the files. Raises InputError if an argument is invalid,
+    the network cannot run on such images, or the folder does not give the network's outputs.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
@@ -343,7 +344,7 @@ def write_folder(
     for key in ('mean', 'std'):
         images[key] = [images[key]] if isinstance(images.get(key), (int, float)) else images.get(key)
     config_of_images(model, images)  # raises if they make no sense
-    with new_folder(out) as folder:
+    with new_folder(out, keep) as folder:
         next_step(steps, 'write')
         config = dict(label_names=class_names, pretrained_cfg=dict(license=license or None))
         _save(model, folder, config, images, own=not license and not source.url)
@@ -357,7 +358,7 @@ def write_folder(
         for path in folder.iterdir():  # safetensors writes files that only their owner can read
             path.chmod(folder.stat().st_mode & 0o666)
         steps.update()
-    return sorted(out.iterdir())
+    return sorted(out.iterdir()) if keep else []
 
 
 def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: dict[str, Any], own: bool) -> None:

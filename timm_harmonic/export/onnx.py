@@ -3,47 +3,51 @@
 import copy
 import importlib
 import statistics
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common import InputError
+from ..common import InputError, explained
 from ..conversion.costs import count_macs, times_of
 
-_NAME = 'deployed.onnx'
 _TOLERANCE = 1e-3  # of the largest output
 
 
-def write_deployed(plain: nn.Module, small: nn.Module, images: Tensor, folder: Path) -> dict[str, Any]:
-    """Writes a compressed network as deployed.onnx and measures it beside the complete one, both from `deploy`.
+def measured(networks: Mapping[str, tuple[nn.Module, Path]], images: Tensor) -> dict[str, Any]:
+    """Measures plain networks, each with its ONNX file: sizes, multiply-adds, and milliseconds by network.
 
-    Times are medians of alternating runs on the batch of images, in milliseconds: in torch on the device of the images,
-    and in ONNX Runtime on the CPU. Returns the measurements by network. Raises InputError if the outputs differ.
+    Times are medians of alternating runs on the batch of images: in torch on the device of the images, and in ONNX
+    Runtime on the CPU.
     """
-    with tempfile.TemporaryDirectory() as other:
-        networks = {'plain': (plain, Path(other) / _NAME), 'compressed': (small, folder / _NAME)}
-        runners = {}
-        for name, (network, path) in networks.items():
-            export_onnx(network, images, path)
-            runners[name] = onnx_runner(path)
-            _check(network, images, runners[name])
-        sizes = {name: path.stat().st_size for name, (_, path) in networks.items()}
     torch_times = times_of({name: network for name, (network, _) in networks.items()}, images)
-    onnx_times = times_of(runners, images.cpu())
+    onnx_times = times_of({name: onnx_runner(path) for name, (_, path) in networks.items()}, images.cpu().float())
     return {
         name: dict(
-            bytes=sizes[name],
+            bytes=path.stat().st_size,
             parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
             macs=count_macs(network, images),
             torch_ms=statistics.median(torch_times[name]),
             onnx_ms=statistics.median(onnx_times[name]),
         )
-        for name, (network, _) in networks.items()
+        for name, (network, path) in networks.items()
     }
+
+
+def export_checked(network: nn.Module, images: Tensor, path: Path) -> None:
+    """Writes a plain network as ONNX and compares the outputs with torch's, both on the CPU in float32.
+
+    Raises InputError if they differ, or the network cannot be exported.
+    """
+    network, images = copy.deepcopy(network).cpu().float().eval(), images.cpu().float()  # a GPU may have fewer digits
+    with explained(f'{path.name} cannot be written or run', Exception), torch.inference_mode():
+        export_onnx(network, images, path)
+        found, expected = onnx_runner(path)(images), network(images)
+    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
+    if not error < _TOLERANCE:
+        raise InputError(f'{path.name} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
 
 
 def export_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
@@ -63,11 +67,3 @@ def onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # they alternate
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run(None, dict(images=images.contiguous().numpy()))[0])
-
-
-def _check(network: nn.Module, images: Tensor, runner: Callable[[Tensor], Tensor]) -> None:
-    with torch.inference_mode():
-        expected = network(images).cpu()
-    error = float((runner(images.cpu()) - expected).abs().max() / expected.abs().max())
-    if not error < _TOLERANCE:
-        raise InputError(f'{_NAME} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
