@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_models, positive
+from . import add_batch_size, add_models, positive, show
 
 MODELS = ('harm0', 'harm', 'smooth')
 
@@ -141,4 +141,4 @@ def _print(found: dict[str, Any]) -> None:
         f'mean ± standard deviation; differences to {found["baseline"]} are paired by seed, with their 95 % interval; '
         f'learning rate and weight decay are the best of {search["trials"]} settings for each network'
     )
-    console.print(table(found, title, caption))
+    show(table(found, title, caption))

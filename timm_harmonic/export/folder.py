@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..common import InputError, explained, first_line
-from ..common.files import check_new, new_folder
+from ..common.files import check_new, new_folder, write_text
 from ..common.progress import progress
 from ..conversion.costs import count_macs
 from ..conversion.swap import harmonic_layers
@@ -333,7 +333,7 @@ def write_folder(
         loaded = create_trained(f'local-dir:{folder}')
         _compare(model, loaded)
         place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
-        model_card(loaded, place, source, license, dataset).save(folder / 'README.md')
+        write_text(folder / 'README.md', str(model_card(loaded, place, source, license, dataset)))
         _check_files(folder)
         steps.update()
     return sorted(out.iterdir())
@@ -351,7 +351,7 @@ def _save(
     path = folder / 'config.json'
     config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)
-    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+    write_text(path, json.dumps(config, indent=2))
 
 
 @torch.inference_mode()
