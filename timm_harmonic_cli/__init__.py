@@ -98,7 +98,7 @@ def read_class_names(path: Path) -> list[str]:
     try:
         text, problem = data.decode(encoding).rstrip(), ''
     except UnicodeDecodeError as error:
-        text, problem = data[: error.start].decode(encoding, 'ignore') + '\0', f' ({error.reason})'
+        text, problem = error.object[: error.start].decode(encoding, 'ignore') + '\0', f' ({error.reason})'
     names = [line.strip() for line in re.split('\r\n?|\n', text)]
     for number, name in enumerate(names, start=1):
         if '\0' in name:
