@@ -90,6 +90,7 @@ def place(tmp_path, monkeypatch):
         (['predict', 'hf-hub:nobody/nothing', 'image.png'], 'nobody/nothing'),
         (['predict', 'local-dir:images', 'image.png'], 'images'),
         (['predict', 'resnet18', 'image.png', '--out', 'nowhere/x.csv'], 'must be a file in an existing folder'),
+        (['predict', 'resnet18', 'image.png', '--out', 'x' * 300], 'File name too long'),
         (['predict', 'resnet18', 'image.png', '--checkpoint', 'nowhere.pth'], 'nowhere.pth'),
         (['predict', 'resnet18', 'image.png', '--model-kwargs', 'in_chans'], 'must be NAME=VALUE'),
         (['predict', 'resnet18', 'image.png', '--class-names', 'nowhere'], 'cannot read nowhere: FileNotFoundError'),
@@ -102,6 +103,7 @@ def place(tmp_path, monkeypatch):
         (['compress', *NETWORK, '--level', '2', '--smoothness', 'nan', '--out', 'x'], 'smoothness'),
         (['compress', *NETWORK, '--level', '99', '--out', 'x'], 'level'),
         (['compress', *NETWORK, '--level', '2', '--out', '.'], 'not an empty folder'),
+        (['compress', *NETWORK, '--level', '2', '--out', 'x' * 300], 'File name too long'),
         (['convert', 'file', '--model', 'no_such_model', '--out', 'x'], 'is not a harmonic model'),
         (['convert', 'file', '--model', 'harm_resnet18', '--out', 'x'], 'file'),
     ],
@@ -156,7 +158,7 @@ module.run, cli.resolve = body, lambda args: args  # imports no package
 sys.exit(cli.main({arguments}))
 """
 CAREFUL = b'timm-harmonic: warning: careful\n'
-FULL = b'timm-harmonic: error: cannot write: [Errno 28] No space left on device\n'
+FULL = b'timm-harmonic: error: cannot read or write: [Errno 28] No space left on device\n'
 CLOSED = b'timm-harmonic: error: the standard output is closed: redirect it, to /dev/null if you do not need it\n'
 
 

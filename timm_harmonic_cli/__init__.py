@@ -22,7 +22,8 @@ from typing import Any, TextIO
 # By name, as a module called `list` must not become a global of this one.
 COMMANDS = ('quickstart', 'compare', 'predict', 'compress', 'convert', 'list')
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # nothing is wrong but the disk
+# Errors of the disk, the names and the rights, not of this program.
+_OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENAMETOOLONG, errno.EROFS}
 
 
 def positive(text: str) -> int:
@@ -180,8 +181,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         return 1
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return _fail(f'cannot write: {error}')
+        if isinstance(error, OSError) and error.errno in _OUTSIDE:
+            return _fail(f'cannot read or write: {error}')
         from timm_harmonic.common import TimmHarmonicError  # imports torch, so only now
 
         if not isinstance(error, TimmHarmonicError):
