@@ -36,9 +36,12 @@ def _import_plugin() -> None:
     try:
         importlib.import_module(_PLUGIN)
     except Exception as error:
+        host = sys.modules.get(_HOST.partition('.')[0])
         _warn(
-            f'the harmonic models are not available: importing {_PLUGIN} failed with '
-            f'{type(error).__name__}: {error}. TIMM_HARMONIC_AUTOLOAD=0 keeps it from being tried.'
+            f'the harmonic models are not available: importing {_PLUGIN} failed with {type(error).__name__}: {error}. '
+            f'Python took timm {getattr(host, "__version__", "?")} from {next(iter(getattr(host, "__path__", "?")))}. '
+            'If you have installed another timm, set PYTHONSAFEPATH=1 (Python 3.11 or later) or check out its version '
+            'beside the script. TIMM_HARMONIC_AUTOLOAD=0 switches the models off.'
         )
 
 

@@ -148,6 +148,21 @@ def test_broken_plugin_is_one_warning(body, warnings, words, tmp_path):
 
 
 @slow
+def test_an_old_timm_beside_a_script_is_named(tmp_path):
+    """As in a clone of its repository: Python imports it before the installed one."""
+    (tmp_path / 'timm' / 'models').mkdir(parents=True)
+    (tmp_path / 'timm' / '__init__.py').write_text('__version__ = "0.9.2"\nfrom . import models')
+    (tmp_path / 'timm' / 'models' / '__init__.py').write_text('')
+    (tmp_path / 'train.py').write_text('import torch, timm; print(timm.__version__)')
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONSAFEPATH'}
+    command = [sys.executable, str(tmp_path / 'train.py')]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=True)
+    assert done.stdout == '0.9.2\n'
+    assert f'Python took timm 0.9.2 from {tmp_path / "timm"}. ' in done.stderr
+    assert 'set PYTHONSAFEPATH=1' in done.stderr
+
+
+@slow
 def test_worker_processes():
     """A spawned process (a data loader's worker) imports torch again."""
     succeeds(

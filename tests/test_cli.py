@@ -10,9 +10,11 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from rich.table import Table
 
 import timm_harmonic
 import timm_harmonic_cli as cli
+from timm_harmonic.common import InputError
 from timm_harmonic.common.progress import progress
 
 NETWORK = ['harm_resnet18', '--model-kwargs', 'layers=(1,1,1,1)', 'channels=(8,16,32,64)']
@@ -88,15 +90,20 @@ def place(tmp_path, monkeypatch):
         (['predict', 'hf-hub:nobody/nothing', 'image.png'], 'nobody/nothing'),
         (['predict', 'local-dir:images', 'image.png'], 'images'),
         (['predict', 'resnet18', 'image.png', '--out', 'nowhere/x.csv'], 'must be a file in an existing folder'),
+        (['predict', 'resnet18', 'image.png', '--out', 'x' * 300], 'File name too long'),
         (['predict', 'resnet18', 'image.png', '--checkpoint', 'nowhere.pth'], 'nowhere.pth'),
         (['predict', 'resnet18', 'image.png', '--model-kwargs', 'in_chans'], 'must be NAME=VALUE'),
         (['predict', 'resnet18', 'image.png', '--class-names', 'nowhere'], 'cannot read nowhere: FileNotFoundError'),
-        (['predict', 'resnet18', 'image.png', '--class-names', 'latin1.txt'], 'cannot read latin1.txt: UnicodeDecode'),
+        (
+            ['predict', 'resnet18', 'image.png', '--class-names', 'latin1.txt'],
+            'latin1.txt, line 1 is not text',
+        ),
         (['compress', *NETWORK, 'nope=1', '--level', '2', '--out', 'x'], 'nope'),
         (['compress', *NETWORK, 'num_classes=many', '--level', '2', '--out', 'x'], 'cannot be created'),
         (['compress', *NETWORK, '--level', '2', '--smoothness', 'nan', '--out', 'x'], 'smoothness'),
         (['compress', *NETWORK, '--level', '99', '--out', 'x'], 'level'),
         (['compress', *NETWORK, '--level', '2', '--out', '.'], 'not an empty folder'),
+        (['compress', *NETWORK, '--level', '2', '--out', 'x' * 300], 'File name too long'),
         (['convert', 'file', '--model', 'no_such_model', '--out', 'x'], 'is not a harmonic model'),
         (['convert', 'file', '--model', 'harm_resnet18', '--out', 'x'], 'file'),
     ],
@@ -137,30 +144,165 @@ def test_help_fits_the_terminal_and_its_examples_parse(capsys, monkeypatch):
             assert cli.build_parser().parse_args(shlex.split(example)[1:]).run is module.run
 
 
+# Runs `list` with another body, in a fresh interpreter: what it writes on standard output, and a warning.
+BODY = """
+import sys, timm_harmonic_cli as cli, timm_harmonic_cli.list as module, warnings
+def body(args):
+    for _ in range(2):
+        warnings.warn('careful')
+    warnings.warn('careful')
+    print({text}, flush={flush})
+    with open('file', 'w') as file:
+        file.write('kept')
+module.run, cli.resolve = body, lambda args: args  # imports no package
+sys.exit(cli.main({arguments}))
+"""
+CAREFUL = b'timm-harmonic: warning: careful\n'
+FULL = b'timm-harmonic: error: cannot read or write: [Errno 28] No space left on device\n'
+CLOSED = b'timm-harmonic: error: the standard output is closed: redirect it, to /dev/null if you do not need it\n'
+
+
+def run_body(tmp_path, redirect='', text='"x"', flush=False, arguments=('list',), **env):
+    """By a shell, as a redirection may close a stream."""
+    code = BODY.format(text=text, flush=flush, arguments=list(arguments))
+    command = ['sh', '-c', f'"$0" -c "$1" {redirect}', sys.executable, code]
+    env = {key: value for key, value in os.environ.items() if not key.startswith(('PYTHON', 'LC_'))} | env
+    return subprocess.run(command, capture_output=True, cwd=tmp_path, env=env, check=False)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+@pytest.mark.parametrize(
+    ('redirect', 'code', 'errors'),
+    [
+        ('', 0, CAREFUL),
+        ('2>&-', 0, b''),
+        ('<&- 2>&-', 0, b''),
+        ('2>/dev/full', 0, b''),
+        ('>&-', 1, CLOSED),
+        ('>&- 2>&-', 1, b''),
+        ('>/dev/full', 1, CAREFUL + FULL),
+        ('>/dev/full 2>/dev/full', 1, b''),
+    ],
+)
+@pytest.mark.parametrize('flush', [False, True])
+def test_streams_that_are_closed_or_full(redirect, code, errors, flush, tmp_path):
+    """There is no traceback, and no message gets into a file of the command."""
+    done = run_body(tmp_path, redirect, flush=flush)
+    assert (done.returncode, done.stderr) == (code, errors)
+    if errors != CLOSED and redirect != '>&- 2>&-' and not (flush and code):
+        assert (tmp_path / 'file').read_text() == 'kept'
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_help_that_cannot_be_written_is_an_error(tmp_path):
+    done = run_body(tmp_path, '>/dev/full', arguments=['--help'])
+    assert (done.returncode, done.stderr) == (1, FULL)
+
+
+@pytest.mark.parametrize(
+    'locale', [dict(PYTHONIOENCODING='ascii'), dict(PYTHONIOENCODING='latin-1'), dict(LC_ALL='C', PYTHONUTF8='0')]
+)
+def test_a_pipe_gets_utf8(locale, tmp_path):
+    """Also of file names, which Python cannot decode in some locales."""
+    done = run_body(tmp_path, text=r'"\u00b1 \u732b", b"\xc3\x9c".decode("ascii", "surrogateescape")', **locale)
+    assert (done.stdout.decode(), done.stderr) == ('± 猫 Ü\n', CAREFUL)
+
+
+def test_a_terminal_gets_what_it_can_show(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding='latin-1')
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    monkeypatch.setattr('timm_harmonic_cli.list.run', lambda args: print('± 猫'))
+    assert cli.main(['list']) == 0
+    assert terminal.buffer.getvalue() == '± ?\n'.encode('latin-1')
+
+
 @pytest.mark.slow
-@pytest.mark.slow
-def test_terminals_and_pipes():
-    """What a terminal cannot show becomes a ?, a closed pipe ends the command, and a pipe gets no progress."""
-    code = (
-        'import sys, timm_harmonic_cli as cli, timm_harmonic_cli.list as module\n'
-        'module.run = lambda args: print("\\u00b1" * 100_000)\n'
-        'sys.exit(cli.main(["list"]))'
-    )
-    env = dict(os.environ, PYTHONIOENCODING='ascii')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, env=env, check=True)
-    assert done.stdout.strip(b'?\n') == done.stderr == b''
+def test_a_closed_pipe_ends_the_command(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, '-c', code], stdout=writer, stderr=subprocess.PIPE, env=env)
+    code = BODY.format(text='"x" * 100_000', flush=False, arguments=['list'])
+    done = subprocess.run([sys.executable, '-c', code], stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, b'')
+    assert (done.returncode, done.stderr) == (1, CAREFUL)
 
 
-def test_progress_follows_the_terminal_and_the_command(monkeypatch):
-    """Whenever tqdm was imported."""
+@pytest.mark.parametrize('outer', [dict(leave=False), dict(unit='step', leave=False, miniters=1, mininterval=0)])
+def test_progress_follows_the_terminal_and_the_command(outer, monkeypatch):
+    """A terminal gets a bar, a pipe a line every 30 seconds, --quiet nothing: whenever tqdm was imported."""
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
-    pipe, terminal = io.StringIO(), io.StringIO()
+    terminal, pipe, seconds = io.StringIO(), io.StringIO(), [0.0]
     terminal.isatty = lambda: True
-    assert [bool(progress(file=file).disable) for file in (pipe, terminal)] == [True, False]
+    assert not progress(file=terminal).disable
+    monkeypatch.setattr('tqdm.std.time', lambda: seconds[0])
+    monkeypatch.setattr('time.monotonic', lambda: seconds[0])
+    for _ in progress(range(10), file=pipe, desc='outer', **outer):
+        for _ in progress(range(4), file=pipe, desc='inner', leave=False):
+            seconds[0] += 2.5
+    lines = pipe.getvalue().splitlines()
+    assert [line[:11] for line in lines] == ['outer:  30%', 'outer:  60%', 'outer:  90%']
+    pipe.seek(0)
+    pipe.truncate()
+    for _ in progress(range(4), file=pipe, desc='alone'):
+        seconds[0] += 20
+    assert [line[:10] for line in pipe.getvalue().splitlines()] == ['alone:  50', 'alone: 100']
+    pipe.write = None  # has no reader: a call would fail
     monkeypatch.setenv('TQDM_DISABLE', '1')
-    assert progress(file=terminal).disable
+    for file in (terminal, pipe, None):
+        assert progress(file=file).disable
+    monkeypatch.setattr(sys, 'stderr', None)
+    assert progress().disable
+
+
+def test_class_names_are_read_from_any_editor(tmp_path):
+    path, names = tmp_path / 'names.txt', ['Käfer', 'big cat', '猫']
+    for encoding in ('utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-16-be'):
+        for end in ('\n', '\r\n', '\r'):
+            for last in ('', end, f' {end}\t{end}'):
+                mark = '\ufeff' if encoding.endswith('e') else ''
+                path.write_bytes((mark + end.join(['Käfer ', 'big cat\t', '猫']) + last).encode(encoding))
+                assert cli.read_class_names(path) == names
+
+
+@pytest.mark.parametrize(
+    ('data', 'words'),
+    [
+        (b'', r', line 1 has no name: write one name per line'),
+        (b'\xef\xbb\xbf\r\n \r\n', r', line 1 has no name'),
+        (b'a\r\n\r\nb', r', line 2 has no name'),
+        (b'a\n \t\nb\n', r', line 2 has no name'),
+        (b'a\rb\rcaf\xe9', r', line 3 is not text in UTF-8 \(.*\): save the file as UTF-8'),
+        (b'\xef\xbb\xbfa\ncaf\xe9', r', line 2 is not text in UTF-8'),
+        (b'\xef\xbb\xbf\n\n\xe9', r', line 3 is not text in UTF-8'),
+        (b'a\nb\0\n', r', line 2 is not text in UTF-8: save'),
+        ('a\nb'.encode('utf-16-le'), r', line 1 is not text in UTF-8: save'),
+        ('a\nb'.encode('utf-16') + b'x', r', line 2 is not text in UTF-8 \(truncated data\): save'),
+        ('a\nb'.encode('utf-32'), r', line 1 is not text in UTF-8: save'),
+    ],
+)
+def test_class_names_that_are_refused(data, words, tmp_path):
+    path = tmp_path / 'names.txt'
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=f'names.txt{words}'):
+        cli.read_class_names(path)
+
+
+@pytest.mark.parametrize('columns', ['20', '40', '71', '72', '80'])
+def test_no_table_is_cut(columns, capsys, monkeypatch):
+    """Not on the narrowest terminal. A wide one gets a table, in which long words may go over several lines."""
+    monkeypatch.setenv('COLUMNS', columns)
+    cells = ['harm_resnet18:smoothness=1,levels=3', '53.0 ± 2.1', '+1.0 (-2.0 to +3.0)', '320,497', '[7.5]']
+    table = Table('network', 'accuracy', 'minus harm0', 'parameters', 'seconds', title='a title', caption='a caption')
+    table.add_row(*cells)
+    table.add_row(*cells[:1])
+    cli.show(table)
+    shown = capsys.readouterr().out
+    assert '…' not in shown
+    if int(columns) >= 72:
+        assert max(map(len, shown.splitlines())) <= int(columns)
+        parts = [''.join(line.split('│')[1:2]).strip() for line in shown.splitlines()]
+        assert ''.join(parts) == 2 * cells[0]
+    else:
+        lines = [f'network: {cells[0]}', '  accuracy: 53.0 ± 2.1', '  minus harm0: +1.0 (-2.0 to +3.0)']
+        lines += ['  parameters: 320,497', '  seconds: [7.5]', f'network: {cells[0]}', 'a caption']
+        assert shown.splitlines() == ['a title', *lines]

@@ -361,3 +361,25 @@ def test_gems_sets(workplace):
     paths = (*workplace.output('gem'), '--data-dir', folder)
     workplace.run('train.py', '-c', CONFIG.with_name('gem.yaml'), *gem_rows()['ciFAIR-10'], *paths, *few.split())
     workplace.summary('gem')
+
+
+def test_the_page_sets_the_scripts_up(tmp_path):
+    """docs/training.md, from an empty folder: the scripts find the configurations, and the installed timm."""
+    root = Path(timm_harmonic.__file__).resolve().parents[1]
+    page = (root / 'docs' / 'training.md').read_text(encoding='utf-8')
+    block = re.search('```\\n(git clone.*?)```', page, re.DOTALL)[1]
+    origin, place = tmp_path / 'origin', tmp_path / 'place'
+    for folder in (origin, place):
+        folder.mkdir()
+    (origin / 'timm').mkdir()
+    (origin / 'timm' / '__init__.py').write_text('raise ImportError("the clone\'s timm")')
+    shutil.copy(Path(os.environ['TIMM_SCRIPTS']) / 'train.py', origin)
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a@b.c', '-c', 'init.defaultBranch=main']
+    for command in (['init'], ['add', '.'], ['commit', '-m', 'x'], ['tag', f'v{timm.__version__}']):
+        run(*git, *command, cwd=origin)
+    addresses = {'https://github.com/huggingface/pytorch-image-models': f'file://{origin}', 'REPOSITORY': str(root)}
+    for theirs, ours in addresses.items():
+        assert block.count(theirs) == 1
+        block = block.replace(theirs, ours)
+    block = f'set -e\npip() {{ true; }}\n{block}\npython train.py -c train_configs/small_data.yaml --help\npwd'
+    assert run('bash', '-c', block, cwd=place).stdout.endswith(f'{place}/scripts\n')

@@ -4,16 +4,26 @@ It stands beside the package, and no module here imports it (or torch) at the to
 """
 
 import argparse
+import codecs
+import errno
+import io
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # By name, as a module called `list` must not become a global of this one.
 COMMANDS = ('quickstart', 'compare', 'predict', 'compress', 'convert', 'list')
+
+# Errors of the disk, the names and the rights, not of this program.
+_OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENAMETOOLONG, errno.EROFS}
 
 
 def positive(text: str) -> int:
@@ -85,7 +95,7 @@ def preparation(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_class_names(parser: argparse.ArgumentParser) -> None:
     """Adds --class-names."""
-    names = 'names of the classes in order, one per line'
+    names = "names of the classes, one per line, in timm's order: natural (2 before 10), upper and lower case alike"
     parser.add_argument('--class-names', type=Path, metavar='FILE', help=names)
 
 
@@ -96,14 +106,49 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Reads the files that arguments name, and splits NAME=VALUE. Raises InputError if that fails."""
-    from timm_harmonic.common import explained, parse_option
+    from timm_harmonic.common import parse_option
 
     if 'model_kwargs' in args:
         args.model_kwargs = dict(map(parse_option, args.model_kwargs))
     if getattr(args, 'class_names', None) is not None:
-        with explained(f'cannot read {args.class_names}', OSError, UnicodeDecodeError):
-            args.class_names = args.class_names.read_text(encoding='utf-8').splitlines()
+        args.class_names = read_class_names(args.class_names)
     return args
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Reads one name per line from a text in UTF-8, or in UTF-16 with a byte order mark. Raises InputError."""
+    from timm_harmonic.common import InputError, explained
+
+    with explained(f'cannot read {path}', OSError):
+        data = path.read_bytes()
+    encoding = 'utf-16' if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else 'utf-8-sig'
+    try:
+        text, problem = data.decode(encoding).rstrip(), ''
+    except UnicodeDecodeError as error:
+        text, problem = error.object[: error.start].decode(encoding, 'ignore') + '\0', f' ({error.reason})'
+    names = [line.strip() for line in re.split('\r\n?|\n', text)]
+    for number, name in enumerate(names, start=1):
+        if '\0' in name:
+            raise InputError(f'{path}, line {number} is not text in UTF-8{problem}: save the file as UTF-8.')
+        if not name:
+            raise InputError(f'{path}, line {number} has no name: write one name per line.')
+    return names
+
+
+def show(table: Any, file: TextIO | None = None) -> None:
+    """Prints a table of rich, or its rows one cell a line on a terminal that is too narrow for it. Nothing is cut."""
+    from rich.console import Console
+
+    console = Console(file=file, highlight=False, markup=False, emoji=False)
+    if console.width >= 72:
+        for column in table.columns:
+            column.overflow = 'fold'
+        console.print(table)
+        return
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    named = ([f'{of.header}: {cell}' for of, cell in zip(table.columns, row, strict=True) if cell] for row in rows)
+    for text in filter(None, (table.title, *map('\n  '.join, named), table.caption)):
+        console.print(text, soft_wrap=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -125,26 +170,60 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0, 1 after an error, or 130 after Ctrl-C. Bad arguments exit with 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='replace')  # a terminal that cannot show ± gets a ? instead of an error
+    if sys.stdout is None:
+        return _fail('the standard output is closed: redirect it, to /dev/null if you do not need it')
+    sys.stderr = sys.stderr or open(os.devnull, 'w', encoding='utf-8')  # noqa: SIM115
+    streams, say_once = (sys.stdout, sys.stderr), cache(_say)
+    for stream, errors in zip(streams, ('surrogateescape', 'backslashreplace'), strict=True):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show ± gets a ?, and files are UTF-8
+            how: Any = dict(errors='replace') if stream.isatty() else dict(encoding='utf-8', errors=errors)
+            stream.reconfigure(**how)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where: say_once(f'timm-harmonic: warning: {message}')
+        try:
+            return _run(argv)
+        finally:
+            for stream in streams:
+                try:
+                    stream.flush()
+                except OSError:  # the interpreter would try again, and complain
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
-        args = build_parser().parse_args(argv)
-        if args.quiet or not sys.stderr.isatty():
-            os.environ.setdefault('TQDM_DISABLE', '1')  # progress bars are for people
-        args.run(resolve(args))
-        sys.stdout.flush()
+        try:
+            args = build_parser().parse_args(argv)
+            if args.quiet:
+                os.environ.setdefault('TQDM_DISABLE', '1')
+            elif not sys.stderr.isatty():
+                os.environ.setdefault('TQDM_MININTERVAL', '30')  # bars of others, such as downloads
+            args.run(resolve(args))
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        print('\nstopped', file=sys.stderr)
+        _say('\nstopped')
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OUTSIDE:
+            return _fail(f'cannot read or write: {error}')
         from timm_harmonic.common import TimmHarmonicError  # imports torch, so only now
 
         if not isinstance(error, TimmHarmonicError):
             raise
-        print(f'timm-harmonic: error: {error}', file=sys.stderr)
-        return 1
+        return _fail(str(error))
     return 0
+
+
+def _say(text: str) -> None:
+    from tqdm import tqdm  # prints above bars
+
+    with suppress(OSError):
+        tqdm.write(text, file=sys.stderr)
+
+
+def _fail(problem: str) -> int:
+    _say(f'timm-harmonic: error: {problem}')
+    return 1

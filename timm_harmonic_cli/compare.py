@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_models, add_scale, positive
+from . import add_batch_size, add_models, add_scale, positive, show
 
 MODELS = ('harm0', 'harm', 'smooth')
 
@@ -166,13 +166,13 @@ def _print(found: dict[str, Any]) -> None:
         f'mean ± standard deviation; differences to {found["baseline"]} are paired by seed, with their 95 % interval; '
         f'learning rate and weight decay are the best of {search["trials"]} settings for each network'
     )
-    console.print(table(found, title, caption))
+    show(table(found, title, caption))
     preparation = [f'--img-size {data["img_size"]}', *(f'--{key} {_values(data[key])}' for key in ('mean', 'std'))]
     if data['scale'] is not None:
         preparation.append(f'--scale {data["scale"]:g}')
-    console.print(f'Images were prepared as by {" ".join(preparation)}.', highlight=False)
-    for line in (*data['notes'], *advice(found, search['ranges'])):
-        console.print(line, highlight=False)
+    print(f'Images were prepared as by {" ".join(preparation)}.', *data['notes'], sep='\n')
+    for line in advice(found, search['ranges']):
+        print(line)
 
 
 def _values(numbers: list[float]) -> str:

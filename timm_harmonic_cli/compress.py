@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic import deploy, harmonic_report, harmonize, truncate
     from timm_harmonic.common import InputError, explained, require
     from timm_harmonic.common.device import usable_device
-    from timm_harmonic.common.files import check_new
+    from timm_harmonic.common.files import check_new, write_text
     from timm_harmonic.common.images import ImageFolder, Preparation, batches_of
     from timm_harmonic.common.progress import progress
     from timm_harmonic.conversion.costs import forms_by_time, set_forms
@@ -162,8 +162,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 except Exception as error:  # the rest took minutes and is worth keeping
                     (folder / _ONNX).unlink(missing_ok=True)
                     failures.append(error)
-            (folder / 'compression.json').write_text(json.dumps(record, indent=1) + '\n')
-            (folder / 'compression.md').write_text(_page(record, report))
+            write_text(folder / 'compression.json', json.dumps(record, indent=1) + '\n')
+            write_text(folder / 'compression.md', _page(record, report))
             draw(folder, small)
 
         write_folder(small.cpu(), args.out, source, steps, add=add_report, **about)

@@ -7,6 +7,8 @@ Example:
 
 import argparse
 
+from . import show
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None: ...
 
@@ -41,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
         for weights, cfg in ((weights, get_pretrained_cfg(weights)) for weights in tagged):
             place = f'{cfg.hf_hub_id} on the Hugging Face Hub' if cfg.hf_hub_id else cfg.url
             sources.append(f'{weights}\n  {place}')
+    show(table)
     console = Console(highlight=False)
-    console.print(table)
     console.print(
         '\nstem: kernel size/stride, pooling; "plain" if it does not normalise responses.\n'
         'levels: one per stage. Level L keeps the frequencies with i + j < L.\n'

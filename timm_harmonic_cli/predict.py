@@ -9,13 +9,14 @@ network or --scale says otherwise. Example:
 """
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import add_batch_size, add_class_names, add_preparation, add_weights, positive, preparation
+from . import add_batch_size, add_class_names, add_preparation, add_weights, positive, preparation, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from timm_harmonic.common import InputError
-    from timm_harmonic.common.files import write_whole
+    from timm_harmonic.common.files import write_text, write_whole
 
     out = args.out
     if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
@@ -44,11 +45,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         write_predictions(rows, args.format, sys.stdout)
         return rows
 
-    def write(path: Path) -> None:
-        with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:  # as names of files may be
-            write_predictions(rows, args.format, file)
-
-    write_whole(out, write)
+    text = io.StringIO()
+    write_predictions(rows, args.format, text)
+    write_whole(out, lambda path: write_text(path, text.getvalue()))
     return rows
 
 
@@ -102,7 +101,8 @@ def _label_names(network: Any) -> list[str]:
     from timm_harmonic.common import InputError
 
     names = network.pretrained_cfg.get('label_names') or []
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    texts = [name for name in names if isinstance(name, str) and name.encode(errors='ignore').decode() == name]
+    if not isinstance(names, (list, tuple)) or texts != list(names):
         raise InputError("label_names in the network's config is not a list of names: pass --class-names FILE.")
     return list(names)
 
@@ -127,7 +127,6 @@ def write_predictions(rows: list[dict[str, Any]], form: str, file: TextIO) -> No
     import csv
     import json
 
-    from rich.console import Console
     from rich.table import Table
 
     if form == 'json':
@@ -142,10 +141,8 @@ def write_predictions(rows: list[dict[str, Any]], form: str, file: TextIO) -> No
             cells = [cell for of in row.get('classes', ()) for cell in (of['name'], f'{of["probability"]:.6f}')]
             writer.writerow([row['file'], *cells, *[''] * (2 * number - len(cells)), row.get('error', '')])
         return
-    table = Table()
-    table.add_column('file', overflow='fold')
-    table.add_column('classes', overflow='fold')
+    table = Table('file', 'classes')
     for row in rows:
         classes = ', '.join(f'{of["name"]} {of["probability"]:.1%}' for of in row.get('classes', ()))
         table.add_row(row['file'], classes or f'left out: {row["error"]}')
-    Console(file=file, highlight=False, markup=False, emoji=False).print(table)
+    show(table, file)

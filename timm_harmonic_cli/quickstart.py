@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_models, positive
+from . import add_models, positive, show
 
 MODELS = ('harm0', 'harm1', 'harm', 'smooth')
 
@@ -44,8 +44,6 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
     import dataclasses
     from functools import cache
-
-    from rich.console import Console
 
     from timm_harmonic.common import InputError, require
     from timm_harmonic.common.progress import progress
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     counts = f'{len(train)} training and {len(test)} test patches'
     title = f'Measured here: {args.seeds} seed{"s" * (args.seeds > 1)}, {counts}, chance {100 / len(photographs):.1f} %'
     caption = 'mean ± standard deviation; differences are paired by seed, with their 95 % interval'
-    Console().print(results.table(found, title, caption if args.seeds > 1 else 'one seed', fused=True))
+    show(results.table(found, title, caption if args.seeds > 1 else 'one seed', fused=True))
     question = f'Which of {len(photographs)} photographs is a patch from?\n{counts}'
     results.write_results(args.out, 'quickstart.png', found, lambda path: results.draw(found, question, path))
     return found

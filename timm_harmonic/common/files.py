@@ -1,10 +1,14 @@
 """Files and folders that exist as a whole or not at all, even if the process is interrupted or killed."""
 
 import os
+import re
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from . import InputError, explained
 
@@ -14,17 +18,38 @@ _PREFIX = '.timm-harmonic-'  # of temporary folders; a killed process leaves one
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file, then renames it to `path`, or to the file that a link at `path` points to.
 
-    Devices and pipes such as /dev/stdout are written directly. Raises InputError if the file cannot be written.
+    A file that is replaced keeps its mode. Devices, pipes and open descriptors such as /dev/stdout get the content once
+    it is complete. Raises InputError if the file cannot be written.
     """
     with explained(f'{str(path)!r} cannot be written', OSError):
-        if path.exists() and (not path.is_file() or path.is_relative_to('/dev')):
-            write(path)
-            return
+        stream = _stream(path)
         path = path.resolve()
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=_PREFIX) as temporary:
+        with tempfile.TemporaryDirectory(dir=None if stream else path.parent, prefix=_PREFIX) as temporary:
             partial = Path(temporary, path.name)
             write(partial)
-            partial.replace(path)
+            if stream is None:
+                if path.exists():
+                    partial.chmod(stat.S_IMODE(path.stat().st_mode))
+                partial.replace(path)
+                return
+            with stream, partial.open('rb') as content:
+                shutil.copyfileobj(content, stream)
+
+
+def _stream(path: Path) -> BinaryIO | None:
+    """The open descriptor, device or pipe at `path`. By its name alone, a file behind a descriptor would be emptied."""
+    named = re.fullmatch(r'/(?:dev|proc/self)/fd/(\d+)', str(path))
+    for number in (1, 2, *map(int, named.groups() if named else ())):
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), os.stat(number)):
+                return open(os.dup(number), 'wb')
+    return path.open('wb') if path.exists() and not path.is_file() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 whatever the locale. Names of files that are not UTF-8 get escapes such as \\xff."""
+    names_decoded = text.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
+    path.write_text(names_decoded, encoding='utf-8', newline='\n')
 
 
 def check_new(out: Path) -> None:
@@ -54,10 +79,13 @@ def new_folder(out: Path, keep: bool = True) -> Iterator[Path]:
             yield folder
             if not keep:
                 return
+            for path in filter(Path.is_file, folder.rglob('*')):  # safetensors lets nobody else read its files
+                path.chmod(folder.stat().st_mode & 0o666)
             if stays:
                 for path in sorted(folder.iterdir(), reverse=True):  # model.safetensors before config.json
                     path.rename(out / path.name)
                 return
             if out.is_dir():
+                folder.chmod(stat.S_IMODE(out.stat().st_mode))
                 out.rmdir()  # Windows renames nothing onto a folder
             folder.rename(out)

@@ -1,6 +1,7 @@
 """What is harmonic in a network and what it costs, as a table; what a truncation keeps, as a picture."""
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class HarmonicReport:
             table.add_column(title.partition('.')[0], justify='left' if title in _TEXTS else 'right', no_wrap=True)
         for row in rows:
             table.add_row(*(row[title] for title in columns))
-        console = Console(width=1000, highlight=False, color_system=None)
+        console = Console(file=io.StringIO(), width=1000, highlight=False, color_system=None)
         with console.capture() as captured:
             console.print(table)
         return [line.rstrip() for line in captured.get().splitlines() if line.strip()]

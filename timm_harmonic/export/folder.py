@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..common import InputError, explained, first_line
-from ..common.files import check_new, new_folder
+from ..common.files import check_new, new_folder, write_text
 from ..common.images import data_config as config_of_images
 from ..common.images import noted_scale, scale_note
 from ..common.progress import progress
@@ -328,8 +328,8 @@ def write_folder(
     repo_id, license and dataset are ids of the Hub, for the card. `data_config` tells how to prepare images, by timm's
     names, and may have the scale, the value of images that stands for 1; by default the options of the training run
     do. Without a licence, the config's origin and paper are left out: they are about other weights. `add` writes more
-    files. Without `keep`, all is done but nothing stays. Returns the files. Raises InputError if an argument is invalid,
-    the network cannot run on such images, or the folder does not give the network's outputs.
+    files. Without `keep`, all is done but nothing stays. Returns the files. Raises InputError if an argument is
+    invalid, the network cannot run on such images, or the folder does not give the network's outputs.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
@@ -353,10 +353,8 @@ def write_folder(
         loaded = create_trained(f'local-dir:{folder}')
         _compare(model, loaded)
         place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
-        model_card(loaded, place, source, license, dataset).save(folder / 'README.md')
+        write_text(folder / 'README.md', str(model_card(loaded, place, source, license, dataset)))
         _check_files(folder)
-        for path in folder.iterdir():  # safetensors writes files that only their owner can read
-            path.chmod(folder.stat().st_mode & 0o666)
         steps.update()
     return sorted(out.iterdir()) if keep else []
 
@@ -380,7 +378,7 @@ def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: 
     if scale is not None:
         notes = [cfg['notes']] if isinstance(cfg.get('notes'), str) else cfg.get('notes') or []
         cfg['notes'] = [*(note for note in notes if noted_scale(note) is None), scale_note(scale)]
-    path.write_text(json.dumps(config, indent=2), encoding='utf-8')
+    write_text(path, json.dumps(config, indent=2))
 
 
 @torch.inference_mode()

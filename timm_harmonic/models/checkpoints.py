@@ -5,10 +5,11 @@ import os
 import pickle
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
@@ -44,7 +45,8 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
         raise CheckpointError(f'no checkpoint at {path!r}: {error.strerror}.') from error
     try:
         if path.endswith('.safetensors'):
-            checkpoint: Any = load_file(path)
+            # It opens no path that is not UTF-8.
+            checkpoint: Any = load_file(path) if path.isascii() else load(Path(path).read_bytes())
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # train.py of timm saves its options
                 checkpoint = torch.load(path, map_location='cpu', weights_only=True)

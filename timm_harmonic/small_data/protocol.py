@@ -14,7 +14,7 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from ..common import InputError, explained
-from ..common.files import write_whole
+from ..common.files import write_text, write_whole
 from .tasks import Images, stratified
 from .training import Network, Recipe, evaluate, fit
 
@@ -63,7 +63,7 @@ class Store:
             self.results[key] = json.loads(json.dumps(make()))
             if self.path is not None:
                 text = json.dumps(dict(settings=self.settings, networks=self.networks, results=self.results))
-                write_whole(self.path, lambda path: path.write_text(text, encoding='utf-8'))
+                write_whole(self.path, lambda path: write_text(path, text))
         return self.results[key]
 
 

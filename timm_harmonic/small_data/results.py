@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from ..common import explained
-from ..common.files import write_whole
+from ..common.files import write_text, write_whole
 from .training import MEANINGS
 
 _CONFIDENCE = 0.95
@@ -86,7 +86,7 @@ def table(results: dict[str, Any], title: str, caption: str, fused: bool = False
     """The table of a comparison, a row per network, optionally with the accuracy after fusing."""
     baseline = results['baseline']
     lines = Table(title=title, caption=caption)
-    lines.add_column('network', overflow='fold')
+    lines.add_column('network')
     for name in ('test accuracy, %', *(['fused, %'] if fused else []), f'minus {baseline}', 'parameters', 'seconds'):
         lines.add_column(name, justify='right')
     for name, of in results['networks'].items():
@@ -125,7 +125,7 @@ def open_folder(folder: Path) -> None:
 
 def write_results(folder: Path, picture: str, results: dict[str, Any], draw: Callable[[Path], None]) -> None:
     """Writes results.json and the picture that `draw` makes, and prints where they are."""
-    write_whole(folder / 'results.json', lambda path: path.write_text(json.dumps(results, indent=1) + '\n'))
+    write_whole(folder / 'results.json', lambda path: write_text(path, json.dumps(results, indent=1) + '\n'))
     write_whole(folder / picture, draw)
     print(f'Wrote {folder / "results.json"} and {folder / picture}.')
 
