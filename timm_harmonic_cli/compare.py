@@ -150,14 +150,11 @@ def _keep(model: Any, name: str, task: Any, out: Path) -> None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from timm_harmonic.small_data.results import advice, table
 
     data, search = found['data'], found['search']
-    console = Console(markup=False, emoji=False)
     if data['skipped']:
-        console.print(f'{len(data["skipped"])} files were left out: {", ".join(data["skipped"][:5])}', highlight=False)
+        print(f'{len(data["skipped"])} files were left out: {", ".join(data["skipped"][:5])}')
     title = (
         f'Measured here: {search["seeds"]} seeds, {data["train"]} training and {data["test"]} test images, '
         f'{len(data["classes"])} classes, the largest has {data["chance"]:.1f} %'
@@ -170,8 +167,7 @@ def _print(found: dict[str, Any]) -> None:
     preparation = [f'--img-size {data["img_size"]}', *(f'--{key} {_values(data[key])}' for key in ('mean', 'std'))]
     if data['scale'] is not None:
         preparation.append(f'--scale {data["scale"]:g}')
-    print(f'Images were prepared as by {" ".join(preparation)}.', *data['notes'], sep='\n')
-    for line in advice(found, search['ranges']):
+    for line in (f'Images: {" ".join(preparation)}.', *data['notes'], *advice(found, search['ranges'])):
         print(line)
 
 
