@@ -242,8 +242,9 @@ def _tables(record: dict[str, Any]) -> list[str]:
 def _page(record: dict[str, Any], report: Any) -> str:
     """compression.md: what was done, what was measured, and the report."""
     options = ', '.join(f'{key}={value}' for key, value in record['options'].items())
+    before = ' Energy kept: before refitting.' * ('refit' in record['options'])
     about = (
         f'Weights: {record["source"]}. {options}; frequencies weighed by {record["weighed_by"]}. Multiply-adds are for '
-        f'one image; milliseconds were measured here, for {record["timed"]}. No fine-tuning.'
+        f'one image; milliseconds were measured here, for {record["timed"]}. No fine-tuning.{before}'
     )
     return '\n\n'.join([f'# Compression of {report.model}', about, *_tables(record), report.to_markdown()])
