@@ -1,5 +1,7 @@
 """Folders of images: timm's order, splits by their names, and what is passed over."""
 
+import os
+
 import pytest
 import timm
 
@@ -26,6 +28,7 @@ def test_what_systems_leave_behind_is_passed_over(tmp_path):
     (tmp_path / 'class' / '.hidden').mkdir(parents=True)
     for name in ('Thumbs.db', 'desktop.ini', '.DS_Store', '._1.png', '.hidden/2.png', '1.png'):
         (tmp_path / 'class' / name).touch()
+    os.mkfifo(tmp_path / 'class' / 'pipe.png')
     assert image_files(tmp_path) == [tmp_path / 'class' / '1.png']
 
 

@@ -36,7 +36,8 @@ def image_files(folder: Path) -> list[Path]:
         for place, folders, files in os.walk(folder, followlinks=True, onerror=fail):
             folders[:] = [name for name in folders if wanted(place, name)]
             found += [Path(place, n) for n in files if not n.startswith('.') and n.lower() not in _OF_SYSTEMS]
-    return sorted(found, key=natural_order)
+    # Without pipes and the like; a broken link is no silent gap.
+    return sorted((path for path in found if path.is_file() or not path.exists()), key=natural_order)
 
 
 def classes_of(files: Sequence[Path], root: Path) -> tuple[list[str], list[int]]:
