@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import timm
@@ -304,22 +305,23 @@ def test_onnx_files_are_compared_in_float32(dtype, tmp_path):
     assert next(network.parameters()).dtype == dtype
 
 
-def test_scale_is_passed_on(checkpoint, tmp_path, monkeypatch):
-    """The one in timm's options of a run is that of its random crops."""
-    seen = []
-
-    class Noting(images.Preparation):
-        def __init__(self, model, given=None):
-            seen.append(given.pop('scale'))
-            super().__init__(model, given)
-
-    monkeypatch.setattr(images, 'Preparation', Noting)
+def test_scale_is_given_once(checkpoint, tmp_path):
+    """The folder keeps it, so that it is compressed again, and predicts, without. A run of timm means something else."""
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(model=NAME, scale=[0.08, 1.0])))
     torch.save(torch.load(checkpoint), tmp_path / 'last.pth')
-    for name, scale in (('a', None), ('b', 1000.0)):
-        options = dict(checkpoint=tmp_path / 'last.pth', model_kwargs=KWARGS, level=2, scale=scale)
-        compress(NAME, tmp_path / name, **options)
-    assert seen == [None, 1000.0]
+    for i in range(8):
+        (tmp_path / 'images' / 'train' / 'class').mkdir(parents=True, exist_ok=True)
+        array = np.random.default_rng(i).random((40, 40, 3), np.float32) * 1000
+        np.save(tmp_path / 'images' / 'train' / 'class' / f'{i}.npy', array)
+    options = dict(checkpoint=tmp_path / 'last.pth', model_kwargs=KWARGS, data=tmp_path / 'images', img_size=32)
+    with pytest.raises(InputError, match=r'0\.npy holds float32, .* --scale'):
+        compress(NAME, tmp_path / 'none', energy=0.9, **options)
+    compress(NAME, tmp_path / 'a', energy=0.9, scale=1000.0, **options)
+    compress(str(tmp_path / 'a'), tmp_path / 'b', energy=0.9, data=tmp_path / 'images')
+    for name, scale in dict(a=1000, b=1000).items():
+        assert images.noted_scale(loaded(tmp_path / name).pretrained_cfg['notes']) == scale
+    compress(NAME, tmp_path / 'c', level=2, **{**options, 'data': None})
+    assert images.noted_scale(loaded(tmp_path / 'c').pretrained_cfg.get('notes')) is None
 
 
 def test_other_classes_cannot_be_evaluated(pictures, tmp_path):
