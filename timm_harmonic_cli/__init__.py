@@ -74,11 +74,12 @@ def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
 
 
 def add_preparation(parser: argparse.ArgumentParser) -> None:
-    """Adds --img-size, --mean, --std and --scale: how images are prepared, instead of as the network's config says."""
+    """Adds --img-size, --mean and more: how images are prepared, instead of as the network's config says."""
     add = parser.add_argument
     add('--img-size', type=positive, metavar='N', help="side of the images (default: the network's)")
     add('--mean', type=float, nargs='+', metavar='M', help='mean of the images, one value for all channels or for each')
     add('--std', type=float, nargs='+', metavar='S', help='standard deviation of the images, in the same way')
+    add('--crop-pct', type=share, metavar='C', help='share of the resized side that the crop keeps')
     add_scale(parser)
 
 
@@ -90,7 +91,8 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 def preparation(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_preparation` that were given, by the names of `timm_harmonic.common.images.data_config`."""
-    return {key: value for key in ('img_size', 'mean', 'std', 'scale') if (value := getattr(args, key)) is not None}
+    names = ('img_size', 'mean', 'std', 'crop_pct', 'scale')
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def add_class_names(parser: argparse.ArgumentParser) -> None:

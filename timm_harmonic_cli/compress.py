@@ -9,6 +9,7 @@ makes the plain network from it, each layer in the form that the folder records.
 """
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print('\n\n'.join([report.summary(), *_tables(record)]))
     print(f'\nWrote {args.out}, layer by layer in {args.out / "compression.md"}. To load it:')
     print(f'timm.create_model("local-dir:{args.out}", pretrained=True)')
+    if args.cost == 'macs' and 'deployed' in record:
+        plain_macs, reached = (record['deployed'][name]['macs'] for name in ('plain', 'compressed'))
+        if reached > 1.02 * args.ratio * plain_macs:
+            warnings.warn(
+                f'{_ONNX} has {reached / plain_macs:.2f} of the multiply-adds, not {args.ratio:g}, as some dense forms '
+                'are faster here. To compress for this device, use --cost time.',
+                stacklevel=2,
+            )
     if failures:
         raise InputError(f'{failures[0]} The folder {args.out} is complete but for that.')
     return record

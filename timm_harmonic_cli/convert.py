@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     print(f'{args.out} gives the outputs of {args.checkpoint}:')
     for path in files:
         print(f'  {path.name:<19} {path.stat().st_size:>13,} bytes')
-    print(f'Images: {" x ".join(map(str, cfg["input_size"][1:]))}, mean {cfg["mean"]}, std {cfg["std"]}')
+    size, notes = ' x '.join(map(str, cfg['input_size'][1:])), ', '.join(cfg.get('notes') or [])
+    print(f'Images: {size}, crop {cfg["crop_pct"]}, mean {cfg["mean"]}, std {cfg["std"]} {notes}'.rstrip())
     if any(path.name == 'train_hparams.yaml' for path in files):
         print("train_hparams.yaml holds the run's options and its paths: read it before you upload it.")
     print(f'To upload it: hf upload {args.repo or "ORG/NAME"} {args.out}')

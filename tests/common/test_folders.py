@@ -6,7 +6,7 @@ import pytest
 import timm
 
 from timm_harmonic.common import InputError
-from timm_harmonic.common.folders import image_files, natural_order, split_folder, split_folders
+from timm_harmonic.common.folders import classes_of, image_files, natural_order, split_folder, split_folders
 
 
 def test_order_is_timms():
@@ -24,9 +24,20 @@ def test_links(tmp_path):
         image_files(tmp_path / 'nowhere')
 
 
+def test_what_timm_would_take_for_a_class_is_a_warning(tmp_path):
+    for name in ('1', '01', '.ipynb_checkpoints', '.git'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ('1.png' if name != '.git' else 'config')).touch()
+    with pytest.warns(UserWarning, match=r'ipynb_checkpoints is passed over, but timm takes it') as caught:
+        files = image_files(tmp_path)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="timm puts the classes '01' and '1' in any order"):
+        assert classes_of(files, tmp_path) == (['01', '1'], [0, 1])
+
+
 def test_what_systems_leave_behind_is_passed_over(tmp_path):
     (tmp_path / 'class' / '.hidden').mkdir(parents=True)
-    for name in ('Thumbs.db', 'desktop.ini', '.DS_Store', '._1.png', '.hidden/2.png', '1.png'):
+    for name in ('Thumbs.db', 'desktop.ini', '.DS_Store', '._1.png', '.hidden/2', '1.png'):
         (tmp_path / 'class' / name).touch()
     os.mkfifo(tmp_path / 'class' / 'pipe.png')
     assert image_files(tmp_path) == [tmp_path / 'class' / '1.png']

@@ -16,6 +16,7 @@ pytestmark = [
     # timm's data set does not close files.
     pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning'),
     pytest.mark.filterwarnings('ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning'),
+    pytest.mark.filterwarnings('ignore:.*is passed over'),
 ]
 
 
@@ -118,6 +119,15 @@ def test_gray_and_colour_of_any_depth_fit_either_network():
         prepare = preparation(network(channels), **given)
         found = prepare(bands.astype(np.uint16) * 257)
         torch.testing.assert_close(found, prepare(bands), atol=3 / 255 / 0.22, rtol=0)
+
+
+def test_more_than_8_bits_without_a_stated_scale_are_a_warning(tmp_path):
+    """Networks that timm trained have seen 8 bits alone."""
+    model = network()
+    np.save(tmp_path / 'a.npy', pixels(3).astype(np.uint16) * 257)
+    with pytest.warns(UserWarning, match=r'a\.npy holds uint16 and was divided by 65535.* state it by --scale'):
+        preparation(model).read(tmp_path / 'a.npy')
+    preparation(model, scale=65535).read(tmp_path / 'a.npy')
 
 
 def test_scale_is_stated_once(tmp_path):

@@ -18,6 +18,19 @@ PAGES = RANDOM.integers(0, 65536, (5, 20, 30), dtype=np.uint16)
 BANDS = RANDOM.random((20, 30, 13)).astype(np.float32)
 BITS = GRAY8 > 127
 RGB = Image.fromarray(COLOUR[..., :3])
+DEEP = RANDOM.integers(0, 65536, (20, 30, 4), dtype=np.uint16)
+
+
+def write_png(path, array, kind):
+    """A PNG of 16 bits; `kind` is the colour type of PNG. Pillow writes none in colour."""
+    height, width = array.shape[:2]
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in array)
+    header = width.to_bytes(4, 'big') + height.to_bytes(4, 'big') + bytes([16, kind, 0, 0, 0])
+    chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(rows)), (b'IEND', b'')]
+    path.write_bytes(b'\x89PNG\r\n\x1a\n')
+    with path.open('ab') as file:
+        for name, data in chunks:
+            file.write(len(data).to_bytes(4, 'big') + name + data + zlib.crc32(name + data).to_bytes(4, 'big'))
 
 
 def write_pages(path, *pages, **options):
@@ -38,6 +51,7 @@ FILES = {
     'gray.png': (lambda path: Image.fromarray(GRAY16).save(path), GRAY16),
     'gray.pgm': (lambda path: Image.fromarray(GRAY16).save(path), GRAY16),
     '8.pgm': (lambda path: Image.fromarray(GRAY8).save(path), GRAY8),
+    'tiff.png': (lambda path: tifffile.imwrite(path, DEEP, photometric='minisblack', planarconfig='contig'), DEEP),
     'alpha.png': (lambda path: Image.fromarray(COLOUR).save(path), COLOUR[..., :3]),
     'palette.gif': (RGB.convert('P').save, np.asarray(RGB.convert('P').convert('RGB'))),
     'palette.tif': (RGB.convert('P').save, np.asarray(RGB.convert('P').convert('RGB'))),
@@ -93,6 +107,21 @@ def test_fewer_bits_than_the_type_fill_it(tmp_path):
     start = b'II*\0' + (16).to_bytes(4, 'little') + packed
     (tmp_path / '4.tif').write_bytes(start + len(entries).to_bytes(2, 'little') + directory + bytes(4))
     np.testing.assert_array_equal(read_image(tmp_path / '4.tif')[..., 0], 17 * values)
+
+
+COLOURS = {
+    'rgb.png': lambda path: write_png(path, DEEP[..., :3], 2),
+    'rgba.png': lambda path: write_png(path, DEEP, 6),
+    'rgb.ppm': lambda path: path.write_bytes(b'P6 30 20 65535\n' + DEEP[..., :3].astype('>u2').tobytes()),
+}
+
+
+@pytest.mark.parametrize('name', COLOURS)
+def test_colour_of_16_bits_is_read_as_8_and_that_is_said(name, tmp_path):
+    COLOURS[name](tmp_path / name)
+    with pytest.warns(UserWarning, match='Colour of 16 bits is read as 8 bits'):
+        found = read_image(tmp_path / name)
+    assert np.abs(found * 257.0 - DEEP[..., :3]).max() < 257
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))

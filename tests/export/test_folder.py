@@ -267,12 +267,12 @@ def test_a_state_dict_of_ones_own_loop(tmp_path, capsys):
         assert words in capsys.readouterr().err
         assert not (tmp_path / 'out').exists()
     assert cli.main([*command, *images, '--class-names', str(tmp_path / 'classes.txt')]) == 0
-    assert 'Images: 48 x 48' in capsys.readouterr().out
+    assert 'Images: 48 x 48, crop 1.0, mean [0.2, 0.2], std [0.1, 0.3] scale: 10000.0' in capsys.readouterr().out
     loaded = create(f'local-dir:{tmp_path / "out"}')
     assert same(loaded, model, 2)
     cfg = loaded.pretrained_cfg
     assert (*cfg['mean'], *cfg['std']) == (0.2, 0.2, 0.1, 0.3)
-    assert tuple(cfg['input_size']) == (2, 48, 48)
+    assert (tuple(cfg['input_size']), cfg['crop_pct']) == ((2, 48, 48), 1.0)
     assert noted_scale(cfg['notes']) == 10000
     assert cfg['label_names'] == ['a', 'b', 'c']
     assert 'Image values: divided by 10000' in (tmp_path / 'out' / 'README.md').read_text()
@@ -619,7 +619,7 @@ def test_networks_that_cannot_be_loaded(hub, tmp_path):
     larger = dict(channels=small['channels'])
     for arguments, kind, words in (
         (('resnet18',), InputError, 'resnet18 needs weights: pass --checkpoint FILE or --pretrained'),
-        (('nonsense',), InputError, 'nonsense needs weights'),
+        (('nonsense',), InputError, 'nonsense. is neither a folder'),
         (('nonsense', None, True), InputError, 'nonsense cannot be created: RuntimeError: Unknown model'),
         (('resnet18', None, True), InputError, 'resnet18 cannot be created: .*Not ?Found'),
         (('hf-hub:no/where',), InputError, 'hf-hub:no/where cannot be created'),

@@ -167,7 +167,8 @@ def test_what_is_a_split_and_what_is_a_class(tmp_path):
     assert read_folder(vehicles).classes == ['car', 'train']
     hidden = make(tmp_path / 'hidden', 4)
     save(hidden / 'train' / 'cat' / '.ipynb_checkpoints' / '0.png', one)
-    assert len(read_folder(hidden).train) == 12
+    with pytest.warns(UserWarning, match='is passed over'):
+        assert len(read_folder(hidden).train) == 12
     for place in ('flat/train', 'flat/test', 'mixed/train', 'mixed/test', 'mixed/a', 'mixed/b'):
         save(tmp_path / place / '0.png', one)
     save(make(tmp_path / 'unlabelled', 4, splits=('train',)) / 'test' / '0.png', one)
@@ -201,6 +202,8 @@ def test_large_values(tmp_path):
 def test_thirteen_channels(suffix, tmp_path):
     task = read_folder(make(tmp_path / 'images', 4, suffix=suffix, channels=13), scale=255.0)
     assert task.train.pixels.shape == (12, 13, 40, 40)
+    assert task.notes == ["timm's train.py cannot read these images: use --keep, or a training loop of your own."]
+    assert task.config['scale'] == 255
     assert len(task.config['mean']) == len(task.config['std']) == 13
     assert run(network('smooth'), task.train, task.test, 3, Recipe(epochs=1), 0)['accuracy'] >= 0
 
@@ -320,6 +323,7 @@ def test_images_are_prepared_as_the_kept_network_says(tmp_path):
             assert (pixels - prepare.read(path)).abs().amax((1, 2, 3)).min() < 1e-5
         shrunk = 'Images were shrunk from 75 (median of the shorter side) to 64 pixels: see --img-size.'
         assert task.notes == ([shrunk] if size is None else [])
+    assert task.config['scale'] is None
     small = make(tmp_path / 'small', 3, size=20)
     assert read_folder(small).train.pixels.shape == (9, 3, 20, 20)
 
@@ -394,6 +398,12 @@ def test_networks_are_added_to_a_comparison(pictures, tmp_path):
     assert list(both['networks'])[:2] == ['harm0', 'harm']
     assert len(both['networks']) == 3
     assert both['networks']['harm'] == first['networks']['harm']
+    # Another process has written meanwhile.
+    stores = [Store(tmp_path / 'two.json', {}, [network(name)]) for name in ('harm0', 'harm')]
+    for store, key in zip(stores, 'ab', strict=True):
+        store.get(key, dict)
+    held = json.loads((tmp_path / 'two.json').read_text())
+    assert (held['results'], list(held['networks'])) == (dict(a={}, b={}), ['harm0', 'harm'])
     runs = json.loads((tmp_path / 'runs.json').read_text())
     runs['networks']['harm'][1]['smoothness'] = 2
     (tmp_path / 'runs.json').write_text(json.dumps(runs))

@@ -1,11 +1,14 @@
 """Folders of images in timm's order: their files, splits and classes."""
 
+import itertools
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import InputError, explained
+from .readers import READABLE
 
 # Names that folders of a split may have, in any case: timm's, and those of test images.
 SPLITS = {
@@ -26,8 +29,13 @@ def image_files(folder: Path) -> list[Path]:
     """Files in a folder at any depth, in timm's order. Follows links, and leaves hidden files and folders out."""
     found: list[Path] = []
 
-    def wanted(place: str, name: str) -> bool:  # a link to a folder above would never end
-        return not name.startswith('.') and not Path(place).resolve().is_relative_to(Path(place, name).resolve())
+    def wanted(place: str, name: str) -> bool:
+        path = Path(place, name)
+        if name.startswith('.'):
+            if os.access(path, os.R_OK) and any(file.suffix.lower() in READABLE for file in path.iterdir()):
+                warnings.warn(f'{path} is passed over, but timm takes it for a class: remove it.', stacklevel=2)
+            return False
+        return not Path(place).resolve().is_relative_to(path.resolve())  # a link to a folder above would never end
 
     def fail(error: OSError) -> None:
         raise error
@@ -47,6 +55,9 @@ def classes_of(files: Sequence[Path], root: Path) -> tuple[list[str], list[int]]
     """
     names = ['' if path.parent == root else path.parent.name for path in files]
     classes = sorted(set(names), key=natural_order)
+    for first, second in itertools.pairwise(classes):
+        if natural_order(first)[0] == natural_order(second)[0]:
+            warnings.warn(f'timm puts the classes {first!r} and {second!r} in any order: rename one.', stacklevel=2)
     places = {name: i for i, name in enumerate(classes)}
     return classes, [places[name] for name in names]
 

@@ -48,7 +48,7 @@ def noted_scale(notes: str | Sequence[str] | None) -> float | None:
 
 def check_scale(scale: float) -> float:
     """Returns a scale. Raises InputError unless it is a finite number above 0."""
-    if not 0 < scale < np.inf:
+    if not isinstance(scale, (int, float)) or not 0 < scale < np.inf:
         raise InputError(f'scale must be a number above 0, got {scale!r}.')
     return scale
 
@@ -102,8 +102,8 @@ class Preparation:
     8-bit gray and colour images for networks of one or three channels go through timm's transform. All others are
     scaled (`scale_of`), then every channel goes through timm's resizing and cropping, and is normalised. Instead of a
     network and options that replace those of its config, a config of `data_config` will do. All images have to be of
-    one depth. With `warns`, the first one that differs a lot from what training had is a warning. Raises InputError if
-    the config makes no sense.
+    one depth. With `warns`, the first one that differs a lot from what training had is a warning, and so is one of more
+    than 8 bits if no scale is stated. Raises InputError if the config makes no sense.
     """
 
     def __init__(
@@ -161,6 +161,13 @@ class Preparation:
             image = self(array)
         except DepthError as error:
             raise DepthError(f'{path} {error}') from error
+        if self._warns and self.scale is None and array.dtype != np.uint8:
+            self._warns = False
+            warnings.warn(
+                f'{path} holds {array.dtype} and was divided by {scale_of(array.dtype):g}. The network does not say of '
+                "which scale its images were, and timm's scripts read 8 bits alone: state it by --scale.",
+                stacklevel=2,
+            )
         if self._warns and far_from_training(image):
             self._warns = False
             warn_of(path, image, self.config, scale_of(array.dtype, self.scale))

@@ -1,5 +1,7 @@
 """One reader of image files: pixels with the values and the type that the file has, upright, with all its bands."""
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ from PIL import Image, ImageOps
 
 from . import InputError
 
-_TIFF = ('.tif', '.tiff')
+_TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # how files begin
 READABLE = {'.npy', *Image.registered_extensions()}  # extensions that `read_image` knows
+_ORIENTATION = 274  # the tag of EXIF and TIFF
 _SIXTEEN = ('PNG', 'PPM')  # formats whose 16 bits Pillow may widen to 32
 # Colour spaces of TIFF that Pillow turns into RGB: palette, CMYK, YCbCr and three of L*a*b*.
 _CONVERTED = (3, 5, 6, 8, 9, 10)
@@ -25,10 +28,9 @@ def read_image(path: Path) -> np.ndarray:
     try:
         if path.suffix.lower() == '.npy':
             array = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() in _TIFF:
-            array = _read_tiff(path)
         else:
-            array = _read_picture(path)
+            with path.open('rb') as file:
+                array = (_read_tiff if file.read(4) in _TIFF else _read_picture)(path)
     except InputError:
         raise
     except Exception as error:  # readers raise anything for a damaged file
@@ -52,6 +54,12 @@ def read_image(path: Path) -> np.ndarray:
 
 def _read_picture(path: Path) -> np.ndarray:
     with Image.open(path) as image:
+        raw = str(image.tile[0].args) if image.tile else ''
+        deep = dict(PNG=r';16B$', PPM=r', (?!255\))\d+\)$').get(str(image.format))
+        if deep and image.mode in ('RGB', 'RGBA') and re.search(deep, raw):
+            warnings.warn(
+                'Colour of 16 bits is read as 8 bits, as timm does: save it as TIFF or .npy to keep all.', stacklevel=2
+            )
         image.load()  # Pillow turns some formats upright by itself, once they are loaded
         upright = ImageOps.exif_transpose(image)
         if image.mode in ('1', 'LA', 'La'):
@@ -93,7 +101,7 @@ def _read_tiff(path: Path) -> np.ndarray:
         array = (array * (np.iinfo(array.dtype).max / (2**page.bitspersample - 1))).round().astype(array.dtype)
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype in (bool, np.uint8):
         array = ~array  # as Pillow does, which leaves 16 bits alone
-    orientation = page.tags.get(274)
+    orientation = page.tags.get(_ORIENTATION)
     return _upright(array, 1 if orientation is None else orientation.value)
 
 

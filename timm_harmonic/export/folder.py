@@ -85,6 +85,8 @@ def load_network(
         model = create_trained(model_name, **kwargs)
         name = '.'.join(filter(None, (model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag'))))
         return Provenance(base=f"{name} (timm's weights)"), model
+    if not timm.is_model(model_name):
+        raise InputError(f'{model_name!r} is neither a folder nor a model of timm.')
     if not random_weights:
         raise InputError(f'{model_name} needs weights: pass --checkpoint FILE or --pretrained.')
     model = _create(model_name, kwargs).eval()
@@ -272,9 +274,9 @@ def convert(
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
 
-    The options are those of `timm-harmonic convert`; `data_config` has mean, std, img_size and scale. Returns the
-    files. Raises InputError if options contradict each other or the outputs differ, CheckpointError if the checkpoint
-    cannot be read or does not fit.
+    The options are those of `timm-harmonic convert`; `data_config` has mean, std, img_size, scale and crop_pct, which
+    is 1 if others are given and there is no run. Returns the files. Raises InputError if options contradict each other
+    or the outputs differ, CheckpointError if the checkpoint cannot be read or does not fit.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
@@ -288,6 +290,8 @@ def convert(
             license = license or LICENSE
             repo_id = repo_id or f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
         given = {key: value for key, value in (data_config or {}).items() if value is not None}
+        if given and not source.run:  # a loop of one's own hardly crops
+            given = dict(crop_pct=1.0) | given
         images = {**source.run, **(dict(input_size=None) if 'img_size' in given else {}), **given}
 
         def add_run(folder: Path) -> None:

@@ -62,6 +62,9 @@ class Store:
             # The round trip gives what a resumed comparison will read.
             self.results[key] = json.loads(json.dumps(make()))
             if self.path is not None:
+                if self.path.exists():  # another comparison may have added to it
+                    held = json.loads(self.path.read_text(encoding='utf-8'))
+                    self.results, self.networks = ({**held[k], **getattr(self, k)} for k in ('results', 'networks'))
                 text = json.dumps(dict(settings=self.settings, networks=self.networks, results=self.results))
                 write_whole(self.path, lambda path: write_text(path, text))
         return self.results[key]

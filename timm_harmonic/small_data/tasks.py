@@ -216,10 +216,12 @@ def read_folder(
         if lacking := [name for name in classes if name not in of_split.values()]:
             raise InputError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
     shapes: dict[Path, tuple[int, ...]] = {}
+    dtype = np.dtype(np.uint8)
     bad: list[str] = []
     for path in progress([path for of_split in files.values() for path in of_split], desc='look', leave=False):
         try:
-            shapes[path] = read_image(path).shape
+            array = read_image(path)
+            shapes[path], dtype = array.shape, array.dtype
         except InputError as error:
             bad.append(f'{path.relative_to(folder)}: {error}')
     if bad and not skip_bad:
@@ -235,6 +237,8 @@ def read_folder(
     how: dict[str, Any] = dict(input_size=(channels, side, side), interpolation='bilinear', crop_pct=1.0)
     how |= dict(crop_mode='center', mean=(0.0,) * channels, std=(1.0,) * channels, scale=scale)
     prepare = Preparation(how, warns=False)
+    if dtype != np.uint8 or channels not in (1, 3):
+        notes.append("timm's train.py cannot read these images: use --keep, or a training loop of your own.")
     splits: dict[str, Images] = {}
     paths: dict[str, list[Path]] = {}
     for split, of_split in files.items():
@@ -254,6 +258,8 @@ def read_folder(
         stratified(splits['train'].labels, _TEST_SHARE, 0, classes)  # the search will split them: fail early
     ready, mean, std = normalised(splits)
     how |= dict(mean=mean.tolist(), std=std.tolist())
+    if dtype != np.uint8:
+        how['scale'] = scale_of(dtype, scale)  # networks that do not state one have seen 8 bits
     for split, of_part in ready.items():
         far = [i for i, image in enumerate(of_part.pixels) if far_from_training(image)]
         for i in far[:1]:
