@@ -205,16 +205,8 @@ class HarmonicLayer(nn.Module):
         self.init_non_persistent_buffers()
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *reports: Any) -> None:
+        _, missing_keys, _, error_msgs = reports
         key, weight = f'{prefix}basis_code', f'{prefix}weight'
         stored = state_dict.get(weight)
         # Pruned or normed, the weight is computed from what the state dict holds in its place.
@@ -222,7 +214,7 @@ class HarmonicLayer(nn.Module):
         problem = self.other_basis(state_dict.get(key)) if isinstance(stored, Tensor) or computed else ''
         if isinstance(stored, Tensor):
             try:
-                coefficients = self.projected(stored, local_metadata.get('assign_to_params_buffers', False))
+                coefficients = self.projected(stored, metadata.get('assign_to_params_buffers', False))
             except ValueError as error:
                 problem, coefficients = str(error), stored
             if coefficients is not stored:  # they refer to our basis now
@@ -231,8 +223,7 @@ class HarmonicLayer(nn.Module):
             error_msgs.append(f'{weight}: {problem}')
             return
         self.energy_kept = self._energy_of_new()
-        reports = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, *reports)
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, metadata, *reports)
         if key in missing_keys:
             missing_keys.remove(key)  # it was compared above
         # With assign=True the coefficients may be on another device or in another dtype now.

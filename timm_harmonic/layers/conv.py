@@ -86,14 +86,19 @@ class HarmonicConv2d(HarmonicLayer):
     def _filters(self) -> Tensor:
         return compose(self.weight, self.basis).to(self.weight.dtype)
 
+    def _padded(self, x: Tensor) -> Tensor:
+        """Pads what the convolution does not pad by itself: nothing."""
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
+        x = self._padded(x)
         if self.form == 'separable':
             return self._separate(x, self.weight, self.bias)
         return self._convolve(x, self._filters(), self.bias, self.groups)
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the coefficients mix: responses (B, C * P, H', W') to the basis, in the order c * P + n."""
-        return self._respond(x, self.basis)
+        return self._respond(self._padded(x), self.basis)
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
         """Returns new plain modules that compute the same: an nn.Conv2d or, in separable form, an nn.Sequential."""
@@ -116,22 +121,14 @@ class HarmonicConv2d(HarmonicLayer):
 
         Args:
             conv: Convolution with square filters. It does not change.
-            level: The paper's lambda, None for all frequencies.
-            dc: Whether to keep the constant function.
-            normalization: 'l1' or 'ortho'.
-            smoothness: None, or a number from 0 to 10, see above.
-            form: 'dense' or 'separable'.
+            level: See `HarmonicConv2d`, also for the other arguments and errors.
 
         Returns:
             The layer, on conv's device, with its dtype, training flag and requires_grad.
-
-        Raises:
-            TypeError: If level or smoothness has another type.
-            InputError: If the filters are not square, or an argument is out of range.
         """
         refresh(conv)
-        options: dict[str, Any] = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness)
-        options.update(conv_args(conv), form=form)
+        basis: dict[str, Any] = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness)
+        options = conv_args(conv) | basis | dict(form=form)
         empty = conv.weight.is_meta  # the basis may still have values
         layer: Any = cls(**options) if empty else nn.utils.skip_init(cls, **options)
         with torch.no_grad():
@@ -171,13 +168,5 @@ class HarmonicConv2dSame(HarmonicConv2d):
 
     dynamic_padding = True
 
-    # TorchScript cannot compile super(), so forward() is written out.
-    def features(self, x: Tensor) -> Tensor:
-        """Returns what the coefficients mix, see `HarmonicConv2d.features`."""
-        return super().features(pad_same(x, self.kernel_size, self.stride, self.dilation))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        if self.form == 'separable':
-            return self._separate(x, self.weight, self.bias)
-        return self._convolve(x, self._filters(), self.bias, self.groups)
+    def _padded(self, x: Tensor) -> Tensor:
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)
