@@ -30,17 +30,10 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _WRAPPED = 'change network.module before you wrap it'
 _WRAPPERS = dict(DistributedDataParallel=_WRAPPED, FullyShardedDataParallel=_WRAPPED, DataParallel=_WRAPPED)
 _WRAPPERS |= dict(OptimizedModule='change the network before you compile it, or network._orig_mod')
-# The attributes in which torch keeps a module's hooks.
-_HOOKS = (
-    '_forward_hooks',
-    '_forward_pre_hooks',
-    '_backward_hooks',
-    '_backward_pre_hooks',
-    '_state_dict_hooks',
-    '_state_dict_pre_hooks',
-    '_load_state_dict_pre_hooks',
-    '_load_state_dict_post_hooks',
-)
+# The attributes in which torch keeps a module's hooks: those of running, then those of saving and loading.
+_RUN_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_STATE_HOOKS = ('_state_dict_hooks', '_state_dict_pre_hooks')
+_LOAD_HOOKS = ('_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 # The methods by which timm fuses a block for inference, see timm.models.reparameterize_model.
 _FUSING = ('fuse', 'reparameterize', 'switch_to_deploy')
 
@@ -111,7 +104,7 @@ def _reason_to_skip(conv: nn.Module) -> str:
     return changes_of(conv) or _own_state(conv)
 
 
-def changes_of(layer: nn.Module, kinds: Sequence[str] = _HOOKS) -> str:
+def changes_of(layer: nn.Module, kinds: Sequence[str] = (*_RUN_HOOKS, *_STATE_HOOKS, *_LOAD_HOOKS)) -> str:
     """Names what replacing a layer would lose: hooks of these kinds or a forward of its own. Empty if nothing.
 
     Hooks that compute its parameters do not count: fusing takes their result.
@@ -228,7 +221,7 @@ def make_plain(model: nn.Module, forms: Mapping[str, str]) -> nn.Module:
     layers, within = harmonic_layers(plain), in_fusing_blocks(plain)
     for name, layer in layers.items():
         layer.form = forms.get(name, 'dense')
-        if reason := changes_of(layer, _HOOKS[:4]):  # those of state dicts compute nothing
+        if reason := changes_of(layer, _RUN_HOOKS):
             raise InputError(f'cannot deploy {name or type(layer).__name__}: {reason}. Remove that first.')
     if isinstance(plain, HarmonicLayer):
         return plain.fuse()
