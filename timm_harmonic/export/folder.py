@@ -22,7 +22,7 @@ from timm.models import get_pretrained_cfg, list_pretrained, model_entrypoint, s
 from torch import nn
 from tqdm import tqdm
 
-from ..common import InputError, explained, first_line
+from ..common import InputError, explained
 from ..common.files import check_new, new_folder, write_text
 from ..common.images import data_config as config_of_images
 from ..common.images import noted_scale, scale_note
@@ -130,12 +130,9 @@ def _released(path: Path, digest: str, model_name: str) -> Provenance | None:
         if digits and digest.startswith(digits):
             if cfg.architecture != model_name:
                 raise InputError(f'{path.name} is the released {name}, not {model_name}.')
-            return Provenance(path.name, digest, url=cfg.origin_url, notes=_paper_notes(cfg))
+            notes = tuple(note for note in cfg.notes if not pinned_sha256(note))  # those of the paper
+            return Provenance(path.name, digest, url=cfg.origin_url, notes=notes)
     return None
-
-
-def _paper_notes(cfg: Any) -> tuple[str, ...]:
-    return tuple(note for note in cfg.notes if not pinned_sha256(note))
 
 
 def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
@@ -143,10 +140,8 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
     options = path.parent / 'args.yaml'
     run: Any = dict(vars(content['args'])) if isinstance(content.get('args'), argparse.Namespace) else {}
     if options.is_file():
-        try:
+        with explained(f'{options} is damaged', yaml.YAMLError, ValueError, OSError):
             run = yaml.safe_load(options.read_text(encoding='utf-8'))
-        except (yaml.YAMLError, ValueError, OSError) as error:
-            raise InputError(f'{options} is damaged: {first_line(error)}') from error
     place = options if options.is_file() else f'the run of {path.name}'
     if not isinstance(run, dict):
         raise InputError(f'{place} holds a {type(run).__name__}, not options.')
@@ -334,10 +329,8 @@ def write_folder(
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
             raise InputError(f'{key} {value!r} is not an id of the Hugging Face Hub.')
-    try:
+    with explained(f'{repo_id!r} is not the name of a repository', HFValidationError):
         validate_repo_id(repo_id or 'no/repository')
-    except HFValidationError as error:
-        raise InputError(first_line(error)) from error
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f'{len(class_names)} class names for {model.num_classes} classes.')
     images = dict(source.run if data_config is None else data_config)
@@ -363,11 +356,9 @@ def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: 
     scale = images.pop('scale', None)
     for parameter in model.parameters():  # as safetensors needs; .to(memory_format=...) leaves (O, I, P, 1) as it is
         parameter.data = parameter.data.contiguous()
-    try:
-        with explained('the network cannot be saved for such images', TypeError, ValueError, AssertionError):
-            save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=images)
-    except SafetensorError as error:  # a full disk
-        raise InputError(f'the weights cannot be written to {folder.parent}: {first_line(error)}') from error
+    full_disk = explained(f'the weights cannot be written to {folder.parent}', SafetensorError)
+    with full_disk, explained('the network cannot be saved for such images', TypeError, ValueError, AssertionError):
+        save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=images)
     # timm writes num_classes at the top and among model_args; transformers refuses the latter.
     path = folder / 'config.json'
     config = json.loads(path.read_text(encoding='utf-8'))
@@ -385,7 +376,8 @@ def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: 
 def _compare(model: nn.Module, loaded: nn.Module) -> None:
     """Raises unless the folder's network gives the source's outputs on random images, up to float32 rounding."""
     images = torch.randn(2, *loaded.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
-    with explained(f'the network cannot run on images of shape {tuple(images.shape[1:])}', Exception):
+    side = ' x '.join(map(str, images.shape[2:]))  # windows of attention may need another
+    with explained(f'the network cannot run on images of {side} pixels (see --img-size)', Exception):
         expected, found = model(images), loaded(images)
     if not expected.isfinite().all():
         raise InputError('the outputs of the checkpoint are not finite.')

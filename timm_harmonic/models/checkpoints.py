@@ -264,7 +264,9 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
         'another basis': [
             f'{key}: {problem}; build the network with that'
             for name, layer in layers.items()
-            if (key := f'{name}.weight') in state and not plain(key) and (problem := _other_basis(state, name, layer))
+            if (key := f'{name}.weight') in state
+            and not plain(key)
+            and (problem := layer.other_basis(state.get(f'{name}{_BASIS}')))
         ],
         'missing': [k for k in target if k not in state and k not in heads and not k.endswith(optional)],
         'unexpected': [k for k in state if k not in target and k not in heads and k not in basis_keys],
@@ -289,10 +291,6 @@ def hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
     found = [prefix for prefix in prefixes if all(f'{prefix}{key}' in state for key in missing)]
     place = ' or '.join(map(repr, found))
     return f' The missing keys have the prefix {place}: save the state dict of that module alone.' * bool(found)
-
-
-def _other_basis(state: StateDict, name: str, layer: HarmonicLayer) -> str:
-    return layer.other_basis(state.get(f'{name}{_BASIS}'))
 
 
 def basis_options(state: StateDict) -> dict[str, Any]:
