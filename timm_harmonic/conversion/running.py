@@ -79,11 +79,7 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
         raise InputError('data hold no batches: pass at least one batch of images.')
 
 
-class Parts(list[Tensor]):
-    """Images read by `read_images`."""
-
-
-def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Parts:
+def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> list[Tensor]:
     """Reads all images of `data`, see `images_in`, into parts of about 32 images of one size.
 
     Raises InputError if they are fewer than eight, more than 2 GiB, or a single one of its size.
@@ -99,7 +95,7 @@ def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -
             )
     if (count := sum(map(len, read))) < 2 * HELD_OUT:
         raise InputError(f'data hold {count} images: at least {2 * HELD_OUT} are needed.')
-    parts = Parts()
+    parts: list[Tensor] = []
     for size in dict.fromkeys(images.shape[1:] for images in read):
         alike = torch.cat([images for images in read if images.shape[1:] == size])
         if len(alike) == 1:
