@@ -101,7 +101,16 @@ def _reason_to_skip(conv: nn.Module) -> str:
         return COMPUTED
     if type(conv) not in _HARMONIC:
         return f'{kind} may compute something other than nn.Conv2d'
-    return changes_of(conv) or _own_state(conv)
+    if changed := changes_of(conv):
+        return changed
+    names = [name for name, _ in (*conv.named_parameters(), *conv.named_buffers()) if name not in ('weight', 'bias')]
+    if names or next(conv.children(), None) is not None:
+        return 'has parameters, buffers or modules of its own, which would be lost'
+    if conv.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f'its weights are {conv.weight.dtype}'
+    if conv.weight.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
+        return f'its weights {tuple(conv.weight.shape)} contradict its arguments'
+    return ''
 
 
 def changes_of(layer: nn.Module, kinds: Sequence[str] = (*_RUN_HOOKS, *_STATE_HOOKS, *_LOAD_HOOKS)) -> str:
@@ -116,18 +125,6 @@ def changes_of(layer: nn.Module, kinds: Sequence[str] = (*_RUN_HOOKS, *_STATE_HO
     return ''
 
 
-def _own_state(conv: nn.Module) -> str:
-    """Explains how a convolution's parameters differ from those that nn.Conv2d makes; empty if they do not."""
-    names = [name for name, _ in (*conv.named_parameters(), *conv.named_buffers()) if name not in ('weight', 'bias')]
-    if names or next(conv.children(), None) is not None:
-        return 'has parameters, buffers or modules of its own, which would be lost'
-    if conv.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f'its weights are {conv.weight.dtype}'
-    if conv.weight.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
-        return f'its weights {tuple(conv.weight.shape)} contradict its arguments'
-    return ''
-
-
 def make_harmonic(
     model: nn.Module,
     levels: Mapping[str, int | None],
@@ -136,17 +133,11 @@ def make_harmonic(
     stem: str = '',
     keep_filters: bool = False,
 ) -> None:
-    """Replaces convolutions of a network by harmonic layers, in place.
+    """Replaces convolutions of a network by harmonic layers, in place: those that `levels` names and that can be.
 
-    Blocks that fuse their own convolutions for inference (RepVGG, MobileOne and others) will fuse their harmonic layers
-    first.
-
-    Args:
-        model: Network; not itself a convolution.
-        levels: Level of each convolution to replace, by qualified name. Other names are ignored.
-        basis: normalization and smoothness of the layers, where they differ from the defaults.
-        stem: Name of the convolution that becomes a `HarmonicBlock2d`, if any.
-        keep_filters: Whether layers take over the filters. Otherwise they start from their own initialisation.
+    Layers take over the filters with `keep_filters`, else they start from their own initialisation, and that named
+    `stem` becomes a `HarmonicBlock2d`. `basis` has their normalization and smoothness. Blocks that fuse their own
+    convolutions for inference (RepVGG, MobileOne and others) will fuse their harmonic layers first.
     """
     layers: dict[str, nn.Module] = {}
     options: dict[str, Any] = dict(basis or {})
