@@ -13,7 +13,6 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -183,10 +182,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
-    """Creates a network of timm with the weights of its name, in evaluation mode.
-
-    Raises InputError if the name is unknown or its config makes no network, CheckpointError if its weights do not fit.
-    """
+    """Creates a network of timm with the weights of its name, in evaluation. Raises InputError or CheckpointError."""
     model = _create(model_name, dict(kwargs, pretrained=True)).eval()
     theirs, ours = model.pretrained_cfg.get('num_classes'), kwargs.get('num_classes')
     if ours and theirs != ours:  # timm leaves the classifier random then
@@ -257,19 +253,16 @@ def convert(
     model_name: str,
     out: Path,
     *,
-    repo_id: str = '',
     use_ema: bool = False,
     model_kwargs: dict[str, Any] | None = None,
-    class_names: list[str] | None = None,
-    license: str = '',
-    dataset: str = '',
     data_config: dict[str, Any] | None = None,
+    **about: Any,
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
 
-    The options are those of `timm-harmonic convert`; `data_config` has mean, std, img_size and scale. Returns the
-    files. Raises InputError if options contradict each other or the outputs differ, CheckpointError if the checkpoint
-    cannot be read or does not fit.
+    The options are those of `timm-harmonic convert`: `data_config` has mean, std, img_size and scale, and `about`
+    repo_id, class_names, license and dataset. Returns the files. Raises InputError if options contradict each other or
+    the outputs differ, CheckpointError if the checkpoint cannot be read or does not fit.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
@@ -279,9 +272,10 @@ def convert(
         next_step(steps, 'build')
         model = build_loaded(model_name, state, source, model_kwargs or {})
         if source.url:
-            class_names, dataset = ImageNetInfo().label_names(), dataset or 'imagenet-1k'
-            license = license or LICENSE
-            repo_id = repo_id or f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
+            repo_id = f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
+            theirs = dict(repo_id=repo_id, license=LICENSE, dataset='imagenet-1k')
+            about = {key: about.get(key) or value for key, value in theirs.items()}
+            about['class_names'] = ImageNetInfo().label_names()
         given = {key: value for key, value in (data_config or {}).items() if value is not None}
         images = {**source.run, **(dict(input_size=None) if 'img_size' in given else {}), **given}
 
@@ -293,7 +287,6 @@ def convert(
                         raise InputError(f'{path} is a symbolic link: put the file itself there.')
                     shutil.copyfile(path, folder / ours)
 
-        about: dict[str, Any] = dict(repo_id=repo_id, class_names=class_names, license=license, dataset=dataset)
         return write_folder(model, out, source, steps, add=add_run, data_config=images, **about)
 
 
@@ -317,14 +310,13 @@ def write_folder(
     add: Callable[[Path], None] = lambda folder: None,
     keep: bool = True,
 ) -> list[Path]:
-    """Writes the folder of a Hub repository from a network, loads it again and compares the outputs.
+    """Writes the folder of a Hub repository from a network, loads it again, compares the outputs; returns the files.
 
     `out` must be new or empty, and is written as a whole or not at all. `steps` is a progress bar that moves by three.
-    repo_id, license and dataset are ids of the Hub, for the card. `data_config` tells how to prepare images, by timm's
-    names, and may have the scale, the value of images that stands for 1; by default the options of the training run
-    do. Without a licence, the config's origin and paper are left out: they are about other weights. `add` writes more
-    files. Without `keep`, all is done but nothing stays. Returns the files. Raises InputError if an argument is
-    invalid, the network cannot run on such images, or the folder does not give the network's outputs.
+    `data_config` tells how to prepare images, with their scale; by default the options of the training run do. Without
+    a licence, the config's origin and paper are left out: they are about other weights. `add` writes more files.
+    Without `keep`, all is done but nothing stays. Raises InputError if an argument is invalid, the network cannot run
+    on such images, or the folder does not give the network's outputs.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
@@ -347,7 +339,8 @@ def write_folder(
         _compare(model, loaded)
         place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
         write_text(folder / 'README.md', str(model_card(loaded, place, source, license, dataset)))
-        _check_files(folder)
+        if strange := [path.name for path in sorted(folder.iterdir()) if path.name not in FILES or path.is_symlink()]:
+            raise InputError(f'the folder is not fit for the Hub: files {strange}.')
         steps.update()
     return sorted(out.iterdir()) if keep else []
 
@@ -386,12 +379,3 @@ def _compare(model: nn.Module, loaded: nn.Module) -> None:
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
     if error > 1e-6:
         raise InputError(f'the outputs of the folder and the checkpoint differ by {error:.1e} of the largest.')
-
-
-def _check_files(folder: Path) -> None:
-    """Raises unless the folder holds only files that belong there, and its card and config name one licence."""
-    strange = [path.name for path in sorted(folder.iterdir()) if path.name not in FILES or path.is_symlink()]
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    licences = ModelCard.load(folder / 'README.md').data.license, config['pretrained_cfg'].get('license')
-    if strange or licences[0] != licences[1]:
-        raise InputError(f'the folder is not fit for the Hub: files {strange}, licences {licences}.')
