@@ -54,10 +54,8 @@ class HarmonicConv2d(HarmonicLayer):
             each channel and a 1 x 1 convolution, which is faster at low levels. The state dict does not hold it.
 
     Smoothness builds in a prior for smooth filters, which training can override. It adds no parameter, and the filters
-    that can be expressed stay the same. Coefficients w_n give f_n = s_n w_n at frequency n. So the energy of initial
-    filters falls as s_n^2, weight decay is a Sobolev penalty on filters, sum_n (1 + i + j)^(2 smoothness) f_n^2, and a
-    gradient step moves f_n by s_n^2 times the gradient. Adam-like optimizers divide by the size of the gradient, so
-    they step by s_n; AdamW's decay shrinks every coefficient by the same share, so it is not that penalty.
+    that can be expressed stay the same. Coefficients w_n give f_n = s_n w_n at frequency n, so initial filters, weight
+    decay and steps of optimizers favour low frequencies; docs/layers.md says how much.
 
     Attributes:
         weight: Coefficients (O, C / groups, P, 1).
@@ -161,10 +159,7 @@ def _within(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class HarmonicConv2dSame(HarmonicConv2d):
-    """`HarmonicConv2d` with the dynamic padding of timm's Conv2dSame, as in networks that come from TensorFlow.
-
-    It pads by the size of its input, so that ceil(size / stride) positions come out.
-    """
+    """`HarmonicConv2d` with the padding of timm's Conv2dSame and TensorFlow: ceil(size / stride) positions come out."""
 
     dynamic_padding = True
 
