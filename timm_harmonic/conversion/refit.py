@@ -347,10 +347,7 @@ def _run_to(model: nn.Module, name: str, uses: int, images: Tensor) -> list[tupl
 
 
 def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> float:
-    """Returns the squared error of a network's outputs on the held-out images, over the variance of another's.
-
-    The variance is that within each part.
-    """
+    """Returns the squared error of `small` on the held-out images, over the variance of the outputs in each part."""
     error, variance = 0.0, 0.0
     with torch.no_grad(), evaluating(model), evaluating(small):
         for _, images in _split(parts):

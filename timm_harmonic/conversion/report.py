@@ -178,9 +178,8 @@ def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool 
     names, top = list(losses), max(max(of) for of in losses.values())
     shares = np.full((len(names), top), np.nan)
     for row, name in enumerate(names):
-        lost = {0: 1.0, min(losses[name]) - 1: 1.0, **losses[name]}
-        for total in range(max(losses[name])):
-            shares[row, total] = 100 * (lost.get(total, 1.0) - lost[total + 1]) if total + 1 in lost else np.nan
+        lost = [losses[name].get(level, 1.0) for level in range(max(losses[name]) + 1)]
+        shares[row, : len(lost) - 1] = -100 * np.diff(lost)
     with matplotlib.rc_context(_FONTS):
         figure = Figure(figsize=(8, max(4.2, 1.9 + 0.16 * len(names))), layout='constrained')  # room for every name
         FigureCanvasAgg(figure)  # no window, whatever backend the user has set

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -122,14 +122,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None) -> Iterator[None]:
     """Reports what modules of a network compute, by default the harmonic layers, while the context lasts."""
 
-    def hook_of(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            watch(name, layer, inputs[0], output)
-
-        return hook
+    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        watch(name, module, inputs[0], output)
 
     names = harmonic_layers(model) if names is None else names
-    handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     try:
         yield
     finally:

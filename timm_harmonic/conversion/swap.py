@@ -55,10 +55,7 @@ def check_unwrapped(model: Any) -> None:
 
 
 def reasons_to_skip(model: nn.Module) -> dict[str, str]:
-    """Explains why each convolution has to stay plain, by qualified name in the network's order.
-
-    An empty text means that the convolution can become harmonic.
-    """
+    """Explains why each convolution has to stay plain, by name in the network's order; empty if it can be harmonic."""
     check_unwrapped(model)
     patches = {id(module.proj) for module in model.modules() if isinstance(module, PatchEmbed)}
     found = {name: module for name, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)}
@@ -164,10 +161,7 @@ def make_harmonic(
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Replaces layers of a network by name, in place. Returns all names replaced.
-
-    These may be more than were given, because a network may use one layer in several places.
-    """
+    """Replaces layers of a network by name, in place, wherever it uses them. Returns all names replaced."""
     new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     places = [(n, new[id(m)]) for n, m in model.named_modules(remove_duplicate=False) if id(m) in new]
     for name, layer in places:
@@ -186,10 +180,7 @@ def in_fusing_blocks(model: nn.Module) -> set[str]:
 
 
 class _FuseHarmonicFirst:
-    """Fuses a block's harmonic layers before the block's own method does, which reads filters.
-
-    An object rather than a function, so that a copy of the block gets its own copy.
-    """
+    """Fuses harmonic layers before the block's method reads their filters; an object, so that copies get their own."""
 
     def __init__(self, block: nn.Module, method: str) -> None:
         self.block, self.method = block, method
