@@ -168,15 +168,12 @@ _LAYERS = dict(first_conv='conv1', classifier='fc')
 _PINS: dict[str, str] = {}
 _RELEASED = {name: PAPER[name] for name in _ARCHITECTURES if name in PAPER and PAPER[name]['file']}
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f'{name}.{TAG}': released_cfg(f'{name}.{TAG}', row['file'], _PINS.get(name, ''), notes_of(row), **_LAYERS)
-            for name, row in _RELEASED.items()
-        },
-        **{name: paper_cfg(**_LAYERS) for name in _ARCHITECTURES if name not in _RELEASED},
-    }
-)
+_cfgs = {
+    f'{name}.{TAG}': released_cfg(f'{name}.{TAG}', row['file'], _PINS.get(name, ''), notes_of(row), **_LAYERS)
+    for name, row in _RELEASED.items()
+}
+_cfgs |= {name: paper_cfg(**_LAYERS) for name in _ARCHITECTURES if name not in _RELEASED}
+default_cfgs = generate_default_cfgs(_cfgs)
 
 register(_create, _ARCHITECTURES)
 _AUTHORS_NAMES = {f'harm_se_resnext101_{size}': f'harm_seresnext101_{size}' for size in ('32x4d', '64x4d')}

@@ -17,10 +17,7 @@ _TOP = full_level(3)  # the filters of every stage are 3 x 3
 
 
 def levels_of_stages(levels: StageLevels, stages: int) -> tuple[int | None, ...]:
-    """Expands the option `levels` to one level per stage.
-
-    Raises TypeError for a wrong type, InputError for a wrong number of entries or a level out of range.
-    """
+    """Expands the option `levels` to one level per stage. Raises TypeError or InputError unless that is possible."""
     if levels is None or isinstance(levels, int):
         entries: Sequence[int | None] = (levels,) * stages
     elif isinstance(levels, str) or not isinstance(levels, Sequence):
@@ -53,8 +50,7 @@ def make_network_harmonic(
 ) -> None:
     """Makes a newly built network harmonic, in place, with newly initialised layers.
 
-    `stem` names the first convolution, which becomes a `HarmonicBlock2d`; `level_of` maps the other names to levels.
-    Only names that start with `within` count. Raises TypeError if a switch is not a bool.
+    `stem` names the convolution that becomes a `HarmonicBlock2d`; `level_of` maps the names of the others to levels.
     """
     for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
         if not isinstance(value, bool):
