@@ -37,19 +37,16 @@ def _import_plugin() -> None:
         importlib.import_module(_PLUGIN)
     except Exception as error:
         host = sys.modules.get(_HOST.partition('.')[0])
-        _warn(
+        message = (
             f'the harmonic models are not available: importing {_PLUGIN} failed with {type(error).__name__}: {error}. '
             f'Python took timm {getattr(host, "__version__", "?")} from {next(iter(getattr(host, "__path__", "?")))}. '
             'If you have installed another timm, set PYTHONSAFEPATH=1 (Python 3.11 or later) or check out its version '
             'beside the script. TIMM_HARMONIC_AUTOLOAD=0 switches the models off.'
         )
-
-
-def _warn(message: str) -> None:
-    try:
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:  # warnings are errors here, but this one must not stop the host's import
-        print(f'RuntimeWarning: {message}', file=sys.stderr)
+        try:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        except RuntimeWarning:  # warnings are errors here, but this one must not stop the host's import
+            print(f'RuntimeWarning: {message}', file=sys.stderr)
 
 
 class _HostFinder:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
 from timm_harmonic.conversion.costs import costs_of, set_forms
-from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters
+from timm_harmonic.conversion.truncate import budget_of, choose_levels, losses_by_filters
 from timm_harmonic.export.onnx import export_onnx, onnx_runner
 
 from .environment import environment
@@ -76,7 +76,7 @@ def variants(name: str, images: Tensor) -> tuple[dict[str, nn.Module], dict[str,
         choices[f'level {level}'] = {layer: most if layer == stem else min(level, most) for layer, most in top.items()}
     for share in SHARES:
         try:
-            choices[f'{share:g} of the time'] = choose_levels(losses, costs, share * costs.total(top))
+            choices[f'{share:g} of the time'] = choose_levels(losses, costs, budget_of(costs, share))
         except ValueError as error:
             impossible[f'{share:g} of the time'] = str(error)
     found = {'plain': whole}

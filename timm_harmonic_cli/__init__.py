@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -45,9 +45,7 @@ def above_zero(text: str, most: float = sys.float_info.max) -> float:
     return number
 
 
-def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    return above_zero(text, 1.0)
+share = partial(above_zero, most=1.0)
 
 
 def add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
@@ -68,9 +66,8 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
     """Adds --model-kwargs."""
-    parser.add_argument(
-        '--model-kwargs', nargs='+', default=[], metavar='NAME=VALUE', help='arguments for timm.create_model'
-    )
+    kwargs = 'arguments for timm.create_model'
+    parser.add_argument('--model-kwargs', nargs='+', default=[], metavar='NAME=VALUE', help=kwargs)
 
 
 def add_preparation(parser: argparse.ArgumentParser) -> None:

@@ -105,7 +105,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         whole = harmonize(plain, include=args.include, exclude=args.exclude, **basis)
         prepare = Preparation(whole, {**source.run, **preparation(args)})
         example = torch.randn(1, *prepare.config['input_size'])
-        _check_size(whole, example)
         license = args.license or plain.pretrained_cfg.get('license') or ''
         about: dict[str, Any] = dict(repo_id=args.repo, license=license, data_config=prepare.config)
         # What cannot be written should fail now, not after minutes of work.
@@ -199,18 +198,6 @@ def _check_options(args: argparse.Namespace) -> None:
     for folder in (args.data, args.evaluate):
         if folder is not None and not folder.is_dir():
             raise InputError(f'{str(folder)!r} is not an image folder.')
-
-
-def _check_size(network: Any, image: Any) -> None:
-    """Raises InputError if a network cannot run on images of this size: windows of attention may need another."""
-    import torch
-
-    from timm_harmonic.common import explained
-
-    side = ' x '.join(map(str, image.shape[2:]))
-    problem = f'the network cannot run on images of {side} pixels (see --img-size)'
-    with torch.inference_mode(), explained(problem, Exception):
-        network(image)
 
 
 def _evaluate(network: Any, batches: Any, device: Any) -> dict[str, float]:

@@ -43,11 +43,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = predict(args)
     if out is None:
         write_predictions(rows, args.format, sys.stdout)
-        return rows
-
-    text = io.StringIO()
-    write_predictions(rows, args.format, text)
-    write_whole(out, lambda path: write_text(path, text.getvalue()))
+    else:
+        text = io.StringIO()
+        write_predictions(rows, args.format, text)
+        write_whole(out, lambda path: write_text(path, text.getvalue()))
     return rows
 
 

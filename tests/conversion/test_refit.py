@@ -11,7 +11,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_harmonic import harmonic_report, harmonize, refit, truncate
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, refit, truncate
 from timm_harmonic.conversion.costs import costs_of
 from timm_harmonic.conversion.refit import (
     Moments,
@@ -260,6 +260,18 @@ def test_frozen_statistics_stay(freeze):
     for name, module in better.named_modules():
         if hasattr(module, 'running_var') and name:
             assert torch.equal(module.running_var, small.get_submodule(name).running_var)
+
+
+def test_the_stem_of_a_network_in_training_keeps_its_statistics():
+    torch.manual_seed(0)
+    layers = (HarmonicBlock2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), HarmonicConv2d(8, 8, 3))
+    model = reference.randomize_batch_norm(nn.Sequential(*layers)).train()
+    before = copy.deepcopy(model[0].bn.state_dict())
+    small = weakened(truncate(model, levels={'3': 2}))
+    better = refit(model, small, [smooth(64)])
+    assert not torch.equal(better[3].weight, small[3].weight)
+    for network in (model, small, better):
+        assert all(torch.equal(before[key], value) for key, value in network[0].bn.state_dict().items())
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])

@@ -15,9 +15,9 @@ class InputError(TimmHarmonicError, ValueError):
     """An argument, a network, an image or another input cannot be used; the message names it."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def in_short(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    return ': '.join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def explained(problem: str, *errors: type[Exception]) -> Iterator[None]:
     except TimmHarmonicError:
         raise
     except errors as error:
-        raise InputError(f'{problem}: {type(error).__name__}: {first_line(error)}') from error
+        raise InputError(f'{problem}: {in_short(error)}') from error
 
 
 def require(**packages: str) -> None:

@@ -60,11 +60,10 @@ class Costs:
 
 
 def costs_of(model: nn.Module, cost: str, images: Tensor | None = None) -> Costs:
-    """Returns the costs of a network in 'parameters', 'macs' (multiply-adds) or 'time', for example images.
+    """Returns the costs of a fused network: 'parameters', 'macs' (multiply-adds of one image), 'time' (of all images).
 
-    Multiply-adds are those of the fused network for one image. Times are those of evaluation on all images, fused, on
-    the network's device, see `_time_levels`. The rest is the whole dense network less its dense layers. It includes
-    layers in blocks that fuse their own convolutions: their levels do not change what the block costs.
+    The rest is the whole dense network less its dense layers. It includes layers in blocks that fuse their own
+    convolutions: their levels do not change what the block costs.
     """
     layers = harmonic_layers(model)
     if cost == 'parameters':
@@ -107,10 +106,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 
 def multiply_adds(layer: HarmonicLayer, level: int, form: str, positions: int = 1) -> int:
-    """Counts a layer's multiply-adds at a level, in a form, for this many output positions.
-
-    Average pooling counts as filters do.
-    """
+    """Counts a layer's multiply-adds for so many output positions. Average pooling counts as filters do."""
     side, count = layer.kernel_size[0], _functions(layer, level)
     pairs = layer.out_channels * layer.in_channels // layer.groups
     if form == 'dense':
@@ -161,8 +157,7 @@ def _time_levels(
 ) -> dict[str, dict[int, Cost]]:
     """Times layers at levels, in both forms where the separable one takes fewer multiply-adds, on their own inputs.
 
-    The dense form takes the same time at all levels. Equal layers with equal inputs are timed once. Times are those of
-    all uses of a layer, which are taken to be alike.
+    Equal layers with equal inputs are timed once. Times are those of all uses of a layer, which are taken to be alike.
     """
     done: dict[tuple[object, ...], dict[int, Cost]] = {}
     found: dict[str, dict[int, Cost]] = {}

@@ -152,10 +152,7 @@ def _check_pattern(what: str, pattern: str, able: Mapping[str, nn.Module], skipp
 
 
 def record_options(model: Any) -> nn.Module:
-    """Records in a network of timm that it is `harmonized` now, with the options to rebuild it; returns it.
-
-    Networks that timm did not build do not change.
-    """
+    """Records in a network, if timm built it, that it is `harmonized` now, and how to rebuild it; returns it."""
     cfg = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict) or not cfg.get('architecture'):
         return model

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..common import InputError
 from ..common.device import float64_device
 from ..common.progress import progress
-from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, dct_frequencies, full_level, owns_weight
+from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, full_level, owns_weight
 from .running import HELD_OUT, Use, check_changeable, evaluating, read_images, trainable, uses_of, watching
 from .swap import check_unwrapped, harmonic_layers
 
@@ -188,12 +188,7 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     """Returns a refitted copy of a truncated network, see `refit`, on images of `read_images`."""
     _check_outputs(model, small, parts[0])
     fitted, final, counted = (copy.deepcopy(small) for _ in range(3))  # `final` is fitted to the held-out images too
-    copies = [module for network in (fitted, final, counted) for module in network.modules()]
-    tracked = [module for module in copies if isinstance(module, _NORMS) and module.track_running_stats]
-    frozen = [norm for norm in tracked if norm.training < small.training]
-    for norm in frozen:  # in evaluation nothing else tells them apart
-        norm.track_running_stats = False
-    with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
+    with torch.no_grad(), evaluating(model):
         norms, uses = [norms_behind(network, parts[0]) for network in (fitted, final)], uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
         lowered = [name for name in uses if uses[name] and layers[name].level < full_level(layers[name].kernel_size[0])]
@@ -211,8 +206,6 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         if best is not small:
             best = final if best is fitted else counted
             estimate_statistics(best, parts)
-    for norm in frozen:
-        norm.track_running_stats = True
     return copy.deepcopy(small) if best is small else best
 
 
@@ -245,12 +238,10 @@ def losses_after_refit(model: nn.Module, parts: Sequence[Tensor]) -> dict[str, d
 
 
 def _losses_of(layer: HarmonicLayer, samples: Samples, intercept: bool) -> dict[int, float]:
-    side, channels = layer.kernel_size[0], layer.in_channels // layer.groups
-    present = dct_frequencies(side, layer.level, layer.dc)
-    lost = {layer.level: 0.0}
+    channels, lost = layer.in_channels // layer.groups, {layer.level: 0.0}
     for level in layer.levels()[1:]:
-        kept = torch.tensor([present.index(pair) for pair in dct_frequencies(side, level, layer.dc)])
-        places = (len(present) * torch.arange(channels)[:, None] + kept).flatten()
+        kept = torch.tensor(layer.kept_at(level)[0])
+        places = (len(layer.basis) * torch.arange(channels)[:, None] + kept).flatten()
         start = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
         fit, test = samples.fit.of(places), samples.test.of(places)
         lost[level] = min(1.0, _relative(test, *fit.solve(start, _RIDGE, intercept)))
@@ -284,7 +275,7 @@ def _refit_layer(
     samples = Samples(layer, _positions(uses, parts))
     for part, held_out in _with_held_out(parts):
         wanted = [output for _, output in _run_to(model, name, len(uses), part)]
-        with by_batch(small):
+        with training_norms(small, 0.0):  # normalises by each batch
             given = [x for x, _ in _run_to(small, name, len(uses), part)]
         for x, output in zip(given, wanted, strict=True):
             samples.add(x, output, held_out)
@@ -356,10 +347,7 @@ def _run_to(model: nn.Module, name: str, uses: int, images: Tensor) -> list[tupl
 
 
 def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> float:
-    """Returns the squared error of a network's outputs on the held-out images, over the variance of another's.
-
-    The variance is that within each part.
-    """
+    """Returns the squared error of `small` on the held-out images, over the variance of the outputs in each part."""
     error, variance = 0.0, 0.0
     with torch.no_grad(), evaluating(model), evaluating(small):
         for _, images in _split(parts):
@@ -442,7 +430,7 @@ def norms_behind(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
     norms = [m for m in model.modules() if isinstance(getattr(m, 'running_mean', None), Tensor)]
     handles = [norm.register_forward_pre_hook(follow) for norm in norms]
     try:
-        with watching(model, note), torch.no_grad():
+        with torch.no_grad(), evaluating(model), watching(model, note):
             model(images)
     finally:
         for handle in handles:
@@ -451,18 +439,18 @@ def norms_behind(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def by_batch(model: nn.Module) -> Iterator[None]:
-    """Makes a network normalise by the statistics of each batch, without updating its running ones."""
+def training_norms(model: nn.Module, momentum: float | None) -> Iterator[list[Any]]:
+    """Puts a network into evaluation except for its batch normalisation, see `norms_of`, which gets this momentum."""
     norms = norms_of(model)
-    before = [(norm.training, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.training, norm.momentum = True, 0.0
-    try:
-        yield
-    finally:
-        for norm, (training, momentum, count) in zip(norms, before, strict=True):
-            norm.training, norm.momentum = training, momentum
-            norm.num_batches_tracked.copy_(count)
+    before = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.training, norm.momentum = True, momentum
+        try:
+            yield norms
+        finally:
+            for norm, own in zip(norms, before, strict=True):
+                norm.training, norm.momentum = False, own
 
 
 def estimate_statistics(model: nn.Module, parts: Sequence[Tensor]) -> None:
@@ -471,17 +459,12 @@ def estimate_statistics(model: nn.Module, parts: Sequence[Tensor]) -> None:
     It does what torch.optim.swa_utils.update_bn does, but keeps everything else in evaluation: no dropout. Modules that
     no image reaches in evaluation, such as an auxiliary head, keep their statistics.
     """
-    norms = norms_of(model)
-    before = [(norm.training, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), training_norms(model, None) as norms:
+        before = [copy.deepcopy(norm.state_dict()) for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
-            norm.training, norm.momentum = True, None
-        try:
-            for part in parts if norms else ():
-                model(part)
-        finally:
-            for norm, (training, momentum, state) in zip(norms, before, strict=True):
-                norm.training, norm.momentum = training, momentum
-                if not norm.num_batches_tracked:
-                    norm.load_state_dict(state)
+        for part in parts if norms else ():
+            model(part)
+        for norm, state in zip(norms, before, strict=True):
+            if not norm.num_batches_tracked:
+                norm.load_state_dict(state)

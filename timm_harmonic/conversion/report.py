@@ -22,25 +22,25 @@ _REFITTED = '\nWhat is left of the line was then fitted to outputs on images, to
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Convolution:
     """One convolution of a network. Fields about frequencies are None for a plain one."""
 
     name: str  # qualified
     kernel_size: tuple[int, ...]
     groups: int
-    level: int | None  # the paper's lambda, 2k - 1 for all frequencies
-    kept: int | None  # number of frequencies kept
-    frequencies: int | None  # number of all frequencies
+    level: int | None = None  # the paper's lambda, 2k - 1 for all frequencies
+    kept: int | None = None  # number of frequencies kept
+    frequencies: int | None = None  # number of all frequencies
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
-    energy_kept: float | None  # share of the filters' energy that truncation left; None if loaded at a level
-    basis: str | None  # 'l1' (the authors'), 'ortho' or 'smoothness=S'
-    form: str | None  # 'dense' or 'separable'
-    macs_before: int | None  # multiply-adds of the plain convolution for one image; None without images
-    macs: int | None  # multiply-adds in its form
-    ms_before: float | None  # milliseconds of the plain convolution, for the batch it was timed on
-    ms: float | None  # milliseconds in its form; None if it was not timed
+    energy_kept: float | None = None  # share of the filters' energy that truncation left; None if loaded at a level
+    basis: str | None = None  # 'l1' (the authors'), 'ortho' or 'smoothness=S'
+    form: str | None = None  # 'dense' or 'separable'
+    macs_before: int | None = None  # multiply-adds of the plain convolution for one image; None without images
+    macs: int | None = None  # multiply-adds in its form
+    ms_before: float | None = None  # milliseconds of the plain convolution, for the batch it was timed on
+    ms: float | None = None  # milliseconds in its form; None if it was not timed
     reason: str  # why it has to stay plain; empty if it is or could be harmonic
 
 
@@ -145,22 +145,19 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
         if name not in layers and name not in reasons:
             continue
         size = _numel(module.weight)
-        about: dict[str, Any] = dict.fromkeys(('level', 'kept', 'frequencies', 'energy_kept', 'basis', 'form'))
-        about |= dict.fromkeys(('macs', 'macs_before', 'ms', 'ms_before'))
+        about: dict[str, Any] = dict(name=name, kernel_size=tuple(module.kernel_size), groups=module.groups)
         about |= dict(parameters_before=size, parameters=size, reason=reasons.get(name, ''))
         if name in layers:
             kept, frequencies = module.weight.shape[2], module.kernel_size[0] ** 2
-            about |= dict(level=module.level, kept=kept, frequencies=frequencies, basis=module.named_basis())
-            about |= dict(parameters_before=size // kept * frequencies)
-            about |= dict(energy_kept=module.energy_kept)
-            about |= dict(form=module.form)
+            about |= dict(level=module.level, kept=kept, frequencies=frequencies, energy_kept=module.energy_kept)
+            about |= dict(parameters_before=size // kept * frequencies, basis=module.named_basis(), form=module.form)
             if name in positions:
                 forms = ('dense', module.form)
                 before, now = (multiply_adds(module, module.level, form, positions[name]) for form in forms)
                 about |= dict(macs_before=before, macs=now)
             if module.milliseconds:
                 about |= dict(ms_before=module.milliseconds['dense'], ms=module.milliseconds.get(module.form))
-        found.append(Convolution(name, tuple(module.kernel_size), module.groups, **about))
+        found.append(Convolution(**about))
     parameters = sum(map(_numel, model.parameters()))
     dropped = sum(conv.parameters_before - conv.parameters for conv in found)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -181,9 +178,8 @@ def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool 
     names, top = list(losses), max(max(of) for of in losses.values())
     shares = np.full((len(names), top), np.nan)
     for row, name in enumerate(names):
-        lost = {0: 1.0, min(losses[name]) - 1: 1.0, **losses[name]}
-        for total in range(max(losses[name])):
-            shares[row, total] = 100 * (lost.get(total, 1.0) - lost[total + 1]) if total + 1 in lost else np.nan
+        lost = [losses[name].get(level, 1.0) for level in range(max(losses[name]) + 1)]
+        shares[row, : len(lost) - 1] = -100 * np.diff(lost)
     with matplotlib.rc_context(_FONTS):
         figure = Figure(figsize=(8, max(4.2, 1.9 + 0.16 * len(names))), layout='constrained')  # room for every name
         FigureCanvasAgg(figure)  # no window, whatever backend the user has set

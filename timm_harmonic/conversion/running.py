@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -79,11 +79,7 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
         raise InputError('data hold no batches: pass at least one batch of images.')
 
 
-class Parts(list[Tensor]):
-    """Images read by `read_images`."""
-
-
-def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Parts:
+def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> list[Tensor]:
     """Reads all images of `data`, see `images_in`, into parts of about 32 images of one size.
 
     Raises InputError if they are fewer than eight, more than 2 GiB, or a single one of its size.
@@ -99,7 +95,7 @@ def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -
             )
     if (count := sum(map(len, read))) < 2 * HELD_OUT:
         raise InputError(f'data hold {count} images: at least {2 * HELD_OUT} are needed.')
-    parts = Parts()
+    parts: list[Tensor] = []
     for size in dict.fromkeys(images.shape[1:] for images in read):
         alike = torch.cat([images for images in read if images.shape[1:] == size])
         if len(alike) == 1:
@@ -126,14 +122,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None) -> Iterator[None]:
     """Reports what modules of a network compute, by default the harmonic layers, while the context lasts."""
 
-    def hook_of(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            watch(name, layer, inputs[0], output)
-
-        return hook
+    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        watch(name, module, inputs[0], output)
 
     names = harmonic_layers(model) if names is None else names
-    handles = [model.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     try:
         yield
     finally:

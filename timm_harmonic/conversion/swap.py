@@ -30,17 +30,10 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _WRAPPED = 'change network.module before you wrap it'
 _WRAPPERS = dict(DistributedDataParallel=_WRAPPED, FullyShardedDataParallel=_WRAPPED, DataParallel=_WRAPPED)
 _WRAPPERS |= dict(OptimizedModule='change the network before you compile it, or network._orig_mod')
-# The attributes in which torch keeps a module's hooks.
-_HOOKS = (
-    '_forward_hooks',
-    '_forward_pre_hooks',
-    '_backward_hooks',
-    '_backward_pre_hooks',
-    '_state_dict_hooks',
-    '_state_dict_pre_hooks',
-    '_load_state_dict_pre_hooks',
-    '_load_state_dict_post_hooks',
-)
+# The attributes in which torch keeps a module's hooks: those of running, then those of saving and loading.
+_RUN_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_STATE_HOOKS = ('_state_dict_hooks', '_state_dict_pre_hooks')
+_LOAD_HOOKS = ('_load_state_dict_pre_hooks', '_load_state_dict_post_hooks')
 # The methods by which timm fuses a block for inference, see timm.models.reparameterize_model.
 _FUSING = ('fuse', 'reparameterize', 'switch_to_deploy')
 
@@ -62,10 +55,7 @@ def check_unwrapped(model: Any) -> None:
 
 
 def reasons_to_skip(model: nn.Module) -> dict[str, str]:
-    """Explains why each convolution has to stay plain, by qualified name in the network's order.
-
-    An empty text means that the convolution can become harmonic.
-    """
+    """Explains why each convolution has to stay plain, by name in the network's order; empty if it can be harmonic."""
     check_unwrapped(model)
     patches = {id(module.proj) for module in model.modules() if isinstance(module, PatchEmbed)}
     found = {name: module for name, module in model.named_modules() if isinstance(module, _CONVOLUTIONS)}
@@ -108,10 +98,19 @@ def _reason_to_skip(conv: nn.Module) -> str:
         return COMPUTED
     if type(conv) not in _HARMONIC:
         return f'{kind} may compute something other than nn.Conv2d'
-    return changes_of(conv) or _own_state(conv)
+    if changed := changes_of(conv):
+        return changed
+    names = [name for name, _ in (*conv.named_parameters(), *conv.named_buffers()) if name not in ('weight', 'bias')]
+    if names or next(conv.children(), None) is not None:
+        return 'has parameters, buffers or modules of its own, which would be lost'
+    if conv.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f'its weights are {conv.weight.dtype}'
+    if conv.weight.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
+        return f'its weights {tuple(conv.weight.shape)} contradict its arguments'
+    return ''
 
 
-def changes_of(layer: nn.Module, kinds: Sequence[str] = _HOOKS) -> str:
+def changes_of(layer: nn.Module, kinds: Sequence[str] = (*_RUN_HOOKS, *_STATE_HOOKS, *_LOAD_HOOKS)) -> str:
     """Names what replacing a layer would lose: hooks of these kinds or a forward of its own. Empty if nothing.
 
     Hooks that compute its parameters do not count: fusing takes their result.
@@ -123,18 +122,6 @@ def changes_of(layer: nn.Module, kinds: Sequence[str] = _HOOKS) -> str:
     return ''
 
 
-def _own_state(conv: nn.Module) -> str:
-    """Explains how a convolution's parameters differ from those that nn.Conv2d makes; empty if they do not."""
-    names = [name for name, _ in (*conv.named_parameters(), *conv.named_buffers()) if name not in ('weight', 'bias')]
-    if names or next(conv.children(), None) is not None:
-        return 'has parameters, buffers or modules of its own, which would be lost'
-    if conv.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        return f'its weights are {conv.weight.dtype}'
-    if conv.weight.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
-        return f'its weights {tuple(conv.weight.shape)} contradict its arguments'
-    return ''
-
-
 def make_harmonic(
     model: nn.Module,
     levels: Mapping[str, int | None],
@@ -143,17 +130,11 @@ def make_harmonic(
     stem: str = '',
     keep_filters: bool = False,
 ) -> None:
-    """Replaces convolutions of a network by harmonic layers, in place.
+    """Replaces convolutions of a network by harmonic layers, in place: those that `levels` names and that can be.
 
-    Blocks that fuse their own convolutions for inference (RepVGG, MobileOne and others) will fuse their harmonic layers
-    first.
-
-    Args:
-        model: Network; not itself a convolution.
-        levels: Level of each convolution to replace, by qualified name. Other names are ignored.
-        basis: normalization and smoothness of the layers, where they differ from the defaults.
-        stem: Name of the convolution that becomes a `HarmonicBlock2d`, if any.
-        keep_filters: Whether layers take over the filters. Otherwise they start from their own initialisation.
+    Layers take over the filters with `keep_filters`, else they start from their own initialisation, and that named
+    `stem` becomes a `HarmonicBlock2d`. `basis` has their normalization and smoothness. Blocks that fuse their own
+    convolutions for inference (RepVGG, MobileOne and others) will fuse their harmonic layers first.
     """
     layers: dict[str, nn.Module] = {}
     options: dict[str, Any] = dict(basis or {})
@@ -180,10 +161,7 @@ def make_harmonic(
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Replaces layers of a network by name, in place. Returns all names replaced.
-
-    These may be more than were given, because a network may use one layer in several places.
-    """
+    """Replaces layers of a network by name, in place, wherever it uses them. Returns all names replaced."""
     new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     places = [(n, new[id(m)]) for n, m in model.named_modules(remove_duplicate=False) if id(m) in new]
     for name, layer in places:
@@ -202,10 +180,7 @@ def in_fusing_blocks(model: nn.Module) -> set[str]:
 
 
 class _FuseHarmonicFirst:
-    """Fuses a block's harmonic layers before the block's own method does, which reads filters.
-
-    An object rather than a function, so that a copy of the block gets its own copy.
-    """
+    """Fuses harmonic layers before the block's method reads their filters; an object, so that copies get their own."""
 
     def __init__(self, block: nn.Module, method: str) -> None:
         self.block, self.method = block, method
@@ -228,7 +203,7 @@ def make_plain(model: nn.Module, forms: Mapping[str, str]) -> nn.Module:
     layers, within = harmonic_layers(plain), in_fusing_blocks(plain)
     for name, layer in layers.items():
         layer.form = forms.get(name, 'dense')
-        if reason := changes_of(layer, _HOOKS[:4]):  # those of state dicts compute nothing
+        if reason := changes_of(layer, _RUN_HOOKS):
             raise InputError(f'cannot deploy {name or type(layer).__name__}: {reason}. Remove that first.')
     if isinstance(plain, HarmonicLayer):
         return plain.fuse()

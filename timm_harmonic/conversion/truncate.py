@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ..layers import dct_frequencies
 from .costs import Costs, costs_of
 from .harmonize import PatternLevels, plan, record_options
 from .refit import losses_after_refit, refitted, take_over
-from .running import Parts, check_changeable, evaluating, images_in, read_images, trainable, watching
+from .running import check_changeable, evaluating, images_in, read_images, trainable, watching
 from .swap import check_unwrapped, harmonic_layers, replace_layers
 
 _COSTS = ('parameters', 'macs', 'time')
@@ -93,7 +93,7 @@ def truncate(
     if by_hand:
         chosen = plan(model, level=level, levels=levels, include=lambda name, layer: name in layers)
     elif energy is not None:
-        losses = _losses(model, data if parts is None else parts, batches)
+        losses = _losses(model, data, batches, parts)
         chosen = {
             name: min((lv for lv, lost in of.items() if lost <= 1 - energy), default=max(of))
             for name, of in losses.items()
@@ -101,8 +101,8 @@ def truncate(
     else:
         assert ratio is not None
         costs = costs_of(model, cost, images)
-        budget = _budget(costs, ratio)
-        chosen = choose_levels(_losses(model, data if parts is None else parts, batches), costs, budget)
+        budget = budget_of(costs, ratio)
+        chosen = choose_levels(_losses(model, data, batches, parts), costs, budget)
     lower = {name: layer.at_level(chosen[name]) for name, layer in layers.items()}
     if cost != 'parameters':
         for name, layer in lower.items():
@@ -142,7 +142,7 @@ def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:
         )
 
 
-def _budget(costs: Costs, ratio: float) -> float:
+def budget_of(costs: Costs, ratio: float) -> float:
     """Returns the cost that a ratio allows. Raises InputError if no choice of levels is that cheap."""
     if ratio * costs.present < costs.least:
         raise InputError(
@@ -152,12 +152,10 @@ def _budget(costs: Costs, ratio: float) -> float:
     return ratio * costs.present
 
 
-def _losses(model: nn.Module, data: Iterable[Any] | None, batches: int | None) -> Losses:
-    if data is None:
-        return losses_by_filters(model)
-    if isinstance(data, Parts):  # a layer that no image reaches is judged by its filters
-        return losses_by_filters(model) | losses_after_refit(model, data)
-    return losses_by_images(model, data, batches)
+def _losses(model: nn.Module, data: Any, batches: int | None, parts: Sequence[Tensor] | None) -> Losses:
+    if parts is not None:  # to refit; a layer that no image reaches is judged by its filters
+        return losses_by_filters(model) | losses_after_refit(model, parts)
+    return losses_by_filters(model) if data is None else losses_by_images(model, data, batches)
 
 
 def losses_by_filters(model: nn.Module) -> Losses:
@@ -231,13 +229,8 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]
 
     Shares kept multiply from layer to layer, so the sum of -ln(1 - loss) should be small. The choice is within 0.05 %
     of the best one: dynamic programming over the layers keeps the partial choices that no other beats in cost and harm,
-    and whose Lagrangian bound allows a better total. Raises InputError if no choice is cheap enough.
+    and whose Lagrangian bound allows a better total. The budget must be at least `costs.least`.
     """
-    if budget < costs.least:
-        raise InputError(
-            f'a budget of {costs.text(budget)} is too small: the network has {costs.text(costs.present)}, and '
-            f'{costs.text(costs.least)} with every layer at its cheapest level.'
-        )
     if costs.present <= budget:
         return {name: max(of) for name, of in losses.items()}
     layers = {

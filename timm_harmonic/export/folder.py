@@ -13,7 +13,6 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -22,7 +21,7 @@ from timm.models import get_pretrained_cfg, list_pretrained, model_entrypoint, s
 from torch import nn
 from tqdm import tqdm
 
-from ..common import InputError, explained, first_line
+from ..common import InputError, explained
 from ..common.files import check_new, new_folder, write_text
 from ..common.images import data_config as config_of_images
 from ..common.images import noted_scale, scale_note
@@ -132,12 +131,9 @@ def _released(path: Path, digest: str, model_name: str) -> Provenance | None:
         if digits and digest.startswith(digits):
             if cfg.architecture != model_name:
                 raise InputError(f'{path.name} is the released {name}, not {model_name}.')
-            return Provenance(path.name, digest, url=cfg.origin_url, notes=_paper_notes(cfg))
+            notes = tuple(note for note in cfg.notes if not pinned_sha256(note))  # those of the paper
+            return Provenance(path.name, digest, url=cfg.origin_url, notes=notes)
     return None
-
-
-def _paper_notes(cfg: Any) -> tuple[str, ...]:
-    return tuple(note for note in cfg.notes if not pinned_sha256(note))
 
 
 def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
@@ -145,10 +141,8 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
     options = path.parent / 'args.yaml'
     run: Any = dict(vars(content['args'])) if isinstance(content.get('args'), argparse.Namespace) else {}
     if options.is_file():
-        try:
+        with explained(f'{options} is damaged', yaml.YAMLError, ValueError, OSError):
             run = yaml.safe_load(options.read_text(encoding='utf-8'))
-        except (yaml.YAMLError, ValueError, OSError) as error:
-            raise InputError(f'{options} is damaged: {first_line(error)}') from error
     place = options if options.is_file() else f'the run of {path.name}'
     if not isinstance(run, dict):
         raise InputError(f'{place} holds a {type(run).__name__}, not options.')
@@ -190,10 +184,7 @@ def _create(model_name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
-    """Creates a network of timm with the weights of its name, in evaluation mode.
-
-    Raises InputError if the name is unknown or its config makes no network, CheckpointError if its weights do not fit.
-    """
+    """Creates a network of timm with the weights of its name, in evaluation. Raises InputError or CheckpointError."""
     model = _create(model_name, dict(kwargs, pretrained=True)).eval()
     theirs, ours = model.pretrained_cfg.get('num_classes'), kwargs.get('num_classes')
     if ours and theirs != ours:  # timm leaves the classifier random then
@@ -264,19 +255,17 @@ def convert(
     model_name: str,
     out: Path,
     *,
-    repo_id: str = '',
     use_ema: bool = False,
     model_kwargs: dict[str, Any] | None = None,
-    class_names: list[str] | None = None,
-    license: str = '',
-    dataset: str = '',
     data_config: dict[str, Any] | None = None,
+    **about: Any,
 ) -> list[Path]:
     """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
 
-    The options are those of `timm-harmonic convert`; `data_config` has mean, std, img_size, scale and crop_pct, which
-    is 1 if others are given and there is no run. Returns the files. Raises InputError if options contradict each other
-    or the outputs differ, CheckpointError if the checkpoint cannot be read or does not fit.
+    The options are those of `timm-harmonic convert`: `data_config` has mean, std, img_size, scale and crop_pct, which
+    is 1 if others are given and there is no run, and `about` repo_id, class_names, license and dataset. Returns the
+    files. Raises InputError if options contradict each other or the outputs differ, CheckpointError if the checkpoint
+    cannot be read or does not fit.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
@@ -286,9 +275,10 @@ def convert(
         next_step(steps, 'build')
         model = build_loaded(model_name, state, source, model_kwargs or {})
         if source.url:
-            class_names, dataset = ImageNetInfo().label_names(), dataset or 'imagenet-1k'
-            license = license or LICENSE
-            repo_id = repo_id or f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
+            repo_id = f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
+            theirs = dict(repo_id=repo_id, license=LICENSE, dataset='imagenet-1k')
+            about = {key: about.get(key) or value for key, value in theirs.items()}
+            about['class_names'] = ImageNetInfo().label_names()
         given = {key: value for key, value in (data_config or {}).items() if value is not None}
         if given and not source.run:  # a loop of one's own hardly crops
             given = dict(crop_pct=1.0) | given
@@ -302,7 +292,6 @@ def convert(
                         raise InputError(f'{path} is a symbolic link: put the file itself there.')
                     shutil.copyfile(path, folder / ours)
 
-        about: dict[str, Any] = dict(repo_id=repo_id, class_names=class_names, license=license, dataset=dataset)
         return write_folder(model, out, source, steps, add=add_run, data_config=images, **about)
 
 
@@ -326,22 +315,19 @@ def write_folder(
     add: Callable[[Path], None] = lambda folder: None,
     keep: bool = True,
 ) -> list[Path]:
-    """Writes the folder of a Hub repository from a network, loads it again and compares the outputs.
+    """Writes the folder of a Hub repository from a network, loads it again, compares the outputs; returns the files.
 
     `out` must be new or empty, and is written as a whole or not at all. `steps` is a progress bar that moves by three.
-    repo_id, license and dataset are ids of the Hub, for the card. `data_config` tells how to prepare images, by timm's
-    names, and may have the scale, the value of images that stands for 1; by default the options of the training run
-    do. Without a licence, the config's origin and paper are left out: they are about other weights. `add` writes more
-    files. Without `keep`, all is done but nothing stays. Returns the files. Raises InputError if an argument is
-    invalid, the network cannot run on such images, or the folder does not give the network's outputs.
+    `data_config` tells how to prepare images, with their scale; by default the options of the training run do. Without
+    a licence, the config's origin and paper are left out: they are about other weights. `add` writes more files.
+    Without `keep`, all is done but nothing stays. Raises InputError if an argument is invalid, the network cannot run
+    on such images, or the folder does not give the network's outputs.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
             raise InputError(f'{key} {value!r} is not an id of the Hugging Face Hub.')
-    try:
+    with explained(f'{repo_id!r} is not the name of a repository', HFValidationError):
         validate_repo_id(repo_id or 'no/repository')
-    except HFValidationError as error:
-        raise InputError(first_line(error)) from error
     if class_names is not None and len(class_names) != model.num_classes:
         raise InputError(f'{len(class_names)} class names for {model.num_classes} classes.')
     images = dict(source.run if data_config is None else data_config)
@@ -358,7 +344,8 @@ def write_folder(
         _compare(model, loaded)
         place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
         write_text(folder / 'README.md', str(model_card(loaded, place, source, license, dataset)))
-        _check_files(folder)
+        if strange := [path.name for path in sorted(folder.iterdir()) if path.name not in FILES or path.is_symlink()]:
+            raise InputError(f'the folder is not fit for the Hub: files {strange}.')
         steps.update()
     return sorted(out.iterdir()) if keep else []
 
@@ -367,11 +354,9 @@ def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: 
     scale = images.pop('scale', None)
     for parameter in model.parameters():  # as safetensors needs; .to(memory_format=...) leaves (O, I, P, 1) as it is
         parameter.data = parameter.data.contiguous()
-    try:
-        with explained('the network cannot be saved for such images', TypeError, ValueError, AssertionError):
-            save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=images)
-    except SafetensorError as error:  # a full disk
-        raise InputError(f'the weights cannot be written to {folder.parent}: {first_line(error)}') from error
+    full_disk = explained(f'the weights cannot be written to {folder.parent}', SafetensorError)
+    with full_disk, explained('the network cannot be saved for such images', TypeError, ValueError, AssertionError):
+        save_for_hf(model, str(folder), safe_serialization=True, model_config=model_config, data_config=images)
     # timm writes num_classes at the top and among model_args; transformers refuses the latter.
     path = folder / 'config.json'
     config = json.loads(path.read_text(encoding='utf-8'))
@@ -389,7 +374,8 @@ def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: 
 def _compare(model: nn.Module, loaded: nn.Module) -> None:
     """Raises unless the folder's network gives the source's outputs on random images, up to float32 rounding."""
     images = torch.randn(2, *loaded.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))
-    with explained(f'the network cannot run on images of shape {tuple(images.shape[1:])}', Exception):
+    side = ' x '.join(map(str, images.shape[2:]))  # windows of attention may need another
+    with explained(f'the network cannot run on images of {side} pixels (see --img-size)', Exception):
         expected, found = model(images), loaded(images)
     if not expected.isfinite().all():
         raise InputError('the outputs of the checkpoint are not finite.')
@@ -398,12 +384,3 @@ def _compare(model: nn.Module, loaded: nn.Module) -> None:
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
     if error > 1e-6:
         raise InputError(f'the outputs of the folder and the checkpoint differ by {error:.1e} of the largest.')
-
-
-def _check_files(folder: Path) -> None:
-    """Raises unless the folder holds only files that belong there, and its card and config name one licence."""
-    strange = [path.name for path in sorted(folder.iterdir()) if path.name not in FILES or path.is_symlink()]
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    licences = ModelCard.load(folder / 'README.md').data.license, config['pretrained_cfg'].get('license')
-    if strange or licences[0] != licences[1]:
-        raise InputError(f'the folder is not fit for the Hub: files {strange}, licences {licences}.')

@@ -17,10 +17,9 @@ _TOLERANCE = 1e-3  # of the largest output
 
 
 def measured(networks: Mapping[str, tuple[nn.Module, Path]], images: Tensor) -> dict[str, Any]:
-    """Measures plain networks, each with its ONNX file: sizes, multiply-adds, and milliseconds by network.
+    """Measures plain networks, each with its ONNX file: sizes, multiply-adds, and medians of alternating timed runs.
 
-    Times are medians of alternating runs on the batch of images: in torch on the device of the images, and in ONNX
-    Runtime on the CPU.
+    Times are those of the images, in torch on their device and in ONNX Runtime on the CPU.
     """
     torch_times = times_of({name: network for name, (network, _) in networks.items()}, images)
     onnx_times = times_of({name: onnx_runner(path) for name, (_, path) in networks.items()}, images.cpu().float())

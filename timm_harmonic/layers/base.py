@@ -21,7 +21,6 @@ from .dct import (
     dct_frequencies,
     dct_spectrum,
     full_level,
-    is_constant,
     name_of_basis,
     options_of_basis,
     options_of_code,
@@ -154,11 +153,7 @@ class HarmonicLayer(nn.Module):
         raise NotImplementedError
 
     def init_non_persistent_buffers(self) -> None:
-        """Rebuilds the basis on the coefficients' device, in the precision that filters are composed in.
-
-        While the coefficients alone are on meta, it stays where it is. The state dict holds the code of the basis,
-        unless it is the authors' basis.
-        """
+        """Rebuilds the basis where the coefficients are; while they alone are on meta, it stays where it is."""
         like = self._coefficients_in_memory()
         with torch.inference_mode(False):  # inference tensors could not be trained with
             self.basis = self.basis_for(self.basis.to(like.dtype) if like.is_meta else like)
@@ -169,7 +164,8 @@ class HarmonicLayer(nn.Module):
         if self.basis.is_meta:
             self.register_forward_pre_hook(_complete)
         alone = self.basis_for(torch.empty(0, device='cpu')) if len(self.basis) == 1 else None
-        pools = alone is not None and is_constant(alone[0]) and self.padding_mode == 'zeros'
+        # Average pooling computes the response to a function with one value everywhere.
+        pools = alone is not None and bool((alone == alone[0, 0, 0]).all()) and self.padding_mode == 'zeros'
         # An attribute, because TorchScript has to know whether it is None.
         self.pool_padding = pool_padding(self.kernel_size[0], self.padding, self.dilation) if pools else None
 
@@ -205,16 +201,8 @@ class HarmonicLayer(nn.Module):
         self.init_non_persistent_buffers()
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, *reports: Any) -> None:
+        _, missing_keys, _, error_msgs = reports
         key, weight = f'{prefix}basis_code', f'{prefix}weight'
         stored = state_dict.get(weight)
         # Pruned or normed, the weight is computed from what the state dict holds in its place.
@@ -222,7 +210,7 @@ class HarmonicLayer(nn.Module):
         problem = self.other_basis(state_dict.get(key)) if isinstance(stored, Tensor) or computed else ''
         if isinstance(stored, Tensor):
             try:
-                coefficients = self.projected(stored, local_metadata.get('assign_to_params_buffers', False))
+                coefficients = self.projected(stored, metadata.get('assign_to_params_buffers', False))
             except ValueError as error:
                 problem, coefficients = str(error), stored
             if coefficients is not stored:  # they refer to our basis now
@@ -231,18 +219,14 @@ class HarmonicLayer(nn.Module):
             error_msgs.append(f'{weight}: {problem}')
             return
         self.energy_kept = self._energy_of_new()
-        reports = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, *reports)
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, metadata, *reports)
         if key in missing_keys:
             missing_keys.remove(key)  # it was compared above
         # With assign=True the coefficients may be on another device or in another dtype now.
         self.init_non_persistent_buffers()
 
     def projected(self, stored: Tensor, assign: bool) -> Tensor:
-        """Returns the coefficients in a state dict; subclasses project what else they accept.
-
-        `assign` tells that the tensor becomes the parameter, rather than being copied into it. Raises InputError.
-        """
+        """Returns coefficients from a state dict, which become the parameter (`assign`) or are copied into it."""
         return stored
 
     def named_basis(self) -> str:

@@ -30,9 +30,7 @@ _PIECE_CPU, _PIECE = 2**19, 2**26
 def _scale(var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """Returns the factors (C * P,) by which normalisation scales the responses."""
     scale = torch.rsqrt(var.to(dtype) + eps)
-    if gamma is not None:
-        scale = scale * gamma
-    return scale
+    return scale if gamma is None else scale * gamma
 
 
 def _times(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
@@ -111,11 +109,7 @@ class HarmonicBlock2d(HarmonicLayer):
         self.register_buffer('spectrum', None, persistent=False)
 
     def reset_parameters(self) -> None:
-        """Initialises the coefficients by Kaiming normal over fan-out, and the bias with zeros.
-
-        The std is sqrt(2 / O), the fan-out of the mix, as in the authors' code. With a smoothness it is
-        sqrt(2 / (O * P)).
-        """
+        """Kaiming normal over fan-out, std sqrt(2 / O) as in the authors' code, sqrt(2 / (O P)) with a smoothness."""
         weight = self.weight if self.smoothness is not None else self.weight.flatten(1)[..., None, None]
         nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
         if self.bias is not None:
@@ -188,8 +182,7 @@ class HarmonicBlock2d(HarmonicLayer):
     def fuse(self) -> nn.Conv2d | nn.Sequential:
         """Returns new plain modules that compute the same in evaluation, with a bias; see `HarmonicConv2d.fuse`.
 
-        Raises:
-            InputError: If a module without running statistics has replaced `bn`.
+        Raises InputError if a module without running statistics has replaced `bn`.
         """
         self._check_statistics('fuse')
         refresh(self)

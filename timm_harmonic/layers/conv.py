@@ -54,10 +54,8 @@ class HarmonicConv2d(HarmonicLayer):
             each channel and a 1 x 1 convolution, which is faster at low levels. The state dict does not hold it.
 
     Smoothness builds in a prior for smooth filters, which training can override. It adds no parameter, and the filters
-    that can be expressed stay the same. Coefficients w_n give f_n = s_n w_n at frequency n. So the energy of initial
-    filters falls as s_n^2, weight decay is a Sobolev penalty on filters, sum_n (1 + i + j)^(2 smoothness) f_n^2, and a
-    gradient step moves f_n by s_n^2 times the gradient. Adam-like optimizers divide by the size of the gradient, so
-    they step by s_n; AdamW's decay shrinks every coefficient by the same share, so it is not that penalty.
+    that can be expressed stay the same. Coefficients w_n give f_n = s_n w_n at frequency n, so initial filters, weight
+    decay and steps of optimizers favour low frequencies; docs/layers.md says how much.
 
     Attributes:
         weight: Coefficients (O, C / groups, P, 1).
@@ -86,14 +84,19 @@ class HarmonicConv2d(HarmonicLayer):
     def _filters(self) -> Tensor:
         return compose(self.weight, self.basis).to(self.weight.dtype)
 
+    def _padded(self, x: Tensor) -> Tensor:
+        """Pads what the convolution does not pad by itself: nothing."""
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
+        x = self._padded(x)
         if self.form == 'separable':
             return self._separate(x, self.weight, self.bias)
         return self._convolve(x, self._filters(), self.bias, self.groups)
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the coefficients mix: responses (B, C * P, H', W') to the basis, in the order c * P + n."""
-        return self._respond(x, self.basis)
+        return self._respond(self._padded(x), self.basis)
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
         """Returns new plain modules that compute the same: an nn.Conv2d or, in separable form, an nn.Sequential."""
@@ -116,22 +119,14 @@ class HarmonicConv2d(HarmonicLayer):
 
         Args:
             conv: Convolution with square filters. It does not change.
-            level: The paper's lambda, None for all frequencies.
-            dc: Whether to keep the constant function.
-            normalization: 'l1' or 'ortho'.
-            smoothness: None, or a number from 0 to 10, see above.
-            form: 'dense' or 'separable'.
+            level: See `HarmonicConv2d`, also for the other arguments and errors.
 
         Returns:
             The layer, on conv's device, with its dtype, training flag and requires_grad.
-
-        Raises:
-            TypeError: If level or smoothness has another type.
-            InputError: If the filters are not square, or an argument is out of range.
         """
         refresh(conv)
-        options: dict[str, Any] = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness)
-        options.update(conv_args(conv), form=form)
+        basis: dict[str, Any] = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness)
+        options = conv_args(conv) | basis | dict(form=form)
         empty = conv.weight.is_meta  # the basis may still have values
         layer: Any = cls(**options) if empty else nn.utils.skip_init(cls, **options)
         with torch.no_grad():
@@ -164,20 +159,9 @@ def _within(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class HarmonicConv2dSame(HarmonicConv2d):
-    """`HarmonicConv2d` with the dynamic padding of timm's Conv2dSame, as in networks that come from TensorFlow.
-
-    It pads by the size of its input, so that ceil(size / stride) positions come out.
-    """
+    """`HarmonicConv2d` with the padding of timm's Conv2dSame and TensorFlow: ceil(size / stride) positions come out."""
 
     dynamic_padding = True
 
-    # TorchScript cannot compile super(), so forward() is written out.
-    def features(self, x: Tensor) -> Tensor:
-        """Returns what the coefficients mix, see `HarmonicConv2d.features`."""
-        return super().features(pad_same(x, self.kernel_size, self.stride, self.dilation))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        if self.form == 'separable':
-            return self._separate(x, self.weight, self.bias)
-        return self._convolve(x, self._filters(), self.bias, self.groups)
+    def _padded(self, x: Tensor) -> Tensor:
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)

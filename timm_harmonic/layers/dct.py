@@ -93,10 +93,7 @@ def options_of_code(code: Tensor | None) -> dict[str, Any]:
 
 
 def dct_frequencies(kernel_size: int, level: int | None = None, dc: bool = True) -> list[tuple[int, int]]:
-    """Returns the frequency pairs (i, j) that a level keeps: i + j < level, i along rows (outer), j along columns.
-
-    Arguments and errors are those of `dct_basis`.
-    """
+    """Returns the pairs (i, j) that a level keeps: i + j < level, i along rows (outer), j along columns."""
     if not isinstance(kernel_size, int) or isinstance(kernel_size, bool):
         raise TypeError(f'kernel_size must be an integer, got {kernel_size!r}.')
     if kernel_size < 1:
@@ -116,7 +113,6 @@ def dct_spectrum(
     """Returns the factors (P,) by which smoothness scales the kept functions, in float64 on the CPU.
 
     s_ij = c (1 + i + j)^(-smoothness), with c such that the mean of s^2 is 1. All factors are 1 without smoothness.
-    Arguments and errors are those of `dct_basis`.
     """
     sums = torch.tensor([i + j for i, j in dct_frequencies(kernel_size, level, dc)], dtype=torch.float64, device='cpu')
     spectrum = (1 + sums) ** -(check_smoothness(smoothness) or 0.0)
@@ -164,11 +160,6 @@ def dct_basis(
     spectrum = dct_spectrum(kernel_size, level, dc, smoothness)
     basis = basis / norm[:, None, None] * spectrum[:, None, None]
     return basis.to(device=device, dtype=dtype or torch.get_default_dtype())
-
-
-def is_constant(function: Tensor) -> bool:
-    """Tells whether a function (k, k) has one value everywhere, so that average pooling computes its response."""
-    return bool((function == function[0, 0]).all())
 
 
 def project(filters: Tensor, basis: Tensor) -> Tensor:

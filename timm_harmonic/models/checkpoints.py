@@ -13,7 +13,7 @@ from safetensors.torch import load, load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from ..common import TimmHarmonicError, first_line
+from ..common import TimmHarmonicError, in_short
 from ..conversion.swap import harmonic_layers
 from ..layers import HarmonicBlock2d, HarmonicConv2d, HarmonicLayer, dct_spectrum, options_of_code
 
@@ -61,11 +61,9 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
                 "save the state dict alone: torch.save(model.state_dict(), 'weights.pth'). In Lightning, the module's."
             )
         else:
-            reason = f'{type(error).__name__}: {first_line(error)}'
             place = os.path.realpath(path)  # the Hub's client downloads a file again only without a link's target
-            problem = (
-                f'is truncated or damaged, or not a checkpoint: remove {place}, download or save it again. ({reason})'
-            )
+            problem = f'is truncated or damaged, or not a checkpoint: remove {place}, download or save it again.'
+            problem += f' ({in_short(error)})'
         raise CheckpointError(f'{path!r} {problem}') from error
     if not isinstance(checkpoint, dict) or not checkpoint:
         kind = 'nothing' if checkpoint == {} else f'a {type(checkpoint).__name__}'
@@ -76,13 +74,8 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
 def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     """The state dict in what a training script saved, without the prefixes of wrapped modules.
 
-    Args:
-        checkpoint: A state dict, or a dict that holds some under usual names, or a single one.
-        use_ema: Whether to take averaged parameters. None takes them if they exist, as timm does.
-
-    Raises:
-        CheckpointError: If the requested parameters do not exist or are ambiguous, or a key or value is not a
-            parameter's.
+    `use_ema` tells whether to take averaged parameters; None takes them if they exist, as timm does. Raises
+    CheckpointError if the parameters do not exist or are ambiguous, or a key or value is not a parameter's.
     """
     held = [k for k, v in checkpoint.items() if isinstance(v, dict) and any(isinstance(i, Tensor) for i in v.values())]
     averaged, last = ([key for key in keys if key in held] for keys in (_AVERAGED, _LAST))
@@ -122,14 +115,11 @@ def _check_tensor(key: str, value: Any) -> None:
 def convert_state_dict(
     checkpoint: StateDict, model: nn.Module, *, names: dict[str, str], norms: Sequence[str]
 ) -> StateDict:
-    """Converts a state dict to a model's layout; one that already has it is unchanged.
+    """Converts a checkpoint, see `unwrap`, from the authors' names, shapes and `.dct` tensors to a model's layout.
 
-    Accepts bare and wrapped state dicts ('state_dict' and the like), with and without `module.`, the authors' names
-    (harm1, harm2, classifier.N), shapes and frozen `.dct` tensors. Adapts the statistics of a stem with normalised
-    responses to the model's input channels; timm then adapts the stem's weight and drops a classifier of other classes.
-
-    `names` are regular expressions for the authors' parameter names, with their replacements; `norms` are the
-    batch-norms that follow a stem without a bias. Raises CheckpointError if a key, a shape or the basis does not fit.
+    Adapts the statistics of a stem with normalised responses to the model's input channels; timm then adapts the stem's
+    weight and drops a classifier of other classes. `names` are regular expressions for the authors' names, with their
+    replacements; `norms` are the batch-norms that follow a stem without a bias. Raises CheckpointError for a misfit.
     """
     target, layers = model.state_dict(), harmonic_layers(model)
     stem = model.pretrained_cfg['first_conv']
@@ -264,7 +254,9 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
         'another basis': [
             f'{key}: {problem}; build the network with that'
             for name, layer in layers.items()
-            if (key := f'{name}.weight') in state and not plain(key) and (problem := _other_basis(state, name, layer))
+            if (key := f'{name}.weight') in state
+            and not plain(key)
+            and (problem := layer.other_basis(state.get(f'{name}{_BASIS}')))
         ],
         'missing': [k for k in target if k not in state and k not in heads and not k.endswith(optional)],
         'unexpected': [k for k in state if k not in target and k not in heads and k not in basis_keys],
@@ -289,10 +281,6 @@ def hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
     found = [prefix for prefix in prefixes if all(f'{prefix}{key}' in state for key in missing)]
     place = ' or '.join(map(repr, found))
     return f' The missing keys have the prefix {place}: save the state dict of that module alone.' * bool(found)
-
-
-def _other_basis(state: StateDict, name: str, layer: HarmonicLayer) -> str:
-    return layer.other_basis(state.get(f'{name}{_BASIS}'))
 
 
 def basis_options(state: StateDict) -> dict[str, Any]:

@@ -168,38 +168,13 @@ _LAYERS = dict(first_conv='conv1', classifier='fc')
 _PINS: dict[str, str] = {}
 _RELEASED = {name: PAPER[name] for name in _ARCHITECTURES if name in PAPER and PAPER[name]['file']}
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f'{name}.{TAG}': released_cfg(f'{name}.{TAG}', row['file'], _PINS.get(name, ''), notes_of(row), **_LAYERS)
-            for name, row in _RELEASED.items()
-        },
-        **{name: paper_cfg(**_LAYERS) for name in _ARCHITECTURES if name not in _RELEASED},
-    }
-)
+_cfgs = {
+    f'{name}.{TAG}': released_cfg(f'{name}.{TAG}', row['file'], _PINS.get(name, ''), notes_of(row), **_LAYERS)
+    for name, row in _RELEASED.items()
+}
+_cfgs |= {name: paper_cfg(**_LAYERS) for name in _ARCHITECTURES if name not in _RELEASED}
+default_cfgs = generate_default_cfgs(_cfgs)
 
-harm_resnet18 = register(_create, 'harm_resnet18', 'Harmonic ResNet-18, stem of stride 4.')
-harm_resnet34 = register(_create, 'harm_resnet34', 'Harmonic ResNet-34, stem of stride 4.')
-harm_resnet50 = register(_create, 'harm_resnet50', 'Harm-ResNet-50 of the paper: stem of stride 4, no pool.')
-harm_resnet101 = register(_create, 'harm_resnet101', 'Harm-ResNet-101 of the paper: stem of stride 4, no pool.')
-harm_resnet152 = register(_create, 'harm_resnet152', 'Harmonic ResNet-152, stem of stride 4.')
-harm_resnet50_avgpool = register(_create, 'harm_resnet50_avgpool', 'Harm-ResNet-50 (avgpool) of the paper.')
-harm_resnet50_progressive = register(_create, 'harm_resnet50_progressive', 'Harm-ResNet-50 progr. lambda of the paper.')
-harm1_resnet50 = register(_create, 'harm1_resnet50', 'Harm1-ResNet-50 of the paper: harmonic stem only.')
-harm0_resnet50 = register(_create, 'harm0_resnet50', 'ResNet-50 (no pool) of the paper: plain.')
-harm_resnext50_32x4d = register(_create, 'harm_resnext50_32x4d', 'Harmonic ResNeXt-50 32x4d, max-pooled stem.')
-harm_resnext101_32x4d = register(_create, 'harm_resnext101_32x4d', 'Harmonic ResNeXt-101 32x4d, max-pooled stem.')
-harm_resnext101_32x8d = register(_create, 'harm_resnext101_32x8d', 'Harmonic ResNeXt-101 32x8d, max-pooled stem.')
-harm_resnext101_64x4d = register(_create, 'harm_resnext101_64x4d', 'Harmonic ResNeXt-101 64x4d, max-pooled stem.')
-harm_seresnext50_32x4d = register(_create, 'harm_seresnext50_32x4d', 'Harmonic SE-ResNeXt-50 32x4d.')
-harm_seresnext101_32x4d = register(_create, 'harm_seresnext101_32x4d', 'Harm-SE-ResNeXt-101 32x4d of the paper.')
-harm_seresnext101_64x4d = register(_create, 'harm_seresnext101_64x4d', 'Harm-SE-ResNeXt-101 64x4d of the paper.')
-harm0_seresnext101_32x4d = register(_create, 'harm0_seresnext101_32x4d', 'SE-ResNeXt-101 32x4d of the paper: plain.')
-
-register_model_deprecations(
-    __name__,
-    {
-        'harm_se_resnext101_32x4d': 'harm_seresnext101_32x4d',
-        'harm_se_resnext101_64x4d': 'harm_seresnext101_64x4d',
-    },
-)
+register(_create, _ARCHITECTURES)
+_AUTHORS_NAMES = {f'harm_se_resnext101_{size}': f'harm_seresnext101_{size}' for size in ('32x4d', '64x4d')}
+register_model_deprecations(__name__, _AUTHORS_NAMES)

@@ -94,12 +94,4 @@ default_cfgs = generate_default_cfgs(
     {name: paper_cfg(first_conv='features.0', classifier='head.fc') for name in _ARCHITECTURES}
 )
 
-harm_vgg11 = register(_create, 'harm_vgg11', 'Harmonic VGG-11.')
-harm_vgg11_bn = register(_create, 'harm_vgg11_bn', 'Harmonic VGG-11 with batch normalisation.')
-harm_vgg13 = register(_create, 'harm_vgg13', 'Harmonic VGG-13.')
-harm_vgg13_bn = register(_create, 'harm_vgg13_bn', 'Harmonic VGG-13 with batch normalisation.')
-harm_vgg16 = register(_create, 'harm_vgg16', 'Harmonic VGG-16.')
-harm_vgg16_bn = register(_create, 'harm_vgg16_bn', 'Harm-VGG16-BN of the paper.')
-harm1_vgg16_bn = register(_create, 'harm1_vgg16_bn', 'VGG-16 with batch normalisation, harmonic stem only.')
-harm_vgg19 = register(_create, 'harm_vgg19', 'Harmonic VGG-19.')
-harm_vgg19_bn = register(_create, 'harm_vgg19_bn', 'Harmonic VGG-19 with batch normalisation.')
+register(_create, _ARCHITECTURES)

@@ -193,9 +193,4 @@ default_cfgs = generate_default_cfgs(
     {name: paper_cfg(first_conv='stem.conv', classifier='head.fc', **_CIFAR) for name in _ARCHITECTURES}
 )
 
-harm_wrn16_8 = register(_create, 'harm_wrn16_8', 'Harm-WRN-16-8 of the paper, for 32 x 32 pixels.')
-harm_wrn16_8_progressive = register(_create, 'harm_wrn16_8_progressive', 'Harm-WRN-16-8 progressive lambda.')
-harm_wrn28_10 = register(_create, 'harm_wrn28_10', 'Harm-WRN-28-10 of the paper, for 32 x 32 pixels.')
-harm1_wrn28_10 = register(_create, 'harm1_wrn28_10', 'Harm1-WRN-28-10 of the paper: harmonic stem only.')
-harm0_wrn16_8 = register(_create, 'harm0_wrn16_8', 'WRN-16-8 of the paper: plain.')
-harm0_wrn28_10 = register(_create, 'harm0_wrn28_10', 'WRN-28-10 of the paper: plain.')
+register(_create, _ARCHITECTURES)

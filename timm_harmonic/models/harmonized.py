@@ -151,10 +151,7 @@ def _lowered(state: StateDict, whole: nn.Module, model: nn.Module) -> StateDict:
 
 
 def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
-    """Checks the state dict of a harmonized network, or of its plain base, whose filters the layers project.
-
-    Raises CheckpointError if it does not fit, naming the parameters.
-    """
+    """Checks the state dict of a harmonized network, or of its plain base, whose filters the layers project."""
     state, cfg = fit_keys(unwrap(checkpoint), model, {}), model.pretrained_cfg
     for name, layer in harmonic_layers(model).items():
         weight = state.get(f'{name}.weight')

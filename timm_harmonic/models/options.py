@@ -1,6 +1,7 @@
 """Shared by the model files: levels of the stages, which convolutions become harmonic, entry points."""
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from timm.models import register_model
@@ -16,10 +17,7 @@ _TOP = full_level(3)  # the filters of every stage are 3 x 3
 
 
 def levels_of_stages(levels: StageLevels, stages: int) -> tuple[int | None, ...]:
-    """Expands the option `levels` to one level per stage.
-
-    Raises TypeError for a wrong type, InputError for a wrong number of entries or a level out of range.
-    """
+    """Expands the option `levels` to one level per stage. Raises TypeError or InputError unless that is possible."""
     if levels is None or isinstance(levels, int):
         entries: Sequence[int | None] = (levels,) * stages
     elif isinstance(levels, str) or not isinstance(levels, Sequence):
@@ -52,8 +50,7 @@ def make_network_harmonic(
 ) -> None:
     """Makes a newly built network harmonic, in place, with newly initialised layers.
 
-    `stem` names the first convolution, which becomes a `HarmonicBlock2d`; `level_of` maps the other names to levels.
-    Only names that start with `within` count. Raises TypeError if a switch is not a bool.
+    `stem` names the convolution that becomes a `HarmonicBlock2d`; `level_of` maps the names of the others to levels.
     """
     for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
         if not isinstance(value, bool):
@@ -78,15 +75,20 @@ def tap_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
     return list(range(count - indices, count)) if isinstance(indices, int) else [i % count for i in given]
 
 
-def register(create: Callable[..., nn.Module], name: str, doc: str) -> Callable[..., nn.Module]:
-    """Registers an architecture in timm. Its entry point `name(pretrained=False, **kwargs)` calls create(name, ...)."""
+def register(create: Callable[..., nn.Module], names: Iterable[str]) -> None:
+    """Registers architectures in timm. An entry point `name(pretrained=False, **kwargs)` calls create(name, ...)."""
+    module = sys.modules[create.__module__]  # timm files a model under its module
+    for name in names:
+        setattr(module, name, register_model(_entrypoint(create, name)))
 
+
+def _entrypoint(create: Callable[..., nn.Module], name: str) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if 'level' in kwargs:
             raise TypeError(f'{name} takes levels, not level: did you mean levels={kwargs["level"]!r}?')
         return create(name, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__module__ = create.__module__  # timm files a model under its module
-    entrypoint.__doc__ = doc
-    return register_model(entrypoint)
+    entrypoint.__module__ = create.__module__
+    entrypoint.__doc__ = f'Builds the architecture {name}, see docs/models.md.'
+    return entrypoint

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from timm.models import PretrainedCfg, build_model_with_cfg, list_pretrained, resolve_pretrained_cfg
 
-from ..common import first_line
+from ..common import in_short
 from .checkpoints import CheckpointError, read_checkpoint
 from .paper import REPOSITORY, paper_cfg
 
@@ -137,15 +137,11 @@ def _from_url(url: str, cache_dir: str | Path | None) -> Path:
 
 
 def _not_downloaded(place: str, error: Exception) -> CheckpointError:
-    reason = f'{type(error).__name__}: {first_line(error)}'
-    return CheckpointError(f'could not download the weights from {place} ({reason}). {_FROM_A_FILE}')
+    return CheckpointError(f'could not download the weights from {place} ({in_short(error)}). {_FROM_A_FILE}')
 
 
 def pinned_sha256(notes: str | tuple[str, ...] | None) -> str | None:
-    """The SHA-256 to which a config's notes pin its file, written as `sha256:` and 64 hex digits; None without one.
-
-    Raises CheckpointError for several pins, or a note that resembles a pin but is not one.
-    """
+    """The SHA-256 that a config's notes pin its file to, as `sha256:` and 64 digits. CheckpointError if unclear."""
     pins = sorted(set(_PIN.findall('\n'.join([notes] if isinstance(notes, str) else notes or ()))))
     for pin in pins:
         if len(pins) > 1 or not re.fullmatch('sha256:[0-9a-f]{64}', pin):
