@@ -61,7 +61,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights: .pth, .pth.tar or .safetensors')
     weights.add_argument('--pretrained', action='store_true', help="use timm's weights for this name")
+    add_use_ema(parser)
     add_model_kwargs(parser)
+
+
+def add_use_ema(parser: argparse.ArgumentParser) -> None:
+    """Adds --use-ema."""
+    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
 
 
 def add_model_kwargs(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from . import add_class_names, add_model_kwargs, add_preparation, preparation
+from . import add_class_names, add_model_kwargs, add_preparation, add_use_ema, preparation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('checkpoint', type=Path, metavar='CHECKPOINT', help='the file: .pth, .pth.tar or .safetensors')
     add('--model', required=True, metavar='NAME', help='architecture, see `timm-harmonic list`')
     add('--out', type=Path, required=True, metavar='DIR', help='folder to write, new or empty')
-    add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
+    add_use_ema(parser)
     repo = 'repository you will upload to, for the card (default: the folder itself)'
     add('--repo', default='', metavar='ORG/NAME', help=repo)
     add_model_kwargs(parser)

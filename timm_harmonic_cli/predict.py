@@ -62,7 +62,8 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     from timm_harmonic.common.progress import progress
     from timm_harmonic.export.folder import load_network
 
-    source, network = load_network(args.model, args.checkpoint, args.pretrained, args.model_kwargs)
+    weights = (args.model, args.checkpoint, args.pretrained, args.model_kwargs)
+    source, network = load_network(*weights, use_ema=args.use_ema)
     classes = getattr(network, 'num_classes', 0)
     if not classes:
         raise InputError(f'{args.model} has no classifier.')

@@ -11,7 +11,9 @@ import safetensors.torch
 import timm
 import torch
 from timm.models import load_checkpoint
+from timm.utils import freeze, unfreeze
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import timm_harmonic
 from timm_harmonic.models.checkpoints import CheckpointError, fit_keys, read_checkpoint
@@ -476,3 +478,22 @@ def test_strange_checkpoints(tmp_path, what):
     change, words = STRANGE[what]
     with pytest.raises(CheckpointError, match=words):
         load(saved(tmp_path, change(trained()[0].state_dict())))
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'words'),
+    [
+        (
+            lambda model: prune.l1_unstructured(model.layer1[0].conv1, 'weight', 0.5),
+            'make that permanent before you save',
+        ),
+        (lambda model: parametrizations.weight_norm(model.layer1[0].conv1), 'make that permanent before you save'),
+        (lambda model: (freeze(model, 'conv1'), unfreeze(model, 'conv1')), "timm's unfreeze gave the stem's"),
+    ],
+)
+def test_keys_tell_what_happened_to_a_network(spoil, words, tmp_path):
+    spoiled = create('harm_resnet18')
+    spoil(spoiled)
+    torch.save(spoiled.state_dict(), tmp_path / 'some.pth')
+    with pytest.raises(CheckpointError, match=words):
+        create('harm_resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'some.pth')))

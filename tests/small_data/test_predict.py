@@ -14,6 +14,7 @@ from PIL import Image
 
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
+from timm_harmonic.models.checkpoints import CheckpointError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 KWARGS = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64))
@@ -75,6 +76,16 @@ def test_a_checkpoint_of_a_run(tmp_path):
     options = dict(checkpoint=tmp_path / 'last.pth.tar', class_names=CLASSES)
     (row,) = predict('harm_resnet18', [tmp_path / 'image.png'], **options)
     assert probabilities(row) == pytest.approx(probabilities(expected_row), abs=1e-6)
+    # The same weights as every command takes, unless the averaged ones are asked for.
+    averaged = {key: value * 0 if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    torch.save(dict(state_dict=model.state_dict(), state_dict_ema=averaged), tmp_path / 'last.pth.tar')
+    (again,) = predict('harm_resnet18', [tmp_path / 'image.png'], **options)
+    assert again == row
+    (of_averaged,) = predict('harm_resnet18', [tmp_path / 'image.png'], use_ema=True, **options)
+    assert set(probabilities(of_averaged).values()) == {pytest.approx(1 / 3)}
+    torch.save(dict(state_dict_ema=averaged), tmp_path / 'last.pth.tar')
+    with pytest.raises(CheckpointError, match='averaged weights .* only: take them by --use-ema'):
+        predict('harm_resnet18', [tmp_path / 'image.png'], **options)
 
 
 def test_files_that_cannot_be_taken(tmp_path):

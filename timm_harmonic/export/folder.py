@@ -64,19 +64,21 @@ def load_network(
     pretrained: bool = False,
     model_kwargs: dict[str, Any] | None = None,
     *,
+    use_ema: bool = False,
     random_weights: bool = False,
 ) -> tuple[Provenance, nn.Module]:
     """Loads a network for a command: its provenance and the network, in evaluation mode.
 
     `model_name` is a name of timm (hf-hub: and local-dir: included) or the path of a folder. Its weights are those of a
-    checkpoint, of the folder or repository, or timm's if `pretrained`; `random_weights` allows none, with a warning.
+    checkpoint (averaged ones with `use_ema`), of the folder or repository, or timm's if `pretrained`; `random_weights`
+    allows none, with a warning.
     Raises InputError if the network has no weights or cannot be built, CheckpointError if its weights do not fit.
     """
     kwargs = model_kwargs or {}
     if Path(model_name).is_dir() and not timm.is_model(model_name):
         model_name = f'local-dir:{model_name}'
     if checkpoint is not None:
-        source, state = read_source(checkpoint, model_name)
+        source, state = read_source(checkpoint, model_name, use_ema)
         return source, build_loaded(model_name, state, source, kwargs)
     if ':' in model_name:
         return Provenance(base=model_name), create_trained(model_name, **kwargs)
@@ -102,7 +104,7 @@ def key_names(model_name: str) -> dict[str, str] | None:
     return getattr(sys.modules.get(module), 'KEY_NAMES', None)
 
 
-def read_source(path: Path, model_name: str, use_ema: bool | None = None) -> tuple[Provenance, StateDict]:
+def read_source(path: Path, model_name: str, use_ema: bool = False) -> tuple[Provenance, StateDict]:
     """Returns the provenance of a checkpoint, and its state dict.
 
     A released file is recognised by its hash; otherwise the run that the file lies in is described. Raises
@@ -120,8 +122,7 @@ def read_source(path: Path, model_name: str, use_ema: bool | None = None) -> tup
     if trained_as != named:
         raise InputError(f'{path.name} was trained as {trained}, by the options of its run, not as {model_name}.')
     epoch = content.get('epoch') if isinstance(content.get('epoch'), int) else None
-    averaged = bool(use_ema) or ('state_dict_ema' in content and 'state_dict' not in content)
-    return Provenance(path.name, digest, epoch=epoch, averaged=averaged, run=run), state
+    return Provenance(path.name, digest, epoch=epoch, averaged=use_ema, run=run), state
 
 
 def _released(path: Path, digest: str, model_name: str) -> Provenance | None:

@@ -25,6 +25,13 @@ _AVERAGED = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema')
 _LAST = ('state_dict', 'model', 'params', 'model_state_dict', 'net', 'network', 'weights', 'module')
 # What torch puts into names, at any depth, when it compiles a module, shards it or recomputes its activations.
 _WRAPPERS = re.compile(r'(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
+# What keys tell of why a state dict does not fit, and what to do.
+_TELLTALES = {
+    r'\.aux_bn\.': 'It was trained with --split-bn: save it without the keys of aux_bn, which evaluation does not use.',
+    r'weight_(orig|g)$|\.parametrizations\.': 'A weight is computed (pruning, weight_norm or the like): make that '
+    'permanent before you save.',
+    r'conv1\.bn\.weight$': "timm's unfreeze gave the stem's normalisation a scale and a shift: freeze it by bn.eval().",
+}
 _BASIS = '.basis_code'  # the state dict's entry for a layer's basis, missing if it is the authors'
 
 
@@ -84,7 +91,7 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     if use_ema and not averaged:
         raise CheckpointError(f'the checkpoint has no averaged weights ({" or ".join(_AVERAGED)}).')
     if use_ema is False and averaged and not last:
-        raise CheckpointError('the checkpoint has averaged weights (EMA) only.')
+        raise CheckpointError('the checkpoint has averaged weights (EMA) only: take them by --use-ema.')
     chosen = averaged if averaged and use_ema is not False else last
     if len(chosen) > 1 and chosen[0] not in ('state_dict', 'state_dict_ema'):  # timm takes these first
         raise CheckpointError(f'the checkpoint has several state dicts: save {" or ".join(map(str, chosen))} alone.')
@@ -269,9 +276,8 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     }
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
-        hint = hint_of_prefix(state, problems['missing'])
-        if any('.aux_bn.' in key for key in state):
-            hint = ' It was trained with --split-bn: save it without the keys of aux_bn, which evaluation does not use.'
+        hints = [hint for telltale, hint in _TELLTALES.items() if any(re.search(telltale, key) for key in state)]
+        hint = ' '.join(['', *hints]) or hint_of_prefix(state, problems['missing'])
         raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.{hint}')
 
 
