@@ -588,9 +588,10 @@ def test_networks_of_a_command(released, folder, run, tmp_path):
         assert not model.training
         assert (source.file, source.base) == ((FILE, '') if checkpoint else ('', f'local-dir:{folder}'))
     path, models = run
-    source, model = load_network('harm_resnet18', path / 'model_best.pth.tar')
-    assert same(model, models[1], 4)  # the averaged ones, as timm takes them
-    assert source.run['img_size'] == 96
+    for use_ema in (False, True):
+        source, model = load_network('harm_resnet18', path / 'model_best.pth.tar', use_ema=use_ema)
+        assert same(model, models[use_ema], 4)
+        assert (source.run['img_size'], source.averaged) == (96, use_ema)
     torch.save(dict(state_dict=expected.state_dict()), tmp_path / 'other.pth')
     assert same(load_network(str(folder), tmp_path / 'other.pth')[1], expected)
 
