@@ -4,7 +4,8 @@ Trains the same small ResNet as harm0 (nothing is harmonic), harm1 (only the ste
 k x k convolution is) and smooth (harm with smoothness 1) to tell which photograph a patch of 48 x 48
 gray pixels is from. The photographs come with the packages scikit-image and scikit-learn: nothing is
 downloaded. Training patches are from the left half of each photograph, test patches from the right half.
-Every seed draws new training patches, new initial weights and a new order, the same for all networks.
+Every seed draws new patches, new initial weights and a new order, the same for all networks. Batch-norm
+statistics are re-estimated on training patches before every test; the accuracy as trained is shown too.
 Prints a table, and writes results.json and quickstart.png. Takes two minutes on two CPU cores. Examples:
 
   timm-harmonic quickstart
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
     require(matplotlib='matplotlib', scipy='scipy', skimage='scikit-image', sklearn='scikit-learn')
     networks = [training.network(name) for name in dict.fromkeys(args.models)]
+    if searched := [net.name for net in networks if net.auto]:
+        raise InputError(f'{searched[0]} needs a search, which the quickstart does not make: use compare.')
     photographs = tasks.load_photographs()
     if args.train_per_class * len(photographs) < 2:
         raise InputError('at least two training patches are needed.')
@@ -92,7 +95,10 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     )
     counts = f'{len(train)} training and {len(test)} test patches'
     title = f'Measured here: {args.seeds} seed{"s" * (args.seeds > 1)}, {counts}, chance {100 / len(photographs):.1f} %'
-    caption = 'mean ± standard deviation; differences are paired by seed, with their 95 % interval'
+    caption = (
+        'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences are paired '
+        'by seed, with their 95 % interval, which covers training noise and the choice of patches, not of photographs'
+    )
     Console().print(results.table(found, title, caption if args.seeds > 1 else 'one seed', fused=True))
     question = f'Which of {len(photographs)} photographs is a patch from?\n{counts}'
     results.write_results(args.out, 'quickstart.png', found, lambda path: results.draw(found, question, path))
