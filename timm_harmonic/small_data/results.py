@@ -42,8 +42,8 @@ def difference(values: Sequence[float], baseline: Sequence[float], overlap: floa
     if len(pairs) > 1:
         from scipy.stats import t  # here, because it takes long to import
 
-        error = statistics.stdev(pairs) * (1 / len(pairs) + overlap) ** 0.5
-        half = t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1) * error
+        half = t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+        half *= (1 + overlap * len(pairs)) ** 0.5
         low, high = mean - half, mean + half
     return dict(pairs=pairs, mean=mean, low=low, high=high)
 
@@ -112,19 +112,21 @@ def accuracy(of: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any], title: str, caption: str, fused: bool = False) -> Table:
-    """The table of a comparison, a row per network, optionally with the accuracy after fusing."""
+    """The table of a comparison, a row per network, optionally with the accuracy after fusing instead of the time."""
     baseline, networks = results['baseline'], results['networks']
     means = {'accuracy_as_trained': 'as trained, %', **({'fused_accuracy': 'fused, %'} if fused else {})}
     images = ['over images'] if 'over_images' in networks[baseline] else []
-    lines = Table(title=title, caption=caption)
+    seconds = [] if fused else ['seconds']  # a terminal has 80 columns
+    lines = Table(title=title, caption=caption, pad_edge=False)
     lines.add_column('network', overflow='fold')
-    for name in ('test accuracy, %', *means.values(), f'minus {baseline}', *images, 'parameters', 'seconds'):
+    for name in ('test accuracy, %', *means.values(), f'minus {baseline}', *images, 'parameters', *seconds):
         lines.add_column(name, justify='right')
     for name, of in networks.items():
         gains = [interval(of['difference']), *('{:+.1f} to {:+.1f}'.format(*of['over_images']) for _ in images)]
         gains = [''] * len(gains) if name == baseline else gains
         after = [f'{statistics.mean(of[kind]):.1f}' for kind in means]
-        lines.add_row(name, accuracy(of), *after, *gains, f'{of["parameters"]:,}', f'{of["seconds"]:.1f}')
+        time = [f'{of["seconds"]:.1f}' for _ in seconds]
+        lines.add_row(name, accuracy(of), *after, *gains, f'{of["parameters"]:,}', *time)
     return lines
 
 
