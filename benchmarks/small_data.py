@@ -65,8 +65,9 @@ SETTINGS = [
     *(('small', name, count, 'adamw') for name, task in TASKS.items() for count in task.counts[1:]),
 ]
 _RANGES = '; '.join(
-    f'{opt} learning rate {lr[0]:g} to {lr[1]:g}, weight decay {decay[0]:g} to {decay[1]:g}'
-    for opt, (lr, decay) in RANGES.items()
+    f'{opt} learning rate {of["lr"][0]:g} to {of["lr"][1]:g}, '
+    f'weight decay {of["weight_decay"][0]:g} to {of["weight_decay"][1]:g}'
+    for opt, of in RANGES.items()
 )
 # Reports of another protocol do not count as measured.
 PROTOCOL = (
@@ -124,9 +125,8 @@ def measure(unit: Unit, work: Path) -> dict[str, Any]:
     """Searches and runs one unit, except for what is stored."""
     _, variants, amount = GROUPS[unit.group]
     task = TASKS[unit.task]
-    lr, weight_decay = USUAL[unit.opt]
     flags: dict[str, Any] = dict(augment=task.augment, flip=task.flip, interpolation=task.interpolation)
-    recipe = Recipe(epochs=amount['epochs'], opt=unit.opt, lr=lr, weight_decay=weight_decay, **flags)
+    recipe = Recipe(epochs=amount['epochs'], opt=unit.opt, **USUAL[unit.opt], **flags)
     net = network(variants[unit.variant])
     settings = dict(unit._asdict(), network=variants[unit.variant], protocol=PROTOCOL, **amount)
     store = Store(path_of(unit, work), settings)
@@ -176,14 +176,14 @@ def table(report: dict[str, Any]) -> str:
         '# Plain against harmonic networks on few images',
         '',
         f'Measured on {env["processor"]}, torch {env["torch"]}, timm {env["timm"]}, {env["date"]}. '
-        f'{report["protocol"]}: {amounts}. Each seed has its own training images, the same for all networks. Test accuracy '
-        'in percent, mean ± standard deviation over seeds; differences to plain are paired by seed, with their 95 % '
-        'interval.',
+        f'{report["protocol"]}: {amounts}. Each seed has its own training images, the same for all networks. Test '
+        'accuracy in percent, mean ± standard deviation over seeds; differences to plain are paired by seed, with '
+        'their 95 % interval.',
         '',
     ]
     ranges = report.get('ranges', {})
     for opt, bounds in ranges.items():
-        at = edges([row for row in rows if row['opt'] == opt], dict(zip(('lr', 'weight_decay'), bounds, strict=True)))
+        at = edges([row for row in rows if row['opt'] == opt], bounds)
         share = ', '.join(f'{share:.0%} of {key}' for key, share in at.items())
         lines += [f'Choices at an edge of what was searched, {OPTIMIZERS[opt]}: {share}.', '']
     for group, task, count, opt in dict.fromkeys(map(_setting, rows)):

@@ -73,10 +73,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     channels, size = task.train.pixels.shape[1], task.train.pixels.shape[-1]
     draw, nested = lru_cache(1)(task.draw), task.test is None
     train, test = draw(0)
-    lr, weight_decay = protocol.USUAL[args.opt]
-    usual = dict(opt=args.opt, lr=lr, weight_decay=weight_decay)
-    images = dict(batch_size=args.batch_size, augment=args.augment, flip=args.flip)
-    recipe = training.Recipe(epochs=args.epochs, **usual, **images)
+    own = {key: getattr(args, key) for key in ('epochs', 'batch_size', 'opt', 'augment', 'flip')}
+    recipe = training.Recipe(**own, **protocol.USUAL[args.opt])
     settings = dict(
         recipe=dataclasses.asdict(recipe),
         search=protocol.RANGES[args.opt],
@@ -106,7 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         best = comparison.winner()
         kept = None if args.keep is None else comparison.keep(best, task.train)
     chosen = {net.name: comparison.chosen(net) for net in networks}
-    ranges: dict[str, Any] = dict(zip(('lr', 'weight_decay'), protocol.RANGES[args.opt], strict=True))
+    ranges: dict[str, Any] = protocol.RANGES[args.opt]
     inner = f'{protocol.INNER_SPLITS} inner splits of the training images'
     inner = 'one inner split of the training images of each seed' if nested else inner
     overlap = len(test) / len(train) if nested else 0.0

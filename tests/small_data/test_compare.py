@@ -22,7 +22,7 @@ from timm_harmonic.common import InputError
 from timm_harmonic.common.images import Preparation
 from timm_harmonic.small_data import results, tasks
 from timm_harmonic.small_data.protocol import RANGES, USUAL, Protocol, Store, place, run, setting
-from timm_harmonic.small_data.results import at_edge, difference, over_images
+from timm_harmonic.small_data.results import difference, edges, over_images
 from timm_harmonic.small_data.tasks import Images, read_folder, stratified
 from timm_harmonic.small_data.training import (
     AUGMENTATIONS,
@@ -223,7 +223,7 @@ def test_classes_alone_are_split_by_a_seed(tmp_path):
     folder = make(tmp_path / 'images', 8, splits=('.',))
     found = compare(folder, tmp_path / 'out', ['harm0'], opt='momentum', **FAST)
     assert (found['data']['train'], found['data']['test']) == (18, 6)
-    assert tuple(found['search']['ranges']['lr']) == RANGES['momentum'][0]
+    assert tuple(found['search']['ranges']['lr']) == RANGES['momentum']['lr']
     assert found['search']['at_edge'].keys() == {'lr', 'weight_decay'}
     of = found['networks']['harm0']
     assert len(of['chosen']) == FAST['seeds']  # a search for each
@@ -425,6 +425,16 @@ def test_a_kept_network_predicts_as_it_was_trained(tmp_path, capsys):
         compare(folder, tmp_path / 'out', ['harm0'], **options)
 
 
+def test_a_kept_network_has_the_smoothness_that_was_chosen(tmp_path):
+    """It is an ordinary network afterwards, trained on all images."""
+    folder, options = make(tmp_path / 'images', 6, splits=('.',)), dict(FAST, trials=2, seeds=1, keep=tmp_path / 'kept')
+    found = compare(folder, tmp_path / 'out', ['auto'], **options)['networks']['auto']
+    assert [of['smoothness'] for of in found['trials']] == [0.5, 1]
+    config = json.loads((tmp_path / 'kept' / 'config.json').read_text())
+    assert [config['model_args']['smoothness']] == [of['smoothness'] for of in found['chosen']]
+    assert 'trained on 18 images' in (tmp_path / 'kept' / 'README.md').read_text()
+
+
 def test_networks_are_added_to_a_comparison(pictures, tmp_path):
     first = compare(pictures, tmp_path, ['harm0', 'harm'], **FAST)
     both = compare(pictures, tmp_path, ['resnet18:layers=(1,1,1,1),channels=(8,16,32,64)'], **FAST)
@@ -447,7 +457,7 @@ def test_advice():
         of = dict(chosen=chosen, curves=[[10, 20, 30, 40, last]])
         return dict(curve_epochs=epochs, networks=dict(harm=of))
 
-    ranges = dict(zip(('lr', 'weight_decay'), RANGES['adamw'], strict=True))
+    ranges = RANGES['adamw']
     assert results.advice(found(0.005, 41), ranges) == []
     assert 'still rises at the end (harm)' in results.advice(found(0.005, 45), ranges)[0]
     for lr in (0.0004, 0.025):  # the outermost of eight trials
@@ -500,12 +510,11 @@ def test_trials_are_the_same_for_all_and_in_the_stated_range():
     assert setting(recipe, 0) == recipe
     found = [setting(recipe, trial) for trial in range(1, 8)]
     assert found == [setting(recipe, trial) for trial in range(1, 8)]
-    for name, (low, high) in zip(('lr', 'weight_decay'), RANGES['adamw'], strict=True):
+    for name, (low, high) in RANGES['adamw'].items():
         places = [np.log(getattr(of, name) / low) / np.log(high / low) for of in found]
         assert sorted(places) == pytest.approx(np.arange(1, 8) / 8)
     for opt, usual in USUAL.items():
-        for value, bounds in zip(usual, RANGES[opt], strict=True):
-            assert not at_edge(value, bounds)
+        assert edges([usual], RANGES[opt]) == dict(lr=0, weight_decay=0)
 
 
 def test_the_search_can_choose_the_smoothness():

@@ -20,10 +20,10 @@ from .training import Network, Recipe, evaluate, fit, settled
 
 # By timm's name of the optimizer: the usual learning rate and weight decay, and their ranges, searched in logarithms.
 # The ends are meant to be bad: too slow or divergent, no decay or one that shrinks the weights more than once a run.
-USUAL = {'adamw': (5e-3, 0.05), 'momentum': (0.05, 5e-4)}
-RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
-    'adamw': ((2e-4, 5e-2), (2e-3, 5.0)),
-    'momentum': ((2e-3, 5e-1), (2e-5, 5e-2)),
+USUAL: dict[str, Any] = {'adamw': dict(lr=5e-3, weight_decay=0.05), 'momentum': dict(lr=0.05, weight_decay=5e-4)}
+RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    'adamw': dict(lr=(2e-4, 5e-2), weight_decay=(2e-3, 5.0)),
+    'momentum': dict(lr=(2e-3, 5e-1), weight_decay=(2e-5, 5e-2)),
 }
 INNER_SPLITS = 2  # a setting is judged by its mean over these, or by one for each seed
 INNER_SHARE = 0.25  # share of the training images that judges
@@ -161,9 +161,8 @@ def setting(recipe: Recipe, trial: int) -> Recipe:
     """
     if trial == 0:
         return recipe
-    ranges = zip(place(trial), RANGES[recipe.opt], strict=False)
-    lr, decay = (low * (high / low) ** where for where, (low, high) in ranges)
-    return dataclasses.replace(recipe, lr=lr, weight_decay=decay)
+    ranges = zip(place(trial), RANGES[recipe.opt].items(), strict=False)
+    return dataclasses.replace(recipe, **{key: low * (high / low) ** where for where, (key, (low, high)) in ranges})
 
 
 @dataclasses.dataclass

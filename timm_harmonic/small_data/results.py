@@ -24,6 +24,7 @@ _CONFIDENCE = 0.95
 _LAST, _RISE = 0.2, 2.0  # a curve still rises if this share of the epochs, the last ones, adds so many points
 _EDGE = 0.15  # share of a range, in logarithms, that is its edge: the outermost of eight trials are in it
 _RESAMPLES = 2000
+Runs = Sequence[dict[str, Any]]
 _PACKAGES = ('timm_harmonic', 'torchvision', 'timm', 'scikit_image', 'scikit_learn')
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
 _COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -59,12 +60,7 @@ def over_images(correct: Sequence[str], baseline: Sequence[str]) -> list[float]:
     return np.quantile(means, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]).tolist()
 
 
-def summarise(
-    runs: Sequence[dict[str, Any]],
-    baseline: Sequence[dict[str, Any]],
-    overlap: float = 0.0,
-    same_test: bool = False,
-) -> dict[str, Any]:
+def summarise(runs: Runs, baseline: Runs, overlap: float = 0.0, same_test: bool = False) -> dict[str, Any]:
     """Statistics of a network's runs, one per seed, with differences to the baseline's runs of the same seeds.
 
     `overlap` is that of `difference`; `same_test` says that all seeds have the same test images, see `over_images`.
@@ -112,21 +108,19 @@ def accuracy(of: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any], title: str, caption: str, fused: bool = False) -> Table:
-    """The table of a comparison, a row per network, optionally with the accuracy after fusing instead of the time."""
+    """The table of a comparison, a row per network, optionally with the accuracy after fusing."""
     baseline, networks = results['baseline'], results['networks']
     means = {'accuracy_as_trained': 'as trained, %', **({'fused_accuracy': 'fused, %'} if fused else {})}
     images = ['over images'] if 'over_images' in networks[baseline] else []
-    seconds = [] if fused else ['seconds']  # a terminal has 80 columns
     lines = Table(title=title, caption=caption, pad_edge=False)
     lines.add_column('network', overflow='fold')
-    for name in ('test accuracy, %', *means.values(), f'minus {baseline}', *images, 'parameters', *seconds):
+    for name in ('test accuracy, %', *means.values(), f'minus {baseline}', *images, 'parameters'):
         lines.add_column(name, justify='right')
     for name, of in networks.items():
         gains = [interval(of['difference']), *('{:+.1f} to {:+.1f}'.format(*of['over_images']) for _ in images)]
         gains = [''] * len(gains) if name == baseline else gains
         after = [f'{statistics.mean(of[kind]):.1f}' for kind in means]
-        time = [f'{of["seconds"]:.1f}' for _ in seconds]
-        lines.add_row(name, accuracy(of), *after, *gains, f'{of["parameters"]:,}', *time)
+        lines.add_row(name, accuracy(of), *after, *gains, f'{of["parameters"]:,}')
     return lines
 
 
