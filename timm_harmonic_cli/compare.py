@@ -107,7 +107,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ranges: dict[str, Any] = protocol.RANGES[args.opt]
     inner = f'{protocol.INNER_SPLITS} inner splits of the training images'
     inner = 'one inner split of the training images of each seed' if nested else inner
-    overlap = len(test) / len(train) if nested else 0.0
+    overlap, covers = 0.0, 'training noise; the one over images covers the choice of test images (paired bootstrap)'
+    if nested:
+        overlap = len(test) / len(train)
+        covers = 'training noise and the choice of images: each seed has its own split (Nadeau and Bengio 2003)'
     found = dict(
         note='Measured by this run on this machine; accuracies are percentages of the test images.',
         folder=str(args.folder),
@@ -123,7 +126,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         data=dict(
             train=len(train),
             test=len(test),
-            split_by_seed=nested,
             channels=channels,
             img_size=size,
             chance=100 * max(test.labels.bincount().tolist()) / len(test),
@@ -135,6 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             skipped=task.skipped,
         ),
         baseline=baseline,
+        covers=covers,
         curve_epochs=protocol.curve_epochs(args.epochs),
         networks={
             net.name: dict(
@@ -179,15 +182,10 @@ def _print(found: dict[str, Any]) -> None:
         f'Measured here: {search["seeds"]} seeds, {data["train"]} training and {data["test"]} test images, '
         f'{len(data["classes"])} classes, the largest has {data["chance"]:.1f} %'
     )
-    covers = (
-        'which covers training noise and the choice of images (each seed has its own split; Nadeau and Bengio 2003)'
-        if data['split_by_seed']
-        else 'which covers training noise; the one over images covers the choice of test images (bootstrap)'
-    )
     caption = (
         'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences to '
-        f'{found["baseline"]} are paired by seed, with their 95 % interval, {covers}; settings are the best of '
-        f'{search["trials"]} for each network'
+        f'{found["baseline"]} are paired by seed, with their 95 % interval, which covers {found["covers"]}; settings are '
+        f'the best of {search["trials"]} for each network'
     )
     console.print(table(found, title, caption))
     preparation = [f'--img-size {data["img_size"]}', *(f'--{key} {_values(data[key])}' for key in ('mean', 'std'))]

@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             chance=100 / len(photographs),
         ),
         baseline=baseline,
+        covers='training noise and the choice of patches, not of photographs',
         curve_epochs=protocol.curve_epochs(args.epochs),
         networks={net.name: results.summarise(runs[net.name], runs[baseline]) for net in networks},
     )
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     title = f'Measured here: {args.seeds} seed{"s" * (args.seeds > 1)}, {counts}, chance {100 / len(photographs):.1f} %'
     caption = (
         'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences are paired '
-        'by seed, with their 95 % interval, which covers training noise and the choice of patches, not of photographs'
+        f'by seed, with their 95 % interval, which covers {found["covers"]}'
     )
     Console().print(results.table(found, title, caption if args.seeds > 1 else 'one seed', fused=True))
     question = f'Which of {len(photographs)} photographs is a patch from?\n{counts}'

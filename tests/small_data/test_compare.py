@@ -505,6 +505,18 @@ def test_augmentation_does_what_it_says():
         augmentation('blur', True, 24)
 
 
+def test_strong_mixes_images_for_training_alone():
+    """Each with the one before it in the batch, and their labels in the same shares."""
+    images, recipe = Images(torch.randn(16, 13, 24, 24), torch.arange(16)), Recipe(batch_size=8, augment='strong')
+    apart = list(batches(images, recipe, 0, 1, mixed=False))
+    for (mixed, shares), (pixels, labels) in zip(batches(images, recipe, 0, 1), apart, strict=True):
+        share = shares[0, labels[0]]
+        torch.testing.assert_close(mixed, share * pixels + (1 - share) * pixels.roll(1, 0))
+        torch.testing.assert_close(shares.sum(1), torch.ones(8))
+    holes = [(pixels == 0).all(1).flatten(1).any(1) for pixels, _ in apart]
+    assert 0 < torch.cat(holes).sum() < 16  # cutouts
+
+
 def test_trials_are_the_same_for_all_and_in_the_stated_range():
     recipe = Recipe()
     assert setting(recipe, 0) == recipe
