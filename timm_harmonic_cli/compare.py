@@ -184,8 +184,8 @@ def _print(found: dict[str, Any]) -> None:
     )
     caption = (
         'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences to '
-        f'{found["baseline"]} are paired by seed, with their 95 % interval, which covers {found["covers"]}; settings are '
-        f'the best of {search["trials"]} for each network'
+        f'{found["baseline"]} are paired by seed, with their 95 % interval, which covers {found["covers"]}; settings '
+        f'are the best of {search["trials"]} for each network'
     )
     console.print(table(found, title, caption))
     preparation = [f'--img-size {data["img_size"]}', *(f'--{key} {_values(data[key])}' for key in ('mean', 'std'))]
