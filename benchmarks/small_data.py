@@ -3,7 +3,8 @@
     python -m benchmarks.small_data --out benchmarks/results
 
 Every network tries the same learning rates and weight decays on inner splits of the training images, and is trained
-with its best setting on eight sets of training images. Test images choose nothing. Finished runs stay in --work and in
+with its best setting on eight sets of training images. Batch-norm statistics are re-estimated before every test. Test
+images choose nothing. Finished runs stay in --work and in
 the report in --out; after an interruption the same command continues. Takes hours on two cores: --only does a part.
 
     python -m benchmarks.small_data --show benchmarks/results/small_data.json --out benchmarks/results
@@ -23,8 +24,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from timm_harmonic.small_data.protocol import INNER_SHARE, INNER_SPLITS, RANGES, Protocol, Store, setting
-from timm_harmonic.small_data.results import accuracy, difference, interval
+from timm_harmonic.small_data.protocol import INNER_SHARE, INNER_SPLITS, RANGES, USUAL, Protocol, Store
+from timm_harmonic.small_data.results import accuracy, difference, edges, interval
 from timm_harmonic.small_data.training import Recipe, network, one_thread
 
 from .environment import environment
@@ -51,9 +52,9 @@ def _variants(base: str, options: str) -> dict[str, str]:
 
 # By group: title, variants of the network, and the number of trials, seeds and epochs.
 GROUPS: dict[str, tuple[str, dict[str, str], dict[str, int]]] = {
-    'small': ('small ResNet', _variants('harm', ''), dict(trials=6, seeds=8, epochs=30)),
-    'wrn': ('WRN-10-2', _variants('harm_wrn16_8', _WRN), dict(trials=4, seeds=8, epochs=30)),
-    'resnet18': ('ResNet-18', _variants('harm_resnet18', _RESNET), dict(trials=4, seeds=8, epochs=30)),
+    'small': ('small ResNet', _variants('harm', ''), dict(trials=8, seeds=8, epochs=30)),
+    'wrn': ('WRN-10-2', _variants('harm_wrn16_8', _WRN), dict(trials=8, seeds=8, epochs=30)),
+    'resnet18': ('ResNet-18', _variants('harm_resnet18', _RESNET), dict(trials=8, seeds=8, epochs=30)),
 }
 # Comparisons: group, task, training images per class, optimizer.
 SETTINGS = [
@@ -63,7 +64,19 @@ SETTINGS = [
     *(('wrn', task, 10, 'adamw') for task in ('digits', 'photographs_shift')),
     *(('small', name, count, 'adamw') for name, task in TASKS.items() for count in task.counts[1:]),
 ]
-_LR = dict(adamw=(5e-3, 0.05), momentum=(0.05, 5e-4))
+_RANGES = '; '.join(
+    f'{opt} learning rate {of["lr"][0]:g} to {of["lr"][1]:g}, '
+    f'weight decay {of["weight_decay"][0]:g} to {of["weight_decay"][1]:g}'
+    for opt, of in RANGES.items()
+)
+# Reports of another protocol do not count as measured.
+PROTOCOL = (
+    f"Every network tries the optimizer's usual setting and then the same ones of Sobol's sequence, in logarithms "
+    f'({_RANGES}), judged by {INNER_SPLITS} inner splits that hold out {INNER_SHARE:.0%} of the training images, then '
+    'is trained with its best one on all of them. Batch-norm statistics are re-estimated on augmented training images '
+    'before every test; "as trained" is without that. The intervals cover training noise and the choice of training '
+    'images, not the choice of the task'
+)
 
 
 class Unit(NamedTuple):
@@ -95,36 +108,36 @@ def is_done(unit: Unit, work: Path) -> bool:
 
 
 def reported(path: Path) -> dict[Unit, dict[str, Any]]:
-    """Rows of a report that need no new run: same versions, same numbers of trials, seeds and epochs."""
+    """Rows of a report that need no new run: same protocol and versions, same numbers of trials, seeds and epochs."""
     if not path.exists():
         return {}
     report, here = json.loads(path.read_text()), environment()
-    if any(report['environment'][key] != here[key] for key in ('torch', 'timm', 'timm_harmonic')):
+    same = all(report['environment'][key] == here[key] for key in ('torch', 'timm', 'timm_harmonic'))
+    if not same or report['protocol'] != PROTOCOL:
         return {}
-    same = [
+    groups = [
         name for name, (title, _, amount) in GROUPS.items() if report['groups'].get(name) == dict(amount, title=title)
     ]
-    return {Unit(*(row[key] for key in Unit._fields)): row for row in report['rows'] if row['group'] in same}
+    return {Unit(*(row[key] for key in Unit._fields)): row for row in report['rows'] if row['group'] in groups}
 
 
 def measure(unit: Unit, work: Path) -> dict[str, Any]:
     """Searches and runs one unit, except for what is stored."""
     _, variants, amount = GROUPS[unit.group]
     task = TASKS[unit.task]
-    lr, weight_decay = _LR[unit.opt]
     flags: dict[str, Any] = dict(augment=task.augment, flip=task.flip, interpolation=task.interpolation)
-    recipe = Recipe(epochs=amount['epochs'], opt=unit.opt, lr=lr, weight_decay=weight_decay, **flags)
+    recipe = Recipe(epochs=amount['epochs'], opt=unit.opt, **USUAL[unit.opt], **flags)
     net = network(variants[unit.variant])
-    settings = dict(unit._asdict(), network=variants[unit.variant], **amount)
+    settings = dict(unit._asdict(), network=variants[unit.variant], protocol=PROTOCOL, **amount)
     store = Store(path_of(unit, work), settings)
     draw = cache(lambda seed: task.draw(unit.count, seed))
     with one_thread():
         amounts = (amount['trials'], amount['seeds'])
         protocol = Protocol(draw, [net], task.classes, recipe, *amounts, store, curves=False)
         runs = [protocol.final(net, seed) for seed in range(protocol.seeds)]
-        best = setting(recipe, protocol.best(net))
-    found = dict(accuracy=[run['accuracy'] for run in runs], parameters=runs[0]['parameters'])
-    return dict(unit._asdict(), **found, lr=best.lr, weight_decay=best.weight_decay)
+        (chosen,) = protocol.chosen(net)['chosen']
+    found = {key: [run[key] for run in runs] for key in ('accuracy', 'accuracy_as_trained')}
+    return dict(unit._asdict(), **found, parameters=runs[0]['parameters'], **chosen)
 
 
 def summary(measured: dict[Unit, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,15 +150,11 @@ def summary(measured: dict[Unit, dict[str, Any]]) -> list[dict[str, Any]]:
         found = measured[unit]
         values = found['accuracy']
         row = dict(
-            unit._asdict(),
+            found,
             accuracy_mean=statistics.mean(values),
             accuracy_deviation=statistics.stdev(values) if len(values) > 1 else None,
-            accuracy=values,
             difference=None if unit.variant == 'plain' else difference(values, plain['accuracy']),
-            parameters=found['parameters'],
             minus_harm=difference(values, harm['accuracy']) if harm else None,
-            lr=found['lr'],
-            weight_decay=found['weight_decay'],
         )
         rows.append(row)
     return rows
@@ -163,27 +172,29 @@ def table(report: dict[str, Any]) -> str:
         for name, of in report['groups'].items()
         if any(row['group'] == name for row in rows)
     )
-    ranges = '; '.join(
-        f'{opt} learning rate {lr[0]:g} to {lr[1]:g}, weight decay {decay[0]:g} to {decay[1]:g}'
-        for opt, (lr, decay) in RANGES.items()
-    )
     lines = [
         '# Plain against harmonic networks on few images',
         '',
-        f'Measured on {env["processor"]}, torch {env["torch"]}, timm {env["timm"]}, {env["date"]}. Every network tries '
-        f'the same settings, log-uniform at random ({ranges}), judged by {INNER_SPLITS} inner splits that hold out '
-        f'{INNER_SHARE:.0%} of the training images, then is trained with its best one on all of them: {amounts}. Each '
-        'seed has its own training images, the same for all networks. Test accuracy in percent, mean ± standard '
-        'deviation over seeds; differences to plain are paired by seed, with their 95 % interval.',
+        f'Measured on {env["processor"]}, torch {env["torch"]}, timm {env["timm"]}, {env["date"]}. '
+        f'{report["protocol"]}: {amounts}. Each seed has its own training images, the same for all networks. Test '
+        'accuracy in percent, mean ± standard deviation over seeds; differences to plain are paired by seed, with '
+        'their 95 % interval.',
         '',
     ]
+    ranges = report.get('ranges', {})
+    for opt, bounds in ranges.items():
+        at = edges([row for row in rows if row['opt'] == opt], bounds)
+        share = ', '.join(f'{share:.0%} of {key}' for key, share in at.items())
+        lines += [f'Choices at an edge of what was searched, {OPTIMIZERS[opt]}: {share}.', '']
     for group, task, count, opt in dict.fromkeys(map(_setting, rows)):
         of = [row for row in rows if _setting(row) == (group, task, count, opt)]
         title = f'{report["tasks"][task]}, {count} images per class: {report["groups"][group]["title"]}, {opt}'
-        lines += [f'## {title}', '', '| network | accuracy | minus plain | minus harm |', '|---|---|---|---|']
+        header = ['network', 'accuracy', *(['as trained'] if ranges else []), 'minus plain', 'minus harm']
+        lines += [f'## {title}', '', f'| {" | ".join(header)} |', '|---' * len(header) + '|']
         for row in of:
+            as_trained = [f'{statistics.mean(row["accuracy_as_trained"]):.1f}'] if ranges else []
             differences = [interval(row['difference']), interval(row['minus_harm']) if row['variant'] != 'harm' else '']
-            lines.append(f'| {row["variant"]} | {accuracy(row)} | {" | ".join(differences)} |')
+            lines.append(f'| {" | ".join([row["variant"], accuracy(row), *as_trained, *differences])} |')
         lines.append('')
     return '\n'.join(lines)
 
@@ -254,7 +265,9 @@ def main() -> None:
         tasks={name: task.title for name, task in TASKS.items()},
         groups={name: dict(title=title, **amount) for name, (title, _, amount) in GROUPS.items()},
     )
-    report: dict[str, Any] = dict(environment=environment(), **titles, rows=summary(measured))
+    rows = summary(measured)
+    used = {opt: bounds for opt, bounds in RANGES.items() if any(row['opt'] == opt for row in rows)}
+    report: dict[str, Any] = dict(environment=environment(), protocol=PROTOCOL, ranges=used, **titles, rows=rows)
     write(report, table, args.out, 'small_data', plot)
 
 

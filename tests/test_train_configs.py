@@ -26,7 +26,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 import timm_harmonic_cli as cli
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL
-from timm_harmonic.small_data.training import ZOOM, Recipe
+from timm_harmonic.small_data.training import CUTOUT, LIGHT, MIXUP, SMOOTHING, ZOOM, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'train_configs').glob('*.yaml'))
@@ -37,7 +37,7 @@ ROWS = [name for name in PAPER if name != 'harm0_seresnext101_32x4d']
 # Rows for small images, by file.
 SMALL = {name: row for row in PAPER_SMALL for name in row['files'].split()}
 # Files that are no row of the paper.
-OTHERS = ['harm_resnet50_a3', 'finetune_truncated', 'distill_truncated', 'gem', 'small_data']
+OTHERS = ['harm_resnet50_a3', 'finetune_truncated', 'distill_truncated', 'gem', 'small_data', 'small_data_strong']
 # Rows whose recipe the authors publish.
 SGD_ROWS = [name for name in ROWS if 'seresnext' not in name]
 # GEM's sets in train_configs/README.md, and their numbers of classes.
@@ -260,9 +260,10 @@ def gem_rows():
     return {name: options.split() for name, options in rows}
 
 
-def test_the_recommended_recipe_is_the_measured_one():
-    """Network, optimizer and crops are those of benchmarks/small_data.py."""
-    args = arguments('small_data')
+@pytest.mark.parametrize('name', ['small_data', 'small_data_strong'])
+def test_the_recommended_recipe_is_the_measured_one(name):
+    """Network, optimizer and augmentation are those of benchmarks/small_data.py and `compare`."""
+    args, strong = arguments(name), name.endswith('strong')
     recipe = Recipe()
     assert args.device_modules == ['timm_harmonic']
     model = timm.create_model(args.model, num_classes=5, **args.model_kwargs)
@@ -271,6 +272,9 @@ def test_the_recommended_recipe_is_the_measured_one():
     assert (args.batch_size, args.train_interpolation) == (recipe.batch_size, recipe.interpolation)
     assert tuple(args.scale) == ZOOM
     assert args.warmup_epochs == recipe.warmup_share * args.epochs
+    found = (args.color_jitter, args.reprob, args.mixup, args.smoothing)
+    assert found == ((LIGHT, CUTOUT, MIXUP, SMOOTHING) if strong else (0, 0, 0, 0))
+    assert (args.remode == 'const', args.cutmix) == (strong, 0)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
     assert isinstance(optimizer, torch.optim.AdamW)
 

@@ -1,10 +1,13 @@
 """Compare plain and harmonic networks on your own images.
 
-Every network gets the same images, the same number of epochs and the same search: learning rate and
-weight decay are tried on splits of the training images, log-uniform at random (adamw: 0.0005 to 0.02
-and 0.001 to 1; momentum: 0.003 to 0.3 and 0.00001 to 0.01). Then each network is trained --seeds times
-on all training images with its best setting. Test images choose nothing: they are those of test/, else
-of validation/, else a quarter of each class. If there are both, validation/ judges the settings. Reads
+Every network gets the same images, the same number of epochs and the same search: the optimizer's usual
+learning rate and weight decay, then a fixed sequence that covers their ranges (adamw: 0.0002 to 0.05 and
+0.002 to 5; momentum: 0.002 to 0.5 and 0.00002 to 0.05), are tried on splits of the training images; for
+auto, with smoothness 0.5, 1 and 0. Then each network is trained --seeds times on all training images
+with its best setting. Batch-norm statistics are re-estimated on training images before every test; the
+accuracy as trained is shown too. Test images choose nothing: they are those of test/, else of
+validation/. Without these, each seed holds out its own quarter of each class, and has a search of its
+own on the other images: twice the time. If there are both, validation/ judges the settings. Reads
 whatever Pillow opens, TIFF with any bands or pages, and .npy (H, W, C). Prints a table, and writes
 results.json and compare.png. After an interruption the same command continues where it stopped; with
 other --models, networks are added to those in --out. --keep writes the network whose setting was judged
@@ -33,8 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--seeds', type=positive, default=5, metavar='N', help='runs of each network with its best one (default: 5)')
     add('--epochs', type=positive, default=60, metavar='N', help='epochs per run (default: 60)')
     add_batch_size(parser)
-    augment = 'shift by an eighth, zoom (crops of 40 to 100 %% of the area) or none (default: shift)'
-    add('--augment', choices=('shift', 'zoom', 'none'), default='shift', help=augment)
+    augment = (
+        'shift by an eighth, zoom (crops of 40 to 100 %% of the area), none, or strong: both, with light, cutout, '
+        'mixup and label smoothing, for 150 --epochs or more (default: shift)'
+    )
+    add('--augment', choices=('shift', 'zoom', 'none', 'strong'), default='shift', help=augment)
     add('--no-flip', dest='flip', action='store_false', help='do not mirror images (digits, text)')
     add('--opt', choices=('adamw', 'momentum'), default='adamw', help="optimizer, by timm's name (default: adamw)")
     size = "side of the images (default: the images' own, at most 64)"
@@ -49,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Searches settings, trains every network, prints a table, and returns what results.json holds."""
     import dataclasses
+    from functools import lru_cache
 
     from timm_harmonic.common import require
     from timm_harmonic.common.device import usable_device
@@ -63,11 +70,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         check_new(args.keep)
     task = tasks.read_folder(args.folder, args.img_size, args.skip_bad, args.out, args.scale)
     channels, size = task.train.pixels.shape[1], task.train.pixels.shape[-1]
-    recipe = training.Recipe(
-        epochs=args.epochs, batch_size=args.batch_size, opt=args.opt, augment=args.augment, flip=args.flip
-    )
+    draw, nested = lru_cache(1)(task.draw), task.test is None
+    train, test = draw(0)
+    own = {key: getattr(args, key) for key in ('epochs', 'batch_size', 'opt', 'augment', 'flip')}
+    recipe = training.Recipe(**own, **protocol.USUAL[args.opt])
     settings = dict(
         recipe=dataclasses.asdict(recipe),
+        search=protocol.RANGES[args.opt],
         images=[protocol.fingerprint(of) for of in (task.train, task.test, task.validation) if of is not None],
     )
     store = protocol.Store(args.out / 'runs.json', settings, given)
@@ -76,7 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results.open_folder(args.out)
     with progress(unit='epoch', smoothing=0.05) as bar:
         comparison = protocol.Protocol(
-            lambda seed: (task.train, task.test),
+            draw,
             networks,
             task.classes,
             recipe,
@@ -85,31 +94,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             store,
             place,
             validation=task.validation,
+            nested=nested,
             describe=bar.set_description,
             after_epoch=lambda epoch: bar.update(),
         )
         bar.reset(comparison.epochs_left + (args.epochs if args.keep is not None else 0))
         runs = comparison.run_all()
         best = comparison.winner()
-        kept = None if args.keep is None else comparison.keep(best)
+        kept = None if args.keep is None else comparison.keep(best, task.train)
+    chosen = {net.name: comparison.chosen(net) for net in networks}
+    ranges: dict[str, Any] = protocol.RANGES[args.opt]
     inner = f'{protocol.INNER_SPLITS} inner splits of the training images'
+    inner = 'one inner split of the training images of each seed' if nested else inner
+    overlap, covers = 0.0, 'training noise; the one over images covers the choice of test images (paired bootstrap)'
+    if nested:
+        overlap = len(test) / len(train)
+        covers = 'training noise and the choice of images: each seed has its own split (Nadeau and Bengio 2003)'
     found = dict(
         note='Measured by this run on this machine; accuracies are percentages of the test images.',
         folder=str(args.folder),
         recipe=dataclasses.asdict(recipe),
         search=dict(
-            ranges=dict(zip(('lr', 'weight_decay'), protocol.RANGES[args.opt], strict=True)),
+            ranges=ranges,
+            at_edge=results.edges([choice for of in chosen.values() for choice in of['chosen']], ranges),
             judged_by=inner if task.validation is None else 'validation/',
             trials=args.trials,
             seeds=args.seeds,
         ),
         environment=results.environment(),
         data=dict(
-            train=len(task.train),
-            test=len(task.test),
+            train=len(train),
+            test=len(test),
             channels=channels,
             img_size=size,
-            chance=100 * max(task.test.labels.bincount().tolist()) / len(task.test),
+            chance=100 * max(test.labels.bincount().tolist()) / len(test),
             classes=task.classes,
             mean=task.config['mean'],
             std=task.config['std'],
@@ -118,19 +136,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             skipped=task.skipped,
         ),
         baseline=baseline,
+        covers=covers,
         curve_epochs=protocol.curve_epochs(args.epochs),
         networks={
             net.name: dict(
-                results.summarise(runs[net.name], runs[baseline]),
+                results.summarise(runs[net.name], runs[baseline], overlap, same_test=not nested),
                 model=net.model,
                 options=net.options,
-                **comparison.chosen(net),
+                **chosen[net.name],
             )
             for net in networks
         },
     )
     _print(found)
-    title = f'{len(task.train)} training and {len(task.test)} test images of {len(task.classes)} classes'
+    title = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
     results.write_results(
         args.out, 'compare.png', found, lambda path: results.draw(found, title, path, differences=True)
     )
@@ -160,8 +179,9 @@ def _print(found: dict[str, Any]) -> None:
         f'{len(data["classes"])} classes, the largest has {data["chance"]:.1f} %'
     )
     caption = (
-        f'mean ± standard deviation; differences to {found["baseline"]} are paired by seed, with their 95 % interval; '
-        f'learning rate and weight decay are the best of {search["trials"]} settings for each network'
+        'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences to '
+        f'{found["baseline"]} are paired by seed, with their 95 % interval, which covers {found["covers"]}; settings '
+        f'are the best of {search["trials"]} for each network'
     )
     show(table(found, title, caption))
     preparation = [f'--img-size {data["img_size"]}', *(f'--{key} {_values(data[key])}' for key in ('mean', 'std'))]

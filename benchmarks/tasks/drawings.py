@@ -1,6 +1,7 @@
 """Evaluation tasks on drawn things: icons, letters, typefaces and leaves. White on black, gray."""
 
 import json
+import logging
 import re
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ ICONS = {
     'book': 'book',
     'bookmark': 'bookmark',
     'calendar': 'calendar event',
-    'camera': 'camera device-camera photo_camera',
+    'camera': 'photo_camera device-camera camera',
     'cloud': 'cloud',
     'envelope': 'envelope mail',
     'flag': 'flag',
@@ -148,6 +149,7 @@ def _codes(font: Path) -> dict[str, int]:
     if sheet.exists() and font.stem == 'boxicons':
         rules = re.findall(r'\.bx(s?)-([\w-]+):before\s*{\s*content:\s*"\\(\w+)"', sheet.read_text())
         return {name + '-fill' * bool(solid): int(code, 16) for solid, name, code in rules}
+    logging.getLogger('fontTools').setLevel(logging.ERROR)  # it reports bytes that some fonts have too many
     with TTFont(font) as opened:
         return {name: code for code, name in opened.getBestCmap().items()}
 
@@ -211,26 +213,24 @@ def _text(font: Path, alphabet: str, random: np.random.Generator) -> np.ndarray:
 
 
 @cache
-def _outlines(split: str) -> tuple[np.ndarray, np.ndarray]:
+def _outlines() -> tuple[np.ndarray, np.ndarray]:
     """Distances of the outlines of leaves from their centres (N, 427), standardised, and their species."""
-    text = packaged('aeon', f'datasets/data/OSULeaf/OSULeaf_{split}.ts').read_text()
-    rows = [line.split(':') for line in text.partition('@data\n')[2].split()]
-    distances = np.array([row[0].split(',') for row in rows], float)
-    return distances, np.array([int(row[1]) - 1 for row in rows])
+    paths = [packaged('aeon', f'datasets/data/OSULeaf/OSULeaf_{split}.ts') for split in ('TRAIN', 'TEST')]
+    lines = ''.join(path.read_text().partition('@data\n')[2] for path in paths).split()
+    rows = [line.split(':') for line in lines]
+    return np.array([row[0].split(',') for row in rows], float), np.array([int(row[1]) - 1 for row in rows])
 
 
 def leaves(count: int, seed: int) -> tuple[Images, Images]:
-    """Silhouettes of leaves of six trees, rotated at random; the test leaves are other leaves, drawn for each seed."""
+    """Silhouettes of leaves of six trees, rotated at random; leaves are divided anew for each seed."""
     random = np.random.default_rng(seed)
-    splits: list[Split] = []
-    for split, number in (('TRAIN', count), ('TEST', _TEST_LEAVES)):
-        distances, species = _outlines(split)
-        images, labels = [], []
-        for label in range(len(LEAVES)):
-            for i in random.permutation(np.flatnonzero(species == label))[:number]:
-                images.append(_placed(_leaf(distances[i], random.uniform(0, 2 * np.pi)), _LEAF, random))
-                labels.append(label)
-        splits.append((images, labels))
+    distances, species = _outlines()
+    splits: list[Split] = [([], []), ([], [])]
+    for label in range(len(LEAVES)):
+        order = random.permutation(np.flatnonzero(species == label))
+        for (images, labels), part in zip(splits, (order[:count], order[count : count + _TEST_LEAVES]), strict=True):
+            images += [_placed(_leaf(distances[i], random.uniform(0, 2 * np.pi)), _LEAF, random) for i in part]
+            labels += [label] * len(part)
     return normalised(*splits)
 
 

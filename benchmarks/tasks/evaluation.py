@@ -9,7 +9,7 @@ EVALUATION = {
         'capitals across typefaces', drawings.letters, tuple(drawings.LETTERS), 'shift', (5, 10), flip=False
     ),
     'typefaces': Task('typefaces across letters', drawings.typefaces, drawings.TYPEFACES, 'shift', (5, 10), flip=False),
-    'leaves': Task('silhouettes of leaves', drawings.leaves, drawings.LEAVES, 'zoom', (10, 20)),
+    'leaves': Task('silhouettes of leaves', drawings.leaves, drawings.LEAVES, 'zoom', (10,)),
     'surfaces': Task(
         'surfaces in colour, rotation and light', captures.surfaces, tuple(captures.SURFACES), 'zoom', (5, 10)
     ),

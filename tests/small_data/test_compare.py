@@ -21,10 +21,9 @@ import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
 from timm_harmonic.common.images import Preparation
 from timm_harmonic.small_data import results, tasks
-from timm_harmonic.small_data.protocol import RANGES, Protocol, Store, run, setting
-from timm_harmonic.small_data.results import difference
-from timm_harmonic.small_data.tasks import Images, read_folder, stratified
-from timm_harmonic.small_data.training import AUGMENTATIONS, NAMED, Recipe, augmentation, baseline, batches, network
+from timm_harmonic.small_data.protocol import RANGES, Protocol, Store, run
+from timm_harmonic.small_data.tasks import Images, read_folder
+from timm_harmonic.small_data.training import NAMED, Recipe, baseline, network
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 FAST = dict(trials=1, seeds=2, epochs=1, img_size=32)
@@ -86,7 +85,10 @@ def test_a_comparison_from_the_command_line(pictures, tmp_path, capsys, monkeypa
         assert of['difference']['mean'] == pytest.approx(gains.mean())
         best = max(of['trials'], key=lambda trial: trial['accuracy'])
         assert best['accuracy'] == max(trial['accuracy'] for trial in of['trials'])
-        assert (of['lr'], of['weight_decay']) in [(t['lr'], t['weight_decay']) for t in of['trials']], name
+        assert of['chosen'] == [{key: best[key] for key in ('lr', 'weight_decay')}], name
+        low, high = of['over_images']
+        assert low <= of['difference']['mean'] <= high
+        assert len(of['accuracy_as_trained']) == 3
     settings = [[(t['lr'], t['weight_decay']) for t in of['trials']] for of in found['networks'].values()]
     assert settings[0] == settings[1]  # the same search for all
     with Image.open(tmp_path / 'compare.png') as image:
@@ -103,17 +105,19 @@ def test_a_comparison_from_the_command_line(pictures, tmp_path, capsys, monkeypa
     assert (tmp_path / 'runs.json').read_bytes() == before
 
 
-def test_test_images_choose_nothing(pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize('splits', [('train', 'test'), ('.',)], ids=['test folder', 'split by seed'])
+def test_test_images_choose_nothing(splits, tmp_path, monkeypatch):
     """Other test images change what is measured in the end, and nothing before."""
-    compare(pictures, tmp_path / 'a', ['harm0'], **dict(FAST, trials=2))
-    read = tasks.read_folder
+    folder = make(tmp_path / 'images', 8, splits=splits)
+    compare(folder, tmp_path / 'a', ['harm0'], **dict(FAST, trials=2))
+    draw = tasks.Task.draw
 
-    def other(*args, **options):
-        task = read(*args, **options)
-        return dataclasses.replace(task, test=Images(torch.zeros_like(task.test.pixels), task.test.labels))
+    def other(task, seed):
+        train, test = draw(task, seed)
+        return train, Images(torch.zeros_like(test.pixels), test.labels)
 
-    monkeypatch.setattr(tasks, 'read_folder', other)
-    compare(pictures, tmp_path / 'b', ['harm0'], **dict(FAST, trials=2))
+    monkeypatch.setattr(tasks.Task, 'draw', other)
+    compare(folder, tmp_path / 'b', ['harm0'], **dict(FAST, trials=2))
     runs = [json.loads((tmp_path / out / 'runs.json').read_text())['results'] for out in 'ab']
     first, second = ({key: of for key, of in by_key.items() if key.startswith('search')} for by_key in runs)
     for of in (*first.values(), *second.values()):
@@ -169,8 +173,8 @@ def test_what_is_a_split_and_what_is_a_class(tmp_path):
     save(hidden / 'train' / 'cat' / '.ipynb_checkpoints' / '0.png', one)
     with pytest.warns(UserWarning, match='is passed over'):
         assert len(read_folder(hidden).train) == 12
-    for place in ('flat/train', 'flat/test', 'mixed/train', 'mixed/test', 'mixed/a', 'mixed/b'):
-        save(tmp_path / place / '0.png', one)
+    for where in ('flat/train', 'flat/test', 'mixed/train', 'mixed/test', 'mixed/a', 'mixed/b'):
+        save(tmp_path / where / '0.png', one)
     save(make(tmp_path / 'unlabelled', 4, splits=('train',)) / 'test' / '0.png', one)
 
     make(tmp_path / 'no_train', 4, splits=('validation', 'test'))
@@ -178,7 +182,7 @@ def test_what_is_a_split_and_what_is_a_class(tmp_path):
         flat='0.png lies beside the class folders',
         mixed='has train/, test/ beside classes',
         unlabelled='test/0.png lies beside the class folders',
-        no_train='has validation/ and test/, but no train/',
+        no_train=r'has \w+/ and \w+/, but no train/',
     ).items():
         with pytest.raises(InputError, match=words):
             read_folder(tmp_path / name)
@@ -212,9 +216,33 @@ def test_classes_alone_are_split_by_a_seed(tmp_path):
     folder = make(tmp_path / 'images', 8, splits=('.',))
     found = compare(folder, tmp_path / 'out', ['harm0'], opt='momentum', **FAST)
     assert (found['data']['train'], found['data']['test']) == (18, 6)
-    assert tuple(found['search']['ranges']['lr']) == RANGES['momentum'][0]
-    first, again = (read_folder(folder) for _ in range(2))
-    assert torch.equal(first.test.pixels, again.test.pixels)
+    assert tuple(found['search']['ranges']['lr']) == RANGES['momentum']['lr']
+    assert found['search']['at_edge'].keys() == {'lr', 'weight_decay'}
+    of = found['networks']['harm0']
+    assert len(of['chosen']) == FAST['seeds']  # a search for each
+    assert 'over_images' not in of
+    first, again, other = (read_folder(folder).draw(seed)[1].pixels for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_search_sees_no_test_image_of_its_seed(tmp_path):
+    """Nor does a network's normalisation."""
+    task = read_folder(make(tmp_path / 'images', 8, splits=('.',)))
+    number = torch.arange(len(task.train.labels), dtype=torch.float32)
+    task = dataclasses.replace(task, train=Images(number[:, None, None, None] + torch.rand(24, 1, 4, 4), number // 8))
+    protocol = Protocol(task.draw, [], task.classes, Recipe(), 1, 3, Store(None, {}), nested=True)
+    seen = []
+    for seed in range(3):
+        train, test = task.draw(seed)
+        assert train.pixels.mean() == pytest.approx(0, abs=1e-5)
+        inner = [image.flatten().tolist() for part in protocol.inner(seed) for image in part.pixels]
+        assert sorted(inner) == sorted(image.flatten().tolist() for image in train.pixels)
+        assert not any(image.flatten().tolist() in inner for image in test.pixels)
+        assert list(protocol.splits(seed)) == [seed]
+        seen.append(sorted(test.labels.tolist()))
+    assert seen == [sorted([0, 0, 1, 1, 2, 2])] * 3
+    assert list(protocol.splits()) == [0, 1, 2]
 
 
 def test_validation_judges_where_there_is_a_test_split_too(tmp_path):
@@ -318,9 +346,8 @@ def test_images_are_prepared_as_the_kept_network_says(tmp_path):
         task = read_folder(tmp_path, size)
         assert task.train.pixels.shape[2:] == (side, side)
         prepare = Preparation(task.config)
-        pixels = torch.cat([task.train.pixels, task.test.pixels])
         for path in tmp_path.rglob('*.png'):
-            assert (pixels - prepare.read(path)).abs().amax((1, 2, 3)).min() < 1e-5
+            assert (task.train.pixels - prepare.read(path)).abs().amax((1, 2, 3)).min() < 1e-5
         shrunk = 'Images were shrunk from 75 (median of the shorter side) to 64 pixels: see --img-size.'
         assert task.notes == ([shrunk] if size is None else [])
     assert task.config['scale'] is None
@@ -392,6 +419,16 @@ def test_a_kept_network_predicts_as_it_was_trained(tmp_path, capsys):
         compare(folder, tmp_path / 'out', ['harm0'], **options)
 
 
+def test_a_kept_network_has_the_smoothness_that_was_chosen(tmp_path):
+    """It is an ordinary network afterwards, trained on all images."""
+    folder, options = make(tmp_path / 'images', 6, splits=('.',)), dict(FAST, trials=2, seeds=1, keep=tmp_path / 'kept')
+    found = compare(folder, tmp_path / 'out', ['auto'], **options)['networks']['auto']
+    assert [of['smoothness'] for of in found['trials']] == [0.5, 1]
+    config = json.loads((tmp_path / 'kept' / 'config.json').read_text())
+    assert [config['model_args']['smoothness']] == [of['smoothness'] for of in found['chosen']]
+    assert 'trained on 18 images' in (tmp_path / 'kept' / 'README.md').read_text()
+
+
 def test_networks_are_added_to_a_comparison(pictures, tmp_path):
     first = compare(pictures, tmp_path, ['harm0', 'harm'], **FAST)
     both = compare(pictures, tmp_path, ['resnet18:layers=(1,1,1,1),channels=(8,16,32,64)'], **FAST)
@@ -416,90 +453,14 @@ def test_advice():
     epochs = [4, 8, 12, 16, 20]
 
     def found(lr, last):
-        of = dict(lr=lr, weight_decay=0.05, curves=[[10, 20, 30, 40, last]])
+        chosen = [dict(lr=lr, weight_decay=0.05), dict(lr=0.005, weight_decay=0.05)]
+        of = dict(chosen=chosen, curves=[[10, 20, 30, 40, last]])
         return dict(curve_epochs=epochs, networks=dict(harm=of))
 
-    ranges = dict(zip(('lr', 'weight_decay'), RANGES['adamw'], strict=True))
+    ranges = RANGES['adamw']
     assert results.advice(found(0.005, 41), ranges) == []
     assert 'still rises at the end (harm)' in results.advice(found(0.005, 45), ranges)[0]
-    for lr in (0.00051, 0.019):
+    for lr in (0.0004, 0.025):  # the outermost of eight trials
         (line,) = results.advice(found(lr, 40), ranges)
-        assert line == f'The best lr is at the edge of the search (harm {lr:.2g}; searched: 0.0005 to 0.02).'
-
-
-def test_stratified_keeps_every_class_on_both_sides():
-    labels = torch.tensor([0] * 9 + [1] * 2 + [2] * 40)
-    kept, out = stratified(labels, 0.25, 0, 'abc')
-    assert sorted([*kept.tolist(), *out.tolist()]) == list(range(len(labels)))
-    assert torch.bincount(labels[out]).tolist() == [2, 1, 10]
-    assert not torch.equal(out, stratified(labels, 0.25, 1, 'abc')[1])
-
-
-@pytest.mark.parametrize('augment', AUGMENTATIONS)
-@pytest.mark.parametrize('channels', [1, 13])
-def test_augmentation_follows_seed_and_epoch_alone(augment, channels):
-    images = Images(torch.randn(20, channels, 24, 24), torch.arange(20))
-    recipe = Recipe(batch_size=8, augment=augment)
-    first = list(batches(images, recipe, 3, 5))
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    second = list(batches(images, recipe, 3, 5))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert [pixels.shape for pixels, _ in first] == [(8, channels, 24, 24)] * 2
-    for (pixels, labels), (others, other_labels) in zip(first, second, strict=True):
-        assert torch.equal(pixels, others)
-        assert torch.equal(labels, other_labels)
-    assert not torch.equal(first[0][1], next(batches(images, recipe, 3, 6))[1])
-
-
-def test_augmentation_does_what_it_says():
-    image = torch.arange(24.0).expand(1, 24, 24)
-    assert torch.equal(augmentation('none', False, 24)(image), image)
-    torch.manual_seed(0)
-    shifts = {int((augmentation('shift', False, 24)(image)[0, 0, 12] - 12).item()) for _ in range(200)}
-    assert shifts == set(range(-3, 4))
-    widths = [augmentation('zoom', False, 24)(image)[0, 0].diff().mean().item() for _ in range(200)]
-    assert 0.5 < min(widths) < 0.7
-    assert 0.95 < max(widths) < 1.05
-    assert torch.equal(augmentation('none', True, 24)(image).sort().values, image)
-    with pytest.raises(ValueError, match='augment must be one of'):
-        augmentation('blur', True, 24)
-
-
-def test_trials_are_the_same_for_all_and_in_the_stated_range():
-    recipe = Recipe()
-    assert setting(recipe, 0) == recipe
-    found = [setting(recipe, trial) for trial in range(1, 200)]
-    assert found == [setting(recipe, trial) for trial in range(1, 200)]
-    for name, (low, high) in zip(('lr', 'weight_decay'), RANGES['adamw'], strict=True):
-        values = np.array([getattr(of, name) for of in found])
-        assert low <= values.min() < low * 1.3
-        assert high / 1.3 < values.max() <= high
-        assert np.median(np.log(values)) == pytest.approx(np.log(low * high) / 2, abs=0.4)
-
-
-def test_the_best_setting_is_used(tmp_path, monkeypatch):
-    images = Images(torch.randn(12, 1, 24, 24), torch.arange(12) % 2)
-    seen = []
-
-    def fake(net, train, test, num_classes, recipe, seed, *args):
-        seen.append((len(train), len(test), recipe.lr))
-        return dict(accuracy=50 + recipe.lr, loss=1.0)
-
-    monkeypatch.setattr('timm_harmonic.small_data.protocol.run', fake)
-    store = Store(tmp_path / 'runs.json', {})
-    protocol = Protocol(lambda seed: (images, images), [network('harm0')], 'ab', Recipe(), 5, 2, store)
-    protocol.final(protocol.networks[0], 1)
-    *search, last = seen
-    assert len(search) == 10
-    assert {(train, test) for train, test, _ in search} == {(8, 4)}
-    assert last == (12, 12, max(lr for *_, lr in search))
-
-
-def test_interval_is_students():
-    found = difference([3.0, 5.0, 7.0], [1.0, 1.0, 1.0])
-    assert found['pairs'] == [2, 4, 6]
-    assert found['mean'] == 4
-    half = 4.302652729911275 * 2 / 3**0.5  # quantile 0.975 with two degrees of freedom
-    assert (found['low'], found['high']) == pytest.approx((4 - half, 4 + half))
-    assert difference([1.0], [0.0])['low'] is None
+        where = f'in 1 of 2 choices: harm {lr:g} (searched: 0.0002 to 0.05)'
+        assert line == f'The best lr is at the edge of the search {where}.'

@@ -75,12 +75,13 @@ def test_no_pixel_is_in_two_patches(pictures):
 
 
 def test_choice_of_patches_follows_the_seed(few):
-    """Of training patches; test patches never change."""
+    """Of training patches and of test patches, where a photograph has more than are drawn."""
     assert draw_patches(few, 'train', 5, seed=1) == draw_patches(few, 'train', 5, seed=1)
     assert draw_patches(few, 'train', 5, seed=1) != draw_patches(few, 'train', 5, seed=2)
-    (train, test), (others, same) = (tasks.patches(few, 3, seed, 2) for seed in (0, 1))
-    assert not torch.equal(train.pixels, others.pixels)
-    assert torch.equal(*((of.pixels[0] - of.pixels[0].min()).div(of.pixels[0].std()).round() for of in (test, same)))
+    first, again, other = (tasks.patches(few, 3, seed, 2) for seed in (0, 0, 1))
+    for split in (0, 1):
+        assert torch.equal(first[split].pixels, again[split].pixels)
+        assert not torch.equal(first[split].pixels, other[split].pixels)
 
 
 def test_export_is_what_timm_reads(few, tmp_path):
@@ -109,9 +110,10 @@ def test_run_writes_what_it_prints(run_cli, capfd):
     rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in printed.splitlines() if '│' in line]
     networks = results['networks']
     assert [row[0] for row in rows] == list(networks) == ['harm0', 'harm1', 'harm', 'smooth']
-    for name, accuracy, fused, gain, parameters, _ in rows:
+    for name, accuracy, as_trained, fused, gain, parameters in rows:
         model = networks[name]
         assert float(accuracy) == pytest.approx(model['accuracy'][0], abs=0.051)
+        assert float(as_trained) == pytest.approx(model['accuracy_as_trained'][0], abs=0.051)
         assert float(fused) == pytest.approx(model['fused_accuracy'][0], abs=0.051)
         assert model['fused_accuracy'] == model['accuracy']
         assert int(parameters.replace(',', '')) == model['parameters'] == networks['harm0']['parameters']
@@ -146,6 +148,11 @@ def test_missing_packages_are_named(monkeypatch, capsys, tmp_path):
     assert cli.main(['quickstart', '--out', str(tmp_path / 'out')]) == 1
     assert 'missing packages: pip install matplotlib scikit-image\n' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
+
+
+def test_auto_needs_a_search(capsys, tmp_path):
+    assert cli.main(['quickstart', '--models', 'harm0', 'auto', '--out', str(tmp_path / 'out')]) == 1
+    assert 'auto needs a search, which the quickstart does not make: use compare.' in capsys.readouterr().err
 
 
 def test_export_from_the_command_line(capsys, tmp_path):

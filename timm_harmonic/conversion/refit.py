@@ -404,13 +404,13 @@ def _check_pair(model: nn.Module, small: nn.Module) -> None:
         )
 
 
-def norms_of(model: nn.Module) -> list[Any]:
-    """Returns the batch normalisations of a network whose statistics follow the data, except inside harmonic blocks.
+def norms_of(model: nn.Module, blocks: bool = False) -> list[Any]:
+    """Returns the batch normalisations of a network whose statistics follow the data.
 
-    Levels do not change the statistics of a harmonic block's responses. A momentum of 0 freezes statistics, and so does
-    evaluation in a network that trains.
+    Those inside harmonic blocks are left out unless `blocks`: levels do not change the statistics of their responses. A
+    momentum of 0 freezes statistics, and so does evaluation in a network that trains.
     """
-    inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d)}
+    inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d) and not blocks}
     norms = [module for module in model.modules() if isinstance(module, _NORMS) and id(module) not in inside]
     tracked = [norm for norm in norms if norm.track_running_stats and norm.num_batches_tracked is not None]
     return [norm for norm in tracked if norm.momentum != 0 and norm.training >= model.training]
@@ -439,9 +439,9 @@ def norms_behind(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def training_norms(model: nn.Module, momentum: float | None) -> Iterator[list[Any]]:
+def training_norms(model: nn.Module, momentum: float | None, blocks: bool = False) -> Iterator[list[Any]]:
     """Puts a network into evaluation except for its batch normalisation, see `norms_of`, which gets this momentum."""
-    norms = norms_of(model)
+    norms = norms_of(model, blocks)
     before = [norm.momentum for norm in norms]
     with evaluating(model):
         for norm in norms:
@@ -453,13 +453,14 @@ def training_norms(model: nn.Module, momentum: float | None) -> Iterator[list[An
                 norm.training, norm.momentum = False, own
 
 
-def estimate_statistics(model: nn.Module, parts: Sequence[Tensor]) -> None:
+def estimate_statistics(model: nn.Module, parts: Iterable[Tensor], blocks: bool = False) -> None:
     """Re-estimates the statistics of a network's batch normalisation as their mean over batches, in place.
 
-    It does what torch.optim.swa_utils.update_bn does, but keeps everything else in evaluation: no dropout. Modules that
-    no image reaches in evaluation, such as an auxiliary head, keep their statistics.
+    `blocks` includes those inside harmonic blocks. It does what torch.optim.swa_utils.update_bn does, but keeps
+    everything else in evaluation: no dropout. Modules that no image reaches in evaluation, such as an auxiliary head,
+    keep their statistics.
     """
-    with torch.no_grad(), training_norms(model, None) as norms:
+    with torch.no_grad(), training_norms(model, None, blocks) as norms:
         before = [copy.deepcopy(norm.state_dict()) for norm in norms]
         for norm in norms:
             norm.reset_running_stats()

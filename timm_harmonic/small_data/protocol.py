@@ -16,16 +16,18 @@ from torch import nn
 from ..common import InputError, explained
 from ..common.files import write_text, write_whole
 from .tasks import Images, stratified
-from .training import Network, Recipe, evaluate, fit
+from .training import Network, Recipe, evaluate, fit, settled
 
-# Log-uniform ranges of learning rate and weight decay, by timm's name of the optimizer.
-RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
-    'adamw': ((5e-4, 2e-2), (1e-3, 1.0)),
-    'momentum': ((3e-3, 3e-1), (1e-5, 1e-2)),
+# By timm's name of the optimizer: the usual learning rate and weight decay, and their ranges, searched in logarithms.
+# The ends are meant to be bad: too slow or divergent, no decay or one that shrinks the weights more than once a run.
+USUAL: dict[str, Any] = {'adamw': dict(lr=5e-3, weight_decay=0.05), 'momentum': dict(lr=0.05, weight_decay=5e-4)}
+RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    'adamw': dict(lr=(2e-4, 5e-2), weight_decay=(2e-3, 5.0)),
+    'momentum': dict(lr=(2e-3, 5e-1), weight_decay=(2e-5, 5e-2)),
 }
-INNER_SPLITS = 2  # a setting is judged by its mean over these
+INNER_SPLITS = 2  # a setting is judged by its mean over these, or by one for each seed
 INNER_SHARE = 0.25  # share of the training images that judges
-_POINTS = 15  # of a learning curve
+_POINTS = 6  # of a learning curve
 
 Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
 
@@ -112,21 +114,27 @@ def run(
 ) -> dict[str, Any]:
     """Trains a new network and measures it on the test images; accuracies are in percent.
 
-    Without `curve`, accuracy is measured at the end only. The seed determines everything random.
+    Statistics are re-estimated first, see `settled`; `accuracy_as_trained` is without that. In a curve, they rest on
+    one pass, which costs little. Without `curve`, accuracy is measured at the end only. `correct` has a digit for each
+    test image. The seed determines everything random.
     """
-    test = test.to(device)
+    train, test = train.to(device), test.to(device)
     points: list[float] = []
     wanted = curve_epochs(recipe.epochs) if curve else []
 
     def after(epoch: int, model: nn.Module) -> None:
         if epoch in wanted[:-1]:
-            points.append(evaluate(model, test)[0])
+            points.append(evaluate(settled(model, train, recipe, seed, passes=1), test)[0])
         after_epoch(epoch)
 
     model, seconds = trained(network, train, num_classes, recipe, seed, after, device)
-    accuracy, loss = evaluate(model, test)
+    as_trained = evaluate(model, test)[0]
+    model = settled(model, train, recipe, seed)
+    accuracy, loss, right = evaluate(model, test)
     return dict(
         accuracy=accuracy,
+        accuracy_as_trained=as_trained,
+        correct=''.join(map(str, right.int().tolist())),
         loss=loss,
         fused_accuracy=evaluate(reparameterize_model(model), test)[0],
         curve=[*points, accuracy] if curve else [],
@@ -135,24 +143,39 @@ def run(
     )
 
 
+def place(trial: int) -> tuple[float, float, float]:
+    """Where a trial's learning rate, weight decay and smoothness are in what is searched, each from 0 to below 1.
+
+    Sobol's sequence: 8 trials, or any power of two, cover each axis evenly, and their pairs as well. Weight decay is
+    mirrored, so that the two do not only trade off against each other: AdamW shrinks weights by their product.
+    """
+    if trial == 0:
+        return 0.0, 1.0, 0.0  # unused: the usual setting
+    from scipy.stats.qmc import Sobol  # here, because it takes long to import
+
+    lr, decay, smoothness = Sobol(3, scramble=False).fast_forward(trial).random()[0].tolist()
+    return lr, 1 - decay, smoothness
+
+
 def setting(recipe: Recipe, trial: int) -> Recipe:
-    """The recipe of a trial: the recipe itself in the first, then random learning rates and weight decays.
+    """The recipe of a trial: the recipe itself in the first, then fixed learning rates and weight decays.
 
     They depend on the trial alone, so that all networks try the same settings.
     """
     if trial == 0:
         return recipe
-    random = np.random.default_rng([trial, 20])
-    (lr, wd) = (float(np.exp(random.uniform(*np.log(bounds)))) for bounds in RANGES[recipe.opt])
-    return dataclasses.replace(recipe, lr=lr, weight_decay=wd)
+    ranges = zip(place(trial), RANGES[recipe.opt].items(), strict=False)
+    return dataclasses.replace(recipe, **{key: low * (high / low) ** where for where, (key, (low, high)) in ranges})
 
 
 @dataclasses.dataclass
 class Protocol:
     """A comparison: every network tries `trials` settings on inner splits, then trains `seeds` times with its best one.
 
-    `draw` gives the training and test images of a seed. The search only sees the training images of seed 0. Finished
-    runs are in `store` and never repeated, so that more trials and seeds can follow.
+    `draw` gives the training and test images of a seed. Either no seed may have test images among the training images
+    of seed 0: then one search sees these alone. Or the seeds split the same images, which is `nested`: then each seed
+    has a search of its own, on its own training images. One search for all would have seen test images of other seeds.
+    Finished runs are in `store` and never repeated, so that more trials and seeds can follow.
     """
 
     draw: Draw
@@ -165,73 +188,82 @@ class Protocol:
     device: torch.device | str = 'cpu'
     curves: bool = True  # whether the final runs measure test accuracy during training
     validation: Images | None = None  # judges settings in place of inner splits
+    nested: bool = False
     describe: Callable[[str], None] = lambda text: None
     after_epoch: Callable[[int], object] = lambda epoch: None
 
     def inner(self, split: int) -> tuple[Images, Images]:
         """Images to train a setting on, and images to judge it by."""
-        train, _ = self.draw(0)
+        train, _ = self.draw(split if self.nested else 0)
         if self.validation is not None:
             return train, self.validation
         kept, out = stratified(train.labels, INNER_SHARE, split, self.classes)
         return train[kept], train[out]
 
-    @property
-    def splits(self) -> int:
-        """Number of inner splits that judge a setting."""
-        return 1 if self.validation is not None else INNER_SPLITS
+    def splits(self, seed: int | None = None) -> Sequence[int]:
+        """Inner splits that judge the settings of a seed, or those of all seeds."""
+        if self.nested:
+            return range(self.seeds) if seed is None else [seed]
+        return range(1 if self.validation is not None else INNER_SPLITS)
 
     @property
     def epochs_left(self) -> int:
         """Epochs still to be trained."""
-        runs = len(self.networks) * (self.trials * self.splits + self.seeds)
+        runs = len(self.networks) * (self.trials * len(self.splits()) + self.seeds)
         return max(0, runs - len(self.store.results)) * self.recipe.epochs
 
-    def trial(self, network: Network, trial: int) -> tuple[float, float]:
-        """Mean accuracy of a setting on the inner splits, and its negated mean cross-entropy."""
+    def trial(self, network: Network, trial: int, seed: int | None = None) -> tuple[float, float]:
+        """Mean accuracy of a setting on the inner splits of a seed or of all, and its negated mean cross-entropy."""
         found = []
-        for split in range(self.splits):
+        for split in self.splits(seed):
             self.describe(f'search {trial + 1}/{self.trials} {network.name}')
-            judge = partial(self._run, network, *self.inner(split), setting(self.recipe, trial), split, curve=False)
+            judge = partial(self._run, network, trial, partial(self.inner, split), split, False)
             found.append(self.store.get(f'search {network.name} {trial} {split}', judge))
         return tuple(np.mean([(of['accuracy'], -of['loss']) for of in found], 0).tolist())
 
-    def _run(self, network: Network, train: Images, test: Images, recipe: Recipe, seed: int, curve: bool) -> Any:
-        return run(network, train, test, len(self.classes), recipe, seed, self.after_epoch, self.device, curve)
+    def _run(
+        self, network: Network, trial: int, images: Callable[[], tuple[Images, Images]], seed: int, curve: bool
+    ) -> Any:
+        network, recipe, classes = network.at(place(trial)[2]), setting(self.recipe, trial), len(self.classes)
+        return run(network, *images(), classes, recipe, seed, self.after_epoch, self.device, curve)
 
-    def best(self, network: Network) -> int:
+    def best(self, network: Network, seed: int | None = None) -> int:
         """The trial with the highest accuracy, or of equal ones the lowest cross-entropy; 0 without a search."""
-        return max(range(self.trials), key=lambda trial: self.trial(network, trial), default=0)
+        return max(range(self.trials), key=lambda trial: self.trial(network, trial, seed), default=0)
+
+    def _of_trial(self, network: Network, trial: int) -> dict[str, Any]:
+        recipe = setting(self.recipe, trial)
+        searched = dict(smoothness=network.at(place(trial)[2]).options['smoothness']) if network.auto else {}
+        return dict(lr=recipe.lr, weight_decay=recipe.weight_decay, **searched)
 
     def chosen(self, network: Network) -> dict[str, Any]:
-        """The best setting, and all that were tried with their accuracy."""
-        best = setting(self.recipe, self.best(network))
-        tried = [(setting(self.recipe, trial), self.trial(network, trial)[0]) for trial in range(self.trials)]
-        trials = [dict(lr=of.lr, weight_decay=of.weight_decay, accuracy=judged) for of, judged in tried]
-        return dict(lr=best.lr, weight_decay=best.weight_decay, trials=trials)
+        """The best setting of each search, and all that were tried with their mean accuracy."""
+        searches = range(self.seeds if self.nested else 1)
+        tried = [
+            dict(self._of_trial(network, trial), accuracy=self.trial(network, trial)[0]) for trial in range(self.trials)
+        ]
+        return dict(chosen=[self._of_trial(network, self.best(network, seed)) for seed in searches], trials=tried)
 
     def final(self, network: Network, seed: int) -> dict[str, Any]:
         """One run with the best setting, on all training images of a seed."""
-        recipe = setting(self.recipe, best := self.best(network))
+        best = self.best(network, seed)
         self.describe(f'seed {seed + 1}/{self.seeds} {network.name}')
-        final = partial(self._run, network, *self.draw(seed), recipe, seed, self.curves)
+        final = partial(self._run, network, best, partial(self.draw, seed), seed, self.curves)
         return self.store.get(f'final {network.name} {best} {seed}', final)
 
     def winner(self) -> Network:
-        """The network whose best setting was judged best. Test images have no part in it."""
+        """The network whose best setting was judged best, over all searches. The table's accuracies have no part."""
         return max(self.networks, key=lambda network: self.trial(network, self.best(network)))
 
-    def keep(self, network: Network) -> nn.Module:
-        """Trains a network with its best setting on all training images of seed 0, and returns it for evaluation."""
+    def keep(self, network: Network, train: Images) -> nn.Module:
+        """Trains a network with the setting that all searches judge best, and returns it for evaluation."""
         self.describe(f'keep {network.name}')
-        recipe, (train, _) = setting(self.recipe, self.best(network)), self.draw(0)
+        recipe, network = setting(self.recipe, best := self.best(network)), network.at(place(best)[2])
         after, classes = (lambda epoch, model: self.after_epoch(epoch)), len(self.classes)
-        return trained(network, train, classes, recipe, 0, after, self.device)[0].eval()
+        model, _ = trained(network, train, classes, recipe, 0, after, self.device)
+        return settled(model, train.to(self.device), recipe, 0).eval()
 
     def run_all(self) -> dict[str, list[dict[str, Any]]]:
         """Searches, then trains with the best settings. Returns the runs of each network, one per seed."""
-        for trial in range(self.trials):
-            for network in self.networks:
-                self.trial(network, trial)
         seeds = [[self.final(network, seed) for network in self.networks] for seed in range(self.seeds)]
         return {network.name: list(runs) for network, runs in zip(self.networks, zip(*seeds, strict=True), strict=True)}

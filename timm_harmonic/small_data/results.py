@@ -22,7 +22,9 @@ from .training import MEANINGS
 
 _CONFIDENCE = 0.95
 _LAST, _RISE = 0.2, 2.0  # a curve still rises if this share of the epochs, the last ones, adds so many points
-_EDGE = 0.1  # share of a range, in logarithms, that is its edge
+_EDGE = 0.15  # share of a range, in logarithms, that is its edge: the outermost of eight trials are in it
+_RESAMPLES = 2000
+Runs = Sequence[dict[str, Any]]
 _PACKAGES = ('timm_harmonic', 'torchvision', 'timm', 'scikit_image', 'scikit_learn')
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
 _COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -30,27 +32,50 @@ _STYLES = tuple(zip(_COLOURS, 'os^DvPX', strict=True))
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8}
 
 
-def difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
-    """Mean of the paired differences with its 95 % interval by Student's t; a single pair has no interval."""
+def difference(values: Sequence[float], baseline: Sequence[float], overlap: float = 0.0) -> dict[str, Any]:
+    """Mean of the paired differences with its 95 % interval by Student's t; a single pair has no interval.
+
+    Seeds that split the same images are not independent: for them `overlap` is the number of test images per training
+    image of a split, which corrects the variance of the mean (Nadeau and Bengio 2003).
+    """
     pairs = [ours - theirs for ours, theirs in zip(values, baseline, strict=True)]
     mean, low, high = statistics.mean(pairs), None, None
     if len(pairs) > 1:
         from scipy.stats import t  # here, because it takes long to import
 
         half = t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+        half *= (1 + overlap * len(pairs)) ** 0.5
         low, high = mean - half, mean + half
     return dict(pairs=pairs, mean=mean, low=low, high=high)
 
 
-def summarise(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Statistics of a network's runs, one per seed, with differences to the baseline's runs of the same seeds."""
-    accuracy, fused = ([measured[key] for measured in runs] for key in ('accuracy', 'fused_accuracy'))
+def over_images(correct: Sequence[str], baseline: Sequence[str]) -> list[float]:
+    """95 % interval of the mean difference over other test images like these, by a paired bootstrap over images.
+
+    `correct` and `baseline` have a digit for each test image, a text for each seed. The trained networks stay the same.
+    """
+    ours, theirs = (np.mean([list(map(int, of)) for of in texts], 0) for texts in (correct, baseline))
+    drawn = np.random.default_rng(0).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), _RESAMPLES)
+    means = 100 * (drawn @ (ours - theirs)) / len(ours)
+    return np.quantile(means, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]).tolist()
+
+
+def summarise(runs: Runs, baseline: Runs, overlap: float = 0.0, same_test: bool = False) -> dict[str, Any]:
+    """Statistics of a network's runs, one per seed, with differences to the baseline's runs of the same seeds.
+
+    `overlap` is that of `difference`; `same_test` says that all seeds have the same test images, see `over_images`.
+    """
+    kinds = ('accuracy', 'accuracy_as_trained', 'fused_accuracy', 'correct')
+    accuracy, as_trained, fused, correct = ([measured[key] for measured in runs] for key in kinds)
+    images = dict(over_images=over_images(correct, [of['correct'] for of in baseline])) if same_test else {}
     return dict(
+        **images,
         accuracy_mean=statistics.mean(accuracy),
         accuracy_deviation=statistics.stdev(accuracy) if len(accuracy) > 1 else None,
         accuracy=accuracy,
+        accuracy_as_trained=as_trained,
         fused_accuracy=fused,
-        difference=difference(accuracy, [measured['accuracy'] for measured in baseline]),
+        difference=difference(accuracy, [measured['accuracy'] for measured in baseline], overlap),
         parameters=runs[0]['parameters'],
         seconds=statistics.mean(measured['seconds'] for measured in runs),
         curves=[measured['curve'] for measured in runs],
@@ -84,16 +109,30 @@ def accuracy(of: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any], title: str, caption: str, fused: bool = False) -> Table:
     """The table of a comparison, a row per network, optionally with the accuracy after fusing."""
-    baseline = results['baseline']
-    lines = Table(title=title, caption=caption)
+    baseline, networks = results['baseline'], results['networks']
+    means = {'accuracy_as_trained': 'as trained, %', **({'fused_accuracy': 'fused, %'} if fused else {})}
+    images = ['over images'] if 'over_images' in networks[baseline] else []
+    lines = Table(title=title, caption=caption, pad_edge=False)
     lines.add_column('network')
-    for name in ('test accuracy, %', *(['fused, %'] if fused else []), f'minus {baseline}', 'parameters', 'seconds'):
+    for name in ('test accuracy, %', *means.values(), f'minus {baseline}', *images, 'parameters'):
         lines.add_column(name, justify='right')
-    for name, of in results['networks'].items():
-        after = [f'{statistics.mean(of["fused_accuracy"]):.1f}'] if fused else []
-        gain = '' if name == baseline else interval(of['difference'])
-        lines.add_row(name, accuracy(of), *after, gain, f'{of["parameters"]:,}', f'{of["seconds"]:.1f}')
+    for name, of in networks.items():
+        gains = [interval(of['difference']), *('{:+.1f} to {:+.1f}'.format(*of['over_images']) for _ in images)]
+        gains = [''] * len(gains) if name == baseline else gains
+        after = [f'{statistics.mean(of[kind]):.1f}' for kind in means]
+        lines.add_row(name, accuracy(of), *after, *gains, f'{of["parameters"]:,}')
     return lines
+
+
+def at_edge(value: float, bounds: Sequence[float]) -> bool:
+    """Whether a chosen value is at the edge of what was searched."""
+    low, high = np.log(bounds)
+    return not _EDGE < (np.log(value) - low) / (high - low) < 1 - _EDGE
+
+
+def edges(chosen: Sequence[dict[str, float]], ranges: dict[str, Sequence[float]]) -> dict[str, float]:
+    """Share of the chosen settings that are at an edge of the search, by option."""
+    return {key: statistics.mean(at_edge(choice[key], bounds) for choice in chosen) for key, bounds in ranges.items()}
 
 
 def advice(found: dict[str, Any], ranges: dict[str, Sequence[float]]) -> list[str]:
@@ -105,13 +144,12 @@ def advice(found: dict[str, Any], ranges: dict[str, Sequence[float]]) -> list[st
     if rising:
         lines.append(f'Test accuracy still rises at the end ({", ".join(rising)}): try more --epochs.')
     for key, bounds in ranges.items():
-        low, high = np.log(bounds)
-        chosen = {name: of[key] for name, of in found['networks'].items()}
-        inner = {name for name, of in chosen.items() if _EDGE < (np.log(of) - low) / (high - low) < 1 - _EDGE}
-        edge = [f'{name} {of:.2g}' for name, of in chosen.items() if name not in inner]
+        chosen = [(name, choice[key]) for name, of in found['networks'].items() for choice in of['chosen']]
+        edge = [f'{name} {value:.2g}' for name, value in chosen if at_edge(value, bounds)]
         if edge:
+            share = f'{len(edge)} of {len(chosen)} choices: {", ".join(dict.fromkeys(edge))}'
             span = f'{bounds[0]:g} to {bounds[1]:g}'
-            lines.append(f'The best {key} is at the edge of the search ({", ".join(edge)}; searched: {span}).')
+            lines.append(f'The best {key} is at the edge of the search in {share} (searched: {span}).')
     return lines
 
 

@@ -165,10 +165,10 @@ def export_patches(
 def patches(
     photographs: dict[str, np.ndarray], train_per_class: int, seed: int, test_per_class: int = TEST_PER_CLASS
 ) -> tuple[Images, Images]:
-    """The training patches of a seed and the test patches, normalised by the statistics of the training patches."""
+    """The training and test patches of a seed, normalised by the statistics of the training patches."""
     splits = {}
-    for split, count, of_seed in (('train', train_per_class, seed), ('validation', test_per_class, 0)):
-        corners = draw_patches(photographs, split, count, of_seed)
+    for split, count in (('train', train_per_class), ('validation', test_per_class)):
+        corners = draw_patches(photographs, split, count, seed)
         cuts = [cut(photographs[name], corner) for name, of in corners.items() for corner in of]
         labels = [label for label, of in enumerate(corners.values()) for _ in of]
         splits[split] = Images(torch.from_numpy(np.stack(cuts)).float().unsqueeze(1), torch.tensor(labels))
@@ -178,15 +178,26 @@ def patches(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What networks are compared on: normalised images of each split."""
+    """What networks are compared on: images of each split, normalised by the training images."""
 
     classes: list[str]
     train: Images
-    test: Images
+    test: Images | None  # without them, each seed holds out its own
     validation: Images | None
     config: dict[str, Any]  # how the images were prepared, see `common.images.data_config`
     skipped: list[str]  # unreadable files, and why
     notes: list[str]  # what was done to images that a reader of the results should know
+
+    def draw(self, seed: int) -> tuple[Images, Images]:
+        """Training and test images of a seed. Without a test split, a quarter of each class, drawn anew, is the test.
+
+        Raises InputError if a class has too few images.
+        """
+        if self.test is not None:
+            return self.train, self.test
+        kept, out = stratified(self.train.labels, _TEST_SHARE, seed, self.classes)
+        ready, _, _ = normalised({'train': self.train[kept], 'test': self.train[out]})
+        return ready['train'], ready['test']
 
 
 def read_folder(
@@ -201,7 +212,7 @@ def read_folder(
     Images are prepared as in a network's validation: the shorter side is resized to `size` pixels, by default the
     median shorter side, at most 64, and the centre is cut. `scale` is the value that stands for 1, see
     `common.images.scale_of`. Gray and colour images together are read as what most of them are. Test images are those
-    of test/, or else of validation/, or else a quarter of each class; validation/ stays separate only beside test/. The
+    of test/, or else of validation/, or else none, see `Task.draw`; validation/ stays separate only beside test/. The
     folder `but` is left out. Raises InputError if the folder has another structure, a file cannot be read (unless
     `skip_bad`), the depths or the numbers of channels differ, a channel is constant, or a class has too few images to
     split.
@@ -250,12 +261,6 @@ def read_folder(
         splits[split] = Images(torch.stack(pixels), torch.tensor(labels))
     if 'test' not in splits and 'validation' in splits:
         splits['test'], paths['test'] = splits.pop('validation'), paths.pop('validation')
-    if 'test' not in splits:
-        parts = dict(zip(('train', 'test'), stratified(splits['train'].labels, _TEST_SHARE, 0, classes), strict=True))
-        paths = {split: [paths['train'][i] for i in part] for split, part in parts.items()}
-        splits = {split: splits['train'][part] for split, part in parts.items()}
-    if 'validation' not in splits:
-        stratified(splits['train'].labels, _TEST_SHARE, 0, classes)  # the search will split them: fail early
     ready, mean, std = normalised(splits)
     how |= dict(mean=mean.tolist(), std=std.tolist())
     if dtype != np.uint8:
@@ -265,7 +270,10 @@ def read_folder(
         for i in far[:1]:
             path = paths[split][i]
             warn_of(path, of_part.pixels[i], how, scale_of(read_image(path).dtype, scale))
-    return Task(classes, ready['train'], ready['test'], ready.get('validation'), how, bad, notes)
+    task = Task(classes, ready['train'], ready.get('test'), ready.get('validation'), how, bad, notes)
+    if task.validation is None:
+        stratified(task.draw(0)[0].labels, _TEST_SHARE, 0, classes)  # the search will split them: fail early
+    return task
 
 
 def _common_channels(shapes: dict[Path, tuple[int, ...]], folder: Path, notes: list[str]) -> int:

@@ -1,11 +1,14 @@
 """Networks on few images that fit into memory: their names, the recipe, one training, and evaluation."""
 
+import copy
 import dataclasses
+import math
 import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,12 +22,17 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from ..common import InputError, explained, parse_option
+from ..conversion.refit import estimate_statistics
 from ..conversion.swap import harmonic_layers
 from .tasks import Images
 
-AUGMENTATIONS = ('shift', 'zoom', 'none')
+AUGMENTATIONS = ('shift', 'zoom', 'none', 'strong')
 ZOOM = (0.4, 1.0)  # share of an image's area that a crop has
+# Of 'strong': largest change of light, probability of a cutout, parameter of mixup, label smoothing.
+LIGHT, CUTOUT, MIXUP, SMOOTHING = 0.4, 0.5, 0.2, 0.1
 _EVALUATED = 64  # images at a time
+_PASSES, _SETTLED = 8, 1000  # statistics are estimated on so many passes or images, whichever are fewer
+SMOOTHNESS = (0.5, 1, 0)  # what smoothness=auto tries
 
 # A ResNet with 0.3 million parameters, for a few hundred images of 32 to 96 pixels.
 _SMALL: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), stem_pool='max')
@@ -33,19 +41,34 @@ NAMED: dict[str, dict[str, Any]] = {
     'harm1': dict(_SMALL, harmonic_blocks=False),
     'harm': _SMALL,
     'smooth': dict(_SMALL, smoothness=1),
+    'auto': dict(_SMALL, smoothness='auto'),
 }
 MEANINGS = dict(
-    harm0='nothing harmonic', harm1='stem harmonic', harm='all harmonic', smooth='all harmonic, smoothness 1'
+    harm0='nothing harmonic',
+    harm1='stem harmonic',
+    harm='all harmonic',
+    smooth='all harmonic, smoothness 1',
+    auto='all harmonic, smoothness 0, 0.5 or 1 by the search',
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network, under the name that the user gave."""
+    """A network, under the name that the user gave. The search chooses the smoothness where it is 'auto'."""
 
     name: str
     model: str  # timm's name
     options: dict[str, Any]
+
+    @property
+    def auto(self) -> bool:
+        """Whether the search chooses the smoothness."""
+        return self.options.get('smoothness') == 'auto'
+
+    def at(self, place: float) -> 'Network':
+        """The network with the smoothness at a place, from 0 to below 1, among those that are tried if it is 'auto'."""
+        value = dict(smoothness=SMOOTHNESS[int(place * len(SMOOTHNESS))]) if self.auto else {}
+        return dataclasses.replace(self, options={**self.options, **value})
 
     def build(self, num_classes: int, in_chans: int, seed: int) -> nn.Module:
         """Builds a new network. The seed determines its initial weights."""
@@ -56,7 +79,7 @@ class Network:
         """Builds the network and runs it on a blank image of this size. Raises InputError if that fails."""
         problem = f'{self.name} cannot be used on images of {size} x {size} pixels'
         with explained(problem, Exception):  # any network of timm, with any options
-            model = self.build(num_classes, in_chans, 0).eval()
+            model = self.at(0).build(num_classes, in_chans, 0).eval()
             with torch.no_grad():
                 output = model(torch.zeros(1, in_chans, size, size))
             if getattr(output, 'shape', None) != (1, num_classes):
@@ -106,23 +129,35 @@ def augmentation(augment: str, flip: bool, size: int, interpolation: str = 'bicu
     """The augmentation of images (C, H, W) with `size` pixels a side.
 
     'shift' moves an image by up to an eighth of its side, with reflected borders. 'zoom' crops 40 to 100 % of its area,
-    with an aspect ratio from 3 / 4 to 4 / 3, and resizes the crop. 'none' does neither. Raises InputError for another
-    name.
+    with an aspect ratio from 3 / 4 to 4 / 3, and resizes the crop. 'none' does neither. 'strong' does both, changes
+    brightness and contrast, and cuts out a rectangle; mixup and label smoothing belong to it too, see `batches` and
+    `fit`. Raises InputError for another name.
     """
     if augment not in AUGMENTATIONS:
         raise InputError(f'augment must be one of {AUGMENTATIONS}, got {augment!r}.')
     steps: list[nn.Module] = [v2.RandomHorizontalFlip(0.5 if flip else 0.0)]
-    if augment == 'shift':
+    if augment in ('shift', 'strong'):
         steps.append(v2.RandomCrop(size, padding=size // 8, padding_mode='reflect'))
-    elif augment == 'zoom':
+    if augment in ('zoom', 'strong'):
         steps.append(v2.RandomResizedCrop(size, scale=ZOOM, interpolation=InterpolationMode(interpolation)))
+    if augment == 'strong':
+        steps += [v2.Lambda(_light), v2.RandomErasing(CUTOUT)]
     return v2.Compose(steps)
 
 
-def batches(train: Images, recipe: Recipe, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _light(image: Tensor) -> Tensor:
+    """Changes brightness and contrast at random. torchvision's versions take values from 0 to 1, of 1 or 3 channels."""
+    brightness, contrast = torch.empty(2).uniform_(-LIGHT, LIGHT).tolist()
+    return image.mean().lerp(image, 1 + contrast) + brightness
+
+
+def batches(
+    train: Images, recipe: Recipe, seed: int, epoch: int, mixed: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of an epoch: pixels and labels. Seed and epoch alone determine order and augmentation.
 
-    An incomplete last batch is dropped. Fewer images than a batch form one batch.
+    An incomplete last batch is dropped. Fewer images than a batch form one batch. 'strong' mixes the images of a batch
+    by mixup, so that labels are (N, classes), unless `mixed` is False.
     """
     size = min(recipe.batch_size, len(train))
     augment = augmentation(recipe.augment, recipe.flip, train.pixels.shape[-1], recipe.interpolation)
@@ -130,8 +165,12 @@ def batches(train: Images, recipe: Recipe, seed: int, epoch: int) -> Iterator[tu
         torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
         order = torch.randperm(len(train))[: len(train) // size * size]
         pixels = torch.stack([augment(train.pixels[i]) for i in order])
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    yield from zip(pixels.split(size), train.labels[order].split(size), strict=True)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        parts = list(zip(pixels.split(size), train.labels[order].split(size), strict=True))
+        if mixed and recipe.augment == 'strong':
+            mix = v2.MixUp(alpha=MIXUP, num_classes=int(train.labels.max()) + 1)
+            parts = [mix(*part) for part in parts]
+    yield from parts
 
 
 def fit(
@@ -150,6 +189,7 @@ def fit(
     warmup = dict(warmup_epochs=recipe.warmup_share * recipe.epochs, warmup_lr=0.0)
     steps = dict(num_epochs=recipe.epochs, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
     scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', **warmup, **steps)
+    smoothing = SMOOTHING if recipe.augment == 'strong' else 0.0
     random_seed(seed)  # again, as each network has drawn a different number of initial weights
     seconds, updates = 0.0, 0
     for epoch in range(1, recipe.epochs + 1):
@@ -157,7 +197,7 @@ def fit(
         model.train()
         for pixels, labels in batches(train, recipe, seed, epoch):
             scheduler.step_update(updates)
-            loss = F.cross_entropy(model(pixels), labels)
+            loss = F.cross_entropy(model(pixels), labels, label_smoothing=smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -167,14 +207,28 @@ def fit(
     return seconds
 
 
+def settled(model: nn.Module, train: Images, recipe: Recipe, seed: int, passes: int = _PASSES) -> nn.Module:
+    """Returns a copy of a network whose batch-norm statistics, stems included, are re-estimated on training images.
+
+    After few updates the running ones have not arrived: they start at 0 and 1, and move by a tenth of the way each
+    time. Images are augmented as in the epochs that would follow, but not mixed, as test images are not; they are
+    `passes` times all, or about 1,000 if those are fewer.
+    """
+    copied, epochs = copy.deepcopy(model), range(recipe.epochs + 1, recipe.epochs + 1 + passes)
+    parts = (pixels for epoch in epochs for pixels, _ in batches(train, recipe, seed, epoch, mixed=False))
+    size = min(recipe.batch_size, len(train))
+    estimate_statistics(copied, islice(parts, math.ceil(_SETTLED / size)), blocks=True)
+    return copied
+
+
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
-    """Sets a network to evaluation. Returns its accuracy in percent and its mean cross-entropy."""
+def evaluate(model: nn.Module, images: Images) -> tuple[float, float, Tensor]:
+    """Sets a network to evaluation. Returns its accuracy in percent, its mean cross-entropy, and which are right."""
     model.eval()
     pixels = images.pixels.contiguous(memory_format=torch.channels_last)
     logits = torch.cat([model(part) for part in pixels.split(_EVALUATED)])
-    accuracy = 100 * (logits.argmax(1) == images.labels).float().mean().item()
-    return accuracy, F.cross_entropy(logits, images.labels).item()
+    right = logits.argmax(1) == images.labels
+    return 100 * right.float().mean().item(), F.cross_entropy(logits, images.labels).item(), right
 
 
 @contextmanager
