@@ -221,7 +221,7 @@ def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
         (dict(level=2, include=['nothing*']), ValueError, r"'nothing\*' matches none"),
         (dict(level=2, model_kwargs={}), CheckpointError, 'nothing was loaded'),
         (dict(level=2, model='vit_tiny_patch16_224'), ValueError, 'patch embedding'),
-        (dict(level=2, model='nonsense'), InputError, 'Unknown model'),
+        (dict(level=2, model='nonsense'), InputError, 'neither a folder nor a model of timm'),
         (dict(ratio=0.5, data=Path('nowhere')), InputError, 'not an image folder'),
         (dict(ratio=0.5, refit=True), InputError, '--refit needs --data'),
         (dict(level=2, data=Path('x')), InputError, '--data is for --refit, --energy and --ratio'),
