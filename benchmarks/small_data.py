@@ -4,8 +4,8 @@
 
 Every network tries the same learning rates and weight decays on inner splits of the training images, and is trained
 with its best setting on eight sets of training images. Batch-norm statistics are re-estimated before every test. Test
-images choose nothing. Finished runs stay in --work and in
-the report in --out; after an interruption the same command continues. Takes hours on two cores: --only does a part.
+images choose nothing. Finished runs stay in --work and in the report in --out; after an interruption the same command
+continues. Takes hours on two cores: --only does a part.
 
     python -m benchmarks.small_data --show benchmarks/results/small_data.json --out benchmarks/results
 
@@ -98,13 +98,13 @@ def units() -> Iterator[Unit]:
 
 def path_of(unit: Unit, work: Path) -> Path:
     """File of a unit's results."""
-    return work / f'{"-".join(map(str, unit)).replace(" ", "")}.jsonl'
+    return work / f'{"-".join(map(str, unit)).replace(" ", "")}.json'
 
 
 def is_done(unit: Unit, work: Path) -> bool:
     """Whether all runs of a unit are stored."""
     path = path_of(unit, work)
-    return path.exists() and path.read_text().count('"key": "final') == GROUPS[unit.group][2]['seeds']
+    return path.exists() and path.read_text().count('"final ') == GROUPS[unit.group][2]['seeds']
 
 
 def reported(path: Path) -> dict[Unit, dict[str, Any]]:

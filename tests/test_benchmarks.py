@@ -14,13 +14,25 @@ from reference import small
 from torch.nn.functional import normalize
 
 from benchmarks import __main__ as command
-from benchmarks import compression, conversion, deploy, forms, imports, sizes, small_data, smaller, smoothness
+from benchmarks import (
+    compression,
+    conversion,
+    deploy,
+    forms,
+    imports,
+    sizes,
+    small_data,
+    small_data_design,
+    smaller,
+    smoothness,
+)
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
 from benchmarks.tasks import EVALUATION
 from benchmarks.tasks.base import packaged
 from timm_harmonic.common import InputError
+from timm_harmonic.conversion.swap import harmonic_layers
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -36,6 +48,7 @@ TABLES = dict(
     imports=imports.table,
     sizes=sizes.table,
     small_data=small_data.table,
+    small_data_design=small_data_design.table,
     smoothness=smoothness.table,
 )
 slow = pytest.mark.slow
@@ -231,6 +244,21 @@ def test_rows_of_a_report_count_as_measured(tmp_path):
     saved['environment'] = dict(saved['environment'], torch='2.0')
     path.write_text(json.dumps(saved))
     assert small_data.reported(path) == {}
+
+
+def test_variants_of_the_design_are_what_their_names_say():
+    made = {name: variant.build(3, 1, 0) for name, variant in small_data_design.VARIANTS.items()}
+    assert {sum(p.numel() for p in model.parameters()) for model in made.values()} == {318_691}
+    stems = {name: getattr(model.conv1, 'smoothness', 'plain') for name, model in made.items()}
+    blocks = {name: getattr(model.layer1[0].conv1, 'smoothness', 'plain') for name, model in made.items()}
+    assert (stems['stem 1, blocks 0.5'], blocks['stem 1, blocks 0.5']) == (1, 0.5)
+    assert (stems['stem 1, blocks plain'], blocks['stem 1, blocks plain']) == (1, 'plain')
+    assert (stems['harm'], blocks['harm'], stems['plain'], blocks['harm1']) == (None, None, 'plain', 'plain')
+    assert made['smoothness 0.5, floor 0.2'].conv1.bn.eps == 0.2
+    start, smooth = made['plain, smooth start 1'], made['smoothness 1']
+    assert not harmonic_layers(start)
+    torch.testing.assert_close(start.layer2[0].conv1.weight, smooth.layer2[0].conv1.filters())
+    torch.testing.assert_close(start.conv1.weight, smooth.conv1.filters())
 
 
 def test_a_missing_package_of_a_task_is_an_error():
