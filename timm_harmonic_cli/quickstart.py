@@ -24,7 +24,7 @@ MODELS = ('harm0', 'harm1', 'harm', 'smooth')
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--seeds', type=positive, default=3, metavar='N', help='runs per network (default: 3)')
-    add('--epochs', type=positive, default=24, metavar='N', help='epochs per run (default: 24)')
+    add('--epochs', type=positive, default=20, metavar='N', help='epochs per run (default: 20)')
     per_class = 'training patches from each photograph (default: 10, at most 24)'
     add('--train-per-class', type=positive, default=10, metavar='N', help=per_class)
     add_models(parser, MODELS)

@@ -164,8 +164,8 @@ class Preparation:
         if self._warns and self.scale is None and array.dtype != np.uint8:
             self._warns = False
             warnings.warn(
-                f'{path} holds {array.dtype} and was divided by {scale_of(array.dtype):g}. The network does not say of '
-                "which scale its images were, and timm's scripts read 8 bits alone: state it by --scale.",
+                f'{path} holds {array.dtype} and was divided by {scale_of(array.dtype):g}. The network does not state '
+                "the scale of its images, and timm's scripts read 8 bits alone: state it by --scale.",
                 stacklevel=2,
             )
         if self._warns and far_from_training(image):
