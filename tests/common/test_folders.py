@@ -51,6 +51,8 @@ def test_two_folders_for_one_split_are_an_error(names, tmp_path):
         split_folders(tmp_path)
     with pytest.raises(InputError, match='both could be its'):
         split_folder(tmp_path, 'validation')
+    with pytest.raises(InputError, match='both could be its'):
+        split_folder(tmp_path, names[-1])
 
 
 def test_splits_by_any_name(tmp_path):

@@ -86,9 +86,9 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 def split_folder(folder: Path, split: str) -> Path:
     """The folder of a split, by any of its names in any case, or the folder itself if there is none."""
-    if (named := folder / split).is_dir() and not any(split in names for names in SPLITS.values()):
-        return named
     wanted = next((key for key, names in SPLITS.items() if split.lower() in names), '')
+    if not wanted and (folder / split).is_dir():
+        return folder / split
     return split_folders(folder).get(wanted, folder)
 
 

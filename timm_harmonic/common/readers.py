@@ -80,7 +80,7 @@ def _read_tiff(path: Path) -> np.ndarray:
         # Without overviews and masks.
         series = [of for of in file.series if not (of.keyframe.is_reduced or of.keyframe.is_mask)] or file.series[:1]
         page: Any = series[0].keyframe
-        if kinds := sorted({f'{of.dtype} {of.shape} {of.axes}' for of in series[1:]} - {_kind(series[0])}):
+        if kinds := sorted({_kind(of) for of in series[1:]} - {_kind(series[0])}):
             raise InputError(f'has pages that differ, {_kind(series[0])} and {kinds[0]}: save each to its own file')
         alone = len(series) == 1 and len(series[0]) == 1
         if page.photometric in _CONVERTED:
@@ -89,7 +89,7 @@ def _read_tiff(path: Path) -> np.ndarray:
             return _read_picture(path)
         try:
             arrays = [_channels_last(of.asarray(), of.axes) for of in series]
-        except Exception as error:
+        except Exception as error:  # tifffile raises several types where a decoder is missing
             if not isinstance(error, ImportError) and 'imagecodecs' not in str(error):
                 raise
             if alone and _is_simple(page):

@@ -164,7 +164,7 @@ def setting(recipe: Recipe, trial: int) -> Recipe:
     """
     if trial == 0:
         return recipe
-    ranges = zip(place(trial), RANGES[recipe.opt].items(), strict=False)
+    ranges = zip(place(trial)[:2], RANGES[recipe.opt].items(), strict=True)
     return dataclasses.replace(recipe, **{key: low * (high / low) ** where for where, (key, (low, high)) in ranges})
 
 
