@@ -28,7 +28,7 @@ SLOW = {f'docs/{name}.md' for name in ('compression', 'layers', 'models', 'small
 MARKDOWN = MarkdownIt('commonmark').enable('table')
 # What a fence may be: commands and what needs a network (no name), Python that runs, Python that runs
 # with fastai, or neither.
-LANGUAGES = {'', 'python', 'python fastai', 'text', 'bibtex'}
+LANGUAGES = {'', 'python', 'python title="fastai"', 'text', 'bibtex'}
 
 
 def name_of(page):
@@ -127,8 +127,8 @@ def test_arrays_are_predicted_as_they_were_trained(tmp_path, monkeypatch, capsys
 def test_python_with_fastai_runs(tmp_path):
     """fastai brings spaCy and more, so that it is not among what the tests install: pip install '.[fastai]'."""
     pytest.importorskip('fastai')
-    (page,) = (page for page in PAGES if fences(page, 'python fastai'))
-    code = '\n'.join(fences(page, 'python')[:1] + fences(page, 'python fastai'))
+    (page,) = (page for page in PAGES if fences(page, 'python title="fastai"'))
+    code = '\n'.join(fences(page, 'python')[:1] + fences(page, 'python title="fastai"'))
     code += '\nassert len(learner.recorder.values) == 1 and learner.model[0].model.conv1.in_channels == 13'
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
 
