@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
+from timm_harmonic.common.onnx import onnx_runner, write_onnx
 from timm_harmonic.conversion.costs import costs_of, set_forms
 from timm_harmonic.conversion.truncate import budget_of, choose_levels, losses_by_filters
-from timm_harmonic.export.onnx import export_onnx, onnx_runner
 
 from .environment import environment
 from .files import write
@@ -136,7 +136,7 @@ def runner(network: nn.Module, images: Tensor, int8: bool) -> Callable[[Tensor],
     with tempfile.TemporaryDirectory() as folder:
         if int8:
             return in_int8(network, [torch.randn(images.shape) for _ in range(2)], Path(folder))
-        export_onnx(network, images, Path(folder) / 'fp32.onnx')
+        write_onnx(network, images, Path(folder) / 'fp32.onnx')
         return onnx_runner(Path(folder) / 'fp32.onnx')
 
 

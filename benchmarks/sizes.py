@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize
-from timm_harmonic.export.onnx import export_onnx
+from timm_harmonic.common.onnx import write_onnx
 
 from .environment import environment
 from .files import write
@@ -58,7 +58,7 @@ def sizes(name: str, level: int | None) -> dict[str, int]:
 def _onnx(network: nn.Module) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'network.onnx'
-        export_onnx(network, torch.randn(2, 3, _SIZE, _SIZE), path)
+        write_onnx(network, torch.randn(2, 3, _SIZE, _SIZE), path)
         return path.stat().st_size
 
 

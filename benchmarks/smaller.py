@@ -9,7 +9,7 @@ import timm
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from timm_harmonic.export.onnx import export_onnx, onnx_runner
+from timm_harmonic.common.onnx import onnx_runner, write_onnx
 from timm_harmonic.small_data.training import NAMED
 
 CHANNELS = (32, 64, 128, 256)  # twice the quickstart's: in narrower layers there is no time to gain
@@ -65,7 +65,7 @@ def in_int8(network: nn.Module, batches: Sequence[Tensor], folder: Path) -> Call
             return next((dict(images=images.contiguous().numpy()) for images in self.left), None)
 
     path, ready, quantised = (folder / name for name in ('fp32.onnx', 'ready.onnx', 'int8.onnx'))
-    export_onnx(network, batches[0], path)
+    write_onnx(network, batches[0], path)
     quant_pre_process(str(path), str(ready))
     quantize_static(str(ready), str(quantised), Batches(), per_channel=True)
     return onnx_runner(quantised)

@@ -10,11 +10,11 @@ from timm.models import get_model_args, reparameterize_model
 from torch import nn
 
 from timm_harmonic import HarmonicConv2d, deploy, harmonic_report, harmonize, truncate
+from timm_harmonic.common.onnx import onnx_runner, write_onnx
 from timm_harmonic.conversion import costs
 from timm_harmonic.conversion.costs import costs_of, count_macs, forms_by_rule, forms_by_time, multiply_adds, set_forms
 from timm_harmonic.conversion.running import uses_of
 from timm_harmonic.conversion.swap import harmonic_layers
-from timm_harmonic.export.onnx import export_onnx, onnx_runner
 
 # One network of each of our families, small, and of timm's one for each peculiarity: paddings, blocks that fuse
 # themselves, depth-wise and grouped convolutions, layers used in several places.
@@ -59,7 +59,7 @@ def test_a_deployed_network_computes_the_same(name):
 
 
 def by_onnx_runtime(plain, x, folder):
-    export_onnx(plain, x, folder / 'model.onnx')
+    write_onnx(plain, x, folder / 'model.onnx')
     return onnx_runner(folder / 'model.onnx')
 
 

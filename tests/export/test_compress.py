@@ -255,7 +255,7 @@ def fail(*args, **kwargs):
         (dict(repo='a/b/c'), '', 'a/b/c'),
         (dict(), 'timm_harmonic.conversion.report.draw_truncation', 'matplotlib cannot draw .* a broken package'),
         (dict(), 'timm_harmonic.conversion.costs.FlopCounterMode', 'multiply-adds of ResNet cannot be counted'),
-        (dict(deploy=True), 'timm_harmonic.export.onnx.export_onnx', 'deployed.onnx cannot be written or run'),
+        (dict(deploy=True), 'timm_harmonic.export.onnx.write_onnx', 'deployed.onnx cannot be written or run'),
         (dict(out='file/below/out'), '', "out' cannot be written: NotADirectoryError"),
         (dict(evaluate='damaged'), '', 'bad.png'),
     ],

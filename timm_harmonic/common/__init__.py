@@ -1,4 +1,4 @@
-"""The bottom floor: errors and options, files, images, devices and progress bars."""
+"""The bottom floor: errors and options, files, images, devices, ONNX Runtime and progress bars."""
 
 import ast
 import importlib.util

@@ -1,9 +1,8 @@
 """ONNX files of plain networks, checked in ONNX Runtime, and their measurements."""
 
 import copy
-import importlib
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import InputError, explained
+from ..common.onnx import onnx_runner, write_onnx
 from ..conversion.costs import count_macs, times_of
 
 _TOLERANCE = 1e-3  # of the largest output
@@ -42,27 +42,8 @@ def export_checked(network: nn.Module, images: Tensor, path: Path) -> None:
     """
     network, images = copy.deepcopy(network).cpu().float().eval(), images.cpu().float()  # a GPU may have fewer digits
     with explained(f'{path.name} cannot be written or run', Exception), torch.inference_mode():
-        export_onnx(network, images, path)
+        write_onnx(network, images, path)
         found, expected = onnx_runner(path)(images), network(images)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
     if not error < _TOLERANCE:
         raise InputError(f'{path.name} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
-
-
-def export_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes a plain network as ONNX, for batches of any size. Its input is called `images`."""
-    batches = ({0: torch.export.Dim.DYNAMIC},)
-    options: dict[str, Any] = dict(input_names=['images'], dynamic_shapes=batches, dynamo=True, verbose=False)
-    example = torch.cat([images.cpu()] * 2)  # from a batch of one, torch 2.7 infers a fixed size
-    program: Any = torch.onnx.export(copy.deepcopy(network).cpu().eval(), (example,), **options)
-    program.save(path, external_data=False)
-
-
-def onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
-    """A function that runs an ONNX file in ONNX Runtime on the CPU, with as many threads as torch."""
-    onnxruntime: Any = importlib.import_module('onnxruntime')
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # they alternate
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return lambda images: torch.from_numpy(session.run(None, dict(images=images.contiguous().numpy()))[0])
