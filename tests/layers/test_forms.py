@@ -1,6 +1,7 @@
 """Both forms of a layer compute the same, in evaluation and in training, and are plain modules when fused."""
 
 import copy
+import pickle
 
 import pytest
 import reference
@@ -13,6 +14,7 @@ from torch import nn
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 from timm_harmonic.layers import HarmonicConv2dSame
 from timm_harmonic.layers.dct import NORMALIZATIONS
+from timm_harmonic.layers.separable import RepeatChannels
 
 LAYERS = [HarmonicConv2d, HarmonicConv2dSame, HarmonicBlock2d]
 
@@ -100,7 +102,7 @@ def test_forms_are_equal_in_every_basis(kind, normalization, options):
         (dict(padding=1), nn.AvgPool2d),
         (dict(padding='same'), nn.AvgPool2d),
         (dict(padding='valid'), nn.AvgPool2d),
-        (dict(padding=1, level=2), nn.Conv2d),
+        (dict(padding=1, level=2, groups=2), nn.Conv2d),
         (dict(padding=2), nn.Conv2d),  # nn.AvgPool2d pads by half of its window at most
         (dict(padding=1, dilation=2), nn.Conv2d),
         (dict(padding=1, padding_mode='reflect'), nn.Conv2d),
@@ -118,14 +120,25 @@ def test_fused_into_plain_modules(options, expected):
     assert sum(p.numel() for p in plain.mix.parameters()) == sum(p.numel() for p in layer.parameters())
 
 
-@pytest.mark.parametrize(('level', 'expected'), [(1, AvgPool2dSame), (2, Conv2dSame)])
+@pytest.mark.parametrize(('level', 'expected'), [(1, [AvgPool2dSame]), (2, [RepeatChannels, Conv2dSame])])
 def test_dynamic_padding_stays_dynamic(level, expected):
     layer = HarmonicConv2dSame(4, 8, 3, 2, level=level, form='separable')
     plain = layer.fuse()
-    assert [type(module) for module in plain] == [expected, nn.Conv2d]
+    assert [type(module) for module in plain] == [*expected, nn.Conv2d]
     for side in (8, 9, 15):
         x = torch.randn(1, 4, side, side)
         torch.testing.assert_close(plain(x), layer(x))
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_every_filter_has_one_output(groups):
+    """Without groups: then float's blocked kernels and those of 8 bits are fast. It survives pickling."""
+    layer = HarmonicConv2d(4, 8, 3, level=2, groups=groups, form='separable')
+    plain = pickle.loads(pickle.dumps(layer.fuse()))
+    assert (plain.respond.groups == plain.respond.out_channels) == (groups == 1)
+    for x in (torch.randn(4, 9, 8), torch.randn(2, 4, 9, 8).to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(plain(x), layer(x))
+        assert x.ndim == 3 or groups > 1 or plain.repeat(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_what_a_fused_layer_takes_over():

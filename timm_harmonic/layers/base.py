@@ -25,7 +25,7 @@ from .dct import (
     options_of_basis,
     options_of_code,
 )
-from .separable import check_form, mixing, pool_padding, responding
+from .separable import RepeatChannels, check_form, mixing, pool_padding, responding
 
 IntPair = int | tuple[int, int]
 
@@ -168,6 +168,8 @@ class HarmonicLayer(nn.Module):
         pools = alone is not None and bool((alone == alone[0, 0, 0]).all()) and self.padding_mode == 'zeros'
         # An attribute, because TorchScript has to know whether it is None.
         self.pool_padding = pool_padding(self.kernel_size[0], self.padding, self.dilation) if pools else None
+        # Each group mixes channels that lie together, so with groups every channel has its filters side by side.
+        self.repeats = len(self.basis) if self.groups == 1 else 1
 
     def _coefficients_in_memory(self) -> Tensor:
         """Returns the parameter that casts reach: the coefficients or, pruned or normed, what computes them."""
@@ -321,17 +323,21 @@ class HarmonicLayer(nn.Module):
 
     def _respond(self, x: Tensor, functions: Tensor) -> Tensor:
         """Returns the responses (B, C * P, H', W') of every channel to functions (P, k, k), in the order c * P + n."""
-        filters = responding(functions.to(self.weight.dtype), self.in_channels)
+        filters = responding(functions.to(self.weight.dtype), self.in_channels, False)
         return self._convolve(x, filters, None, self.in_channels)
 
     def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
-        """Computes the separable form: responses (B, C * P, H', W') to the functions, mixed by the coefficients."""
+        """Computes the separable form: responses (B, P * C, H', W') to the functions, mixed by the coefficients."""
         if self.pool_padding is not None:
             responses = F.avg_pool2d(x, self.kernel_size, self.stride, self.pool_padding)
             coefficients = coefficients * self.basis.sum().to(coefficients.dtype)
+        elif self.repeats > 1:
+            filters = responding(self.basis.to(self.weight.dtype), self.in_channels, True)
+            x = torch.cat([x] * self.repeats, x.dim() - 3)
+            responses = self._convolve(x, filters, None, filters.shape[0])
         else:
             responses = self._respond(x, self.basis)
-        return F.conv2d(responses, mixing(coefficients), bias, groups=self.groups)
+        return F.conv2d(responses, mixing(coefficients, self.repeats > 1), bias, groups=self.groups)
 
     def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:
         """Builds a plain convolution with these filters and the layer's geometry, except for the arguments changed."""
@@ -350,15 +356,18 @@ class HarmonicLayer(nn.Module):
 
     def _to_sequential(self, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
         """Builds plain modules that compute the separable form: `respond`, which is fixed, and `mix`."""
-        channels = len(self.basis) * self.in_channels
+        channels, repeated = len(self.basis) * self.in_channels, self.repeats > 1
+        modules: OrderedDict[str, nn.Module] = OrderedDict()
         if self.pool_padding is not None:
             pool: Any = AvgPool2dSame if self.dynamic_padding else nn.AvgPool2d
-            respond: nn.Module = pool(self.kernel_size, self.stride, self.pool_padding).train(self.training)
+            modules['respond'] = pool(self.kernel_size, self.stride, self.pool_padding)
             coefficients = coefficients * self.basis.sum()
         else:
-            filters = responding(self.basis, self.in_channels)
-            respond = self._to_conv2d(filters, None, out_channels=channels, groups=self.in_channels)
-            respond.requires_grad_(False)
+            args = dict(in_channels=channels, groups=channels) if repeated else dict(groups=self.in_channels)
+            filters = responding(self.basis, self.in_channels, repeated)
+            if repeated:
+                modules['repeat'] = RepeatChannels(self.repeats)
+            modules['respond'] = self._to_conv2d(filters, None, out_channels=channels, **args).requires_grad_(False)
         point: dict[str, Any] = dict(kernel_size=1, stride=1, padding=0, dilation=1, padding_mode='zeros')
-        mix = self._to_conv2d(mixing(coefficients), bias, in_channels=channels, **point)
-        return nn.Sequential(OrderedDict(respond=respond, mix=mix)).train(self.training)
+        modules['mix'] = self._to_conv2d(mixing(coefficients, repeated), bias, in_channels=channels, **point)
+        return nn.Sequential(modules).train(self.training)

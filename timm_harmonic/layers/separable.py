@@ -1,14 +1,19 @@
 """The separable form of a harmonic layer: fixed filters for every input channel, then a 1 x 1 convolution.
 
-    y = mix(respond(x))
+    y = mix(respond(repeat(x)))
 
 respond() filters each channel by the P functions that the layer keeps, mix() holds the coefficients. The dense form
 computes the same by one k x k convolution with composed filters. For C input and O output channels the separable form
 takes P k^2 C + P C O / groups multiply-adds at each position, the dense one k^2 C O / groups: the lower the level, the
-more it saves. If the layer keeps only a constant function, respond() is average pooling.
+more it saves.
+
+repeat() makes P copies of the channels first, in the order n * C + c. Every fixed filter then has one input and one
+output channel: runtimes have no fast kernel for a depth-wise convolution with more outputs. If the layer keeps only a
+constant function, respond() is average pooling.
 """
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..common import InputError
 
@@ -36,11 +41,29 @@ def pool_padding(side: int, padding: str | tuple[int, int], dilation: tuple[int,
     return padding if max(padding) <= side // 2 else None
 
 
-def responding(basis: Tensor, channels: int) -> Tensor:
-    """Returns depth-wise filters (C * P, 1, k, k) whose responses come in the order c * P + n."""
-    return basis.repeat(channels, 1, 1).unsqueeze(1)
+class RepeatChannels(nn.Module):
+    """Repeats the channels of images: (B, C, H, W) becomes (B, times * C, H, W), in the order n * C + c."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * self.times, x.dim() - 3)  # keeps the memory format; images may come without a batch
+
+    def extra_repr(self) -> str:
+        """Tells how often channels are repeated."""
+        return f'times={self.times}'
 
 
-def mixing(coefficients: Tensor) -> Tensor:
-    """Returns coefficients (O, C / groups, P, 1) as the weight (O, C / groups * P, 1, 1) of a 1 x 1 convolution."""
+def responding(basis: Tensor, channels: int, repeated: bool) -> Tensor:
+    """Returns depth-wise filters (P * C, 1, k, k), in the order n * C + c if channels are repeated, else c * P + n."""
+    filters = basis.repeat_interleave(channels, 0) if repeated else basis.repeat(channels, 1, 1)
+    return filters.unsqueeze(1)
+
+
+def mixing(coefficients: Tensor, repeated: bool) -> Tensor:
+    """Returns coefficients (O, C / groups, P, 1) as the weight of a 1 x 1 convolution after `responding` filters."""
+    if repeated:
+        coefficients = coefficients.transpose(1, 2)
     return coefficients.flatten(1)[:, :, None, None]
