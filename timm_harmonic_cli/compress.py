@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--split', default='validation', help='split of --evaluate (default: validation)')
     deploy = 'also write the plain network as deployed.onnx, checked, each layer in the form that is faster here'
     add('--deploy', action='store_true', help=deploy)
+    runtime = 'where times and forms are measured, onnxruntime on the CPU in float32 (default: torch)'
+    add('--runtime', choices=('torch', 'onnxruntime'), default='torch', help=runtime)
     add('--channels-last', action='store_true', help='run, time and deploy in this memory format')
     device = 'device to run on; times and forms are chosen for it (default: cuda if available)'
     add('--device', metavar='DEVICE', help=device)
@@ -82,12 +84,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.conversion.costs import forms_by_time, set_forms
     from timm_harmonic.conversion.harmonize import record_options
     from timm_harmonic.conversion.report import draw_truncation
+    from timm_harmonic.conversion.timing import check_runtime
     from timm_harmonic.export.folder import STEPS, load_network, next_step, write_folder
     from timm_harmonic.export.onnx import export_checked, measured
 
     _check_options(args)
     check_new(args.out)
     place = usable_device(args.device)
+    check_runtime(args.runtime)
     if args.deploy:
         require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
 
@@ -128,17 +132,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             drawn = batches_of(ImageFolder(args.data, 'train', prepare), args.batch_size, args.batches)
             images = progress(drawn, desc='weigh', unit='batch', leave=False)
         counted = None if args.cost == 'parameters' else example
-        chosen = ('level', 'energy', 'ratio', *(() if counted is None else ('cost',)))
+        extra = dict(parameters=[], macs=['cost'], time=['cost', 'runtime'])[args.cost]
+        chosen = ('level', 'energy', 'ratio', *extra)
         amount: dict[str, Any] = {key: value for key in chosen if (value := getattr(args, key)) is not None}
         small = truncate(whole, **amount, images=counted, data=images, refit=args.refit)
         if args.deploy and args.cost != 'time':  # by time, truncate has chosen the forms
-            set_forms(small, forms_by_time(small, example))
+            set_forms(small, forms_by_time(small, example, args.runtime))
             record_options(small)
         next_step(steps, 'evaluate')
         if args.evaluate is not None:
             accuracy['after'] = _evaluate(small, loader, place)
         report = harmonic_report(small, example)
         drawn_images = f'outputs on {args.batches} batches of {args.batch_size} images'
+        where = f'torch, {place.type}, {str(layout)[6:]}' if args.runtime == 'torch' else 'ONNX Runtime on the CPU'
         record: dict[str, Any] = dict(
             timm_harmonic=version('timm-harmonic'),
             torch=torch.__version__,
@@ -146,7 +152,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             source=source.file or source.base,
             options=amount | (dict(refit=True) if args.refit else {}),
             weighed_by='filters' if args.data is None else drawn_images,
-            timed=f'one image, {place.type}, {str(layout)[6:]}, {torch.get_num_threads()} threads',
+            timed=f'one image in {where}, {torch.get_num_threads()} threads',
             accuracy=accuracy,
             report=report.to_dict(),
         )

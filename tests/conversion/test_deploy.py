@@ -10,8 +10,8 @@ from timm.models import get_model_args, reparameterize_model
 from torch import nn
 
 from timm_harmonic import HarmonicConv2d, deploy, harmonic_report, harmonize, truncate
-from timm_harmonic.common.onnx import onnx_runner, write_onnx
-from timm_harmonic.conversion import costs
+from timm_harmonic.common.onnx import onnx_session, write_onnx
+from timm_harmonic.conversion import timing
 from timm_harmonic.conversion.costs import costs_of, count_macs, forms_by_rule, forms_by_time, multiply_adds, set_forms
 from timm_harmonic.conversion.running import uses_of
 from timm_harmonic.conversion.swap import harmonic_layers
@@ -60,7 +60,12 @@ def test_a_deployed_network_computes_the_same(name):
 
 def by_onnx_runtime(plain, x, folder):
     write_onnx(plain, x, folder / 'model.onnx')
-    return onnx_runner(folder / 'model.onnx')
+
+    def run(x):
+        with onnx_session(folder / 'model.onnx') as call:
+            return call(x)
+
+    return run
 
 
 def by_inductor(plain, x, folder):
@@ -134,7 +139,7 @@ def test_the_faster_form_is_taken(network, monkeypatch):
         good = [0.5] * 9 if like.shape[1] == 64 else [0.9] * 5 + [1.2] * 4
         return {'dense': [1.0] * 9, 'separable 1': good}
 
-    monkeypatch.setattr(costs, 'times_of', times)
+    monkeypatch.setattr(timing, 'times_of', times)
     images = torch.randn(1, 3, 64, 64)
     found = forms_by_time(low, images)
     assert {name for name, form in found.items() if form == 'separable'} == {
@@ -147,9 +152,9 @@ def test_the_faster_form_is_taken(network, monkeypatch):
 def test_layers_are_timed_as_they_are_run(network, monkeypatch):
     """Their own input, in its dtype and memory format; equal layers once; complete layers not at all."""
     seen = []
-    monkeypatch.setattr(costs, '_ROUNDS', 2)
-    measured = costs.times_of
-    monkeypatch.setattr(costs, 'times_of', lambda modules, like: seen.append(like) or measured(modules, like))
+    monkeypatch.setattr(timing, '_ROUNDS', 2)
+    measured = timing.times_of
+    monkeypatch.setattr(timing, 'times_of', lambda modules, like: seen.append(like) or measured(modules, like))
     low = truncate(network, levels={'layer1.*': 1}).train().to(memory_format=torch.channels_last)
     low.layer1.eval()
     flags = [module.training for module in low.modules()]
@@ -202,7 +207,7 @@ def test_costs_are_those_of_the_fused_network(name, monkeypatch):
     assert found.present == count_macs(deploy(model, form='dense'), x)
     assert (found.least < found.present) == (name == 'resnet10t')
     if name == 'repvgg_a0':
-        monkeypatch.setattr(costs, '_ROUND', 1e-4)
+        monkeypatch.setattr(timing, '_ROUND', 1e-4)
         report = harmonic_report(truncate(model, ratio=1.0, cost='time', images=x), x)
         assert {conv.ms for conv in report.convolutions} == {None}  # nothing there was timed
 

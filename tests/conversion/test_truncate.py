@@ -14,6 +14,7 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
+from timm_harmonic.conversion import timing
 from timm_harmonic.conversion.costs import Cost, Costs, costs_of, count_macs
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters, losses_by_images
@@ -343,19 +344,22 @@ def test_a_budget_of_multiply_adds(network, ratio):
     assert all(conv.macs <= conv.macs_before for conv in report.convolutions if conv.macs)
 
 
-def test_a_budget_of_time(network, monkeypatch):
+@pytest.mark.parametrize('runtime', ['torch', 'onnxruntime'])
+def test_a_budget_of_time(network, monkeypatch, runtime):
     """By times that are made up: what is measured here depends on the machine."""
 
-    def times(modules, x):
-        return {name: [dict(dense=1.0, plain=20.0).get(name, 0.25)] * 9 for name in modules}
+    def times(runs, x):
+        assert all(isinstance(run, nn.Module) == (runtime == 'torch') for run in runs.values())
+        return {name: [dict(dense=1.0, network=20.0).get(name, 0.25)] * 9 for name in runs}
 
-    monkeypatch.setattr('timm_harmonic.conversion.costs.times_of', times)
+    monkeypatch.setattr(timing, 'times_of', times)
+    monkeypatch.setattr(timing, 'write_onnx', lambda network, images, path: None)  # takes seconds
     images = torch.randn(1, 3, 64, 64)
-    costs = costs_of(network, 'time', images)
+    costs = costs_of(network, 'time', images, runtime)
     assert costs.rest == 20 - 17
     found = {level: of.cost for level, of in costs.of['layer2.1.conv1'].items()}
     assert found == {5: 1.0, 4: 1.0, 3: 0.25, 2: 0.25, 1: 0.25}  # at 4 it saves nothing
-    low = truncate(network, ratio=0.7, cost='time', images=images)
+    low = truncate(network, ratio=0.7, cost='time', images=images, runtime=runtime)
     assert costs.total(levels(low)) <= 14
     lowered = [layer for layer in harmonic_layers(low).values() if layer.form == 'separable']
     assert len(lowered) == 8
@@ -363,11 +367,11 @@ def test_a_budget_of_time(network, monkeypatch):
     row = next(conv for conv in harmonic_report(low).convolutions if conv.form == 'separable')
     assert (row.ms, row.ms_before) == (0.25, 1.0)
     with pytest.raises(ValueError, match=r'ratio=0.01 is too small: [\d.]+ is the least, [\d.]+ ms of 20 ms with'):
-        truncate(network, ratio=0.01, cost='time', images=images)
+        truncate(network, ratio=0.01, cost='time', images=images, runtime=runtime)
 
 
 def test_time_is_measured(network, monkeypatch):
-    monkeypatch.setattr('timm_harmonic.conversion.costs._ROUND', 1e-4)
+    monkeypatch.setattr(timing, '_ROUND', 1e-4)
     costs = costs_of(network, 'time', torch.randn(1, 3, 32, 32))
     assert costs.rest >= 0
     assert all(0 < of[level].cost <= of[max(of)].cost for of in costs.of.values() for level in of)
@@ -380,6 +384,8 @@ def test_time_is_measured(network, monkeypatch):
         (dict(ratio=0.5, cost='flops'), ValueError, "cost must be one of .*, got 'flops'"),
         (dict(ratio=0.5, cost='time'), ValueError, "cost='time' needs images"),
         (dict(level=2, cost='macs'), ValueError, "cost='macs' needs ratio"),
+        (dict(level=2, runtime='onnx'), ValueError, "runtime must be one of .*, got 'onnx'"),
+        (dict(level=2, runtime='onnxruntime'), ValueError, "runtime='onnxruntime' is for cost='time'"),
         (dict(ratio=0.5, images=torch.zeros(1, 3, 8, 8)), ValueError, "images are for cost='macs'"),
         (dict(ratio=0.5, cost='macs', images=torch.zeros(1, 3, 8, 8, device='meta')), ValueError, 'images are on meta'),
         (dict(), ValueError, 'got none'),

@@ -2,7 +2,8 @@
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ from torch import Tensor, nn
 
 
 def write_onnx(network: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes a plain network as ONNX, for batches of any size. Its input is called `images`."""
+    """Writes a plain network as ONNX in float32, for batches of any size. Its input is called `images`."""
     batches = ({0: torch.export.Dim.DYNAMIC},)
     options: dict[str, Any] = dict(input_names=['images'], dynamic_shapes=batches, dynamo=True, verbose=False)
-    example = torch.cat([images.cpu()] * 2)  # from a batch of one, torch 2.7 infers a fixed size
-    program: Any = torch.onnx.export(copy.deepcopy(network).cpu().eval(), (example,), **options)
+    example = torch.cat([images.cpu().float()] * 2)  # from a batch of one, torch 2.7 infers a fixed size
+    program: Any = torch.onnx.export(copy.deepcopy(network).cpu().float().eval(), (example,), **options)
     program.save(path, external_data=False)
 
 
-def onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
+@contextmanager
+def onnx_session(file: Path | bytes) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function that runs an ONNX file in ONNX Runtime on the CPU, with as many threads as torch."""
     onnxruntime: Any = importlib.import_module('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # they alternate
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    return lambda images: torch.from_numpy(session.run(None, dict(images=images.contiguous().numpy()))[0])
+    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    try:
+        yield lambda images: torch.from_numpy(session.run(None, dict(images=images.contiguous().numpy()))[0])
+    finally:
+        del session  # with its threads, even if the function lives on

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -16,12 +16,12 @@ from ..common import InputError, explained
 from ..layers import FORMS, HarmonicLayer, check_form, dct_frequencies
 from .running import Use, uses_of
 from .swap import harmonic_layers, in_fusing_blocks, make_plain
+from .timing import time_of, times_of_layers
 
 Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the first pattern that matches counts
 
 # `forms_by_rule`: the share of the dense form's multiply-adds, and the channels in each group of the 1 x 1 convolution.
 _SHARE, _CHANNELS = 0.5, 64
-_ROUNDS, _ROUND = 9, 3e-3  # rounds of timing, and the least seconds of one
 
 
 class Cost(NamedTuple):
@@ -59,11 +59,11 @@ class Costs:
         return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'
 
 
-def costs_of(model: nn.Module, cost: str, images: Tensor | None = None) -> Costs:
+def costs_of(model: nn.Module, cost: str, images: Tensor | None = None, runtime: str = 'torch') -> Costs:
     """Returns the costs of a fused network: 'parameters', 'macs' (multiply-adds of one image), 'time' (of all images).
 
     The rest is the whole dense network less its dense layers. It includes layers in blocks that fuse their own
-    convolutions: their levels do not change what the block costs.
+    convolutions: their levels do not change what the block costs. Time is measured in a runtime, see `deploy`.
     """
     layers = harmonic_layers(model)
     if cost == 'parameters':
@@ -85,10 +85,9 @@ def costs_of(model: nn.Module, cost: str, images: Tensor | None = None) -> Costs
                 form = 'separable' if _saves(layer, level) else 'dense'
                 of[name][level] = Cost(multiply_adds(layer, level, form, positions) / len(images), form)
         return Costs('multiply-adds', rest, of)
-    of |= _time_levels({name: (layer, list(layer.levels())) for name, layer in used.items()}, uses)
+    of |= _time_levels({name: (layer, list(layer.levels())) for name, layer in used.items()}, uses, runtime)
     inside = sum((costs[max(costs)].milliseconds or {})['dense'] for name, costs in of.items() if name in used)
-    whole = statistics.median(times_of({'plain': plain}, images)['plain'])
-    return Costs('ms', max(0.0, whole - inside), of)
+    return Costs('ms', max(0.0, time_of(plain, images, runtime) - inside), of)
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
@@ -138,8 +137,8 @@ def forms_by_rule(model: nn.Module) -> dict[str, str]:
     return {**found, **dict.fromkeys(in_fusing_blocks(model), 'dense')}
 
 
-def forms_by_time(model: nn.Module, images: Tensor) -> dict[str, str]:
-    """Chooses a form for each harmonic layer by timing both on the inputs that it gets from these images.
+def forms_by_time(model: nn.Module, images: Tensor, runtime: str = 'torch') -> dict[str, str]:
+    """Chooses a form for each harmonic layer by timing both in a runtime, on the inputs that it gets from these images.
 
     A layer becomes separable only where that is faster by more than the noise. Layers that are timed note their times
     in `milliseconds`: those whose separable form takes fewer multiply-adds.
@@ -147,13 +146,14 @@ def forms_by_time(model: nn.Module, images: Tensor) -> dict[str, str]:
     layers, uses, dense = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
     found = dict.fromkeys(layers, 'dense')
     able = [name for name, layer in layers.items() if uses[name] and name not in dense and _saves(layer, layer.level)]
-    for name, times in _time_levels({name: (layers[name], [layers[name].level]) for name in able}, uses).items():
+    timed = _time_levels({name: (layers[name], [layers[name].level]) for name in able}, uses, runtime)
+    for name, times in timed.items():
         _, found[name], layers[name].milliseconds = times[layers[name].level]
     return found
 
 
 def _time_levels(
-    layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]]
+    layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]], runtime: str
 ) -> dict[str, dict[int, Cost]]:
     """Times layers at levels, in both forms where the separable one takes fewer multiply-adds, on their own inputs.
 
@@ -167,7 +167,7 @@ def _time_levels(
         if key not in done:
             modules = {'dense': _fused(layer, layer.level, 'dense')}
             modules |= {f'separable {lv}': _fused(layer, lv, 'separable') for lv in levels if _saves(layer, lv)}
-            times = times_of(modules, use.draw())
+            times = times_of_layers(modules, use.draw(), runtime)
             middle = {form: number * statistics.median(of) for form, of in times.items()}
             done[key] = {}
             for level in levels:
@@ -187,24 +187,6 @@ def _fused(layer: HarmonicLayer, level: int, form: str) -> nn.Module:
     low: Any = layer.at_level(level)
     low.form = form
     return low.fuse().eval()
-
-
-def times_of(modules: Mapping[str, Callable[[Tensor], Any]], x: Tensor) -> dict[str, list[float]]:
-    """Times modules or functions on an input, in turn in each round: milliseconds, one entry a round."""
-    from torch.utils.benchmark import Timer  # here, because it imports torch's compiler of extensions, which prints
-
-    threads = torch.get_num_threads()
-    timers = {
-        name: Timer('module(x)', globals=dict(module=module, x=x), num_threads=threads)
-        for name, module in modules.items()
-    }
-    found: dict[str, list[float]] = {name: [] for name in modules}
-    with torch.inference_mode():
-        number = {name: max(1, round(_ROUND / timer.timeit(3).mean)) for name, timer in timers.items()}
-        for _ in range(_ROUNDS):
-            for name, timer in timers.items():
-                found[name].append(1e3 * timer.timeit(number[name]).mean)
-    return found
 
 
 def forms_by_names(names: Sequence[str], form: Form) -> dict[str, str]:

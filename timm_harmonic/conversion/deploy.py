@@ -7,10 +7,13 @@ from ..layers import FORMS
 from .costs import forms_by_names, forms_by_rule, forms_by_time
 from .running import trainable
 from .swap import check_unwrapped, harmonic_layers, make_plain
+from .timing import check_runtime
 
 
 @trainable
-def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto') -> nn.Module:
+def deploy(
+    model: nn.Module, images: Tensor | None = None, *, form: str = 'auto', runtime: str = 'torch'
+) -> nn.Module:
     """Makes a plain network for inference: nothing harmonic is left, and the graph computes no weight.
 
     A harmonic layer becomes one k x k convolution (dense), or fixed filters for every channel and a 1 x 1 convolution
@@ -36,6 +39,8 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
     check_unwrapped(model)
     if form not in ('auto', *FORMS):
         raise InputError(f"form must be 'auto' or one of {FORMS}, got {form!r}.")
+    check_runtime(runtime)
     if form != 'auto':
         return make_plain(model, forms_by_names(list(harmonic_layers(model)), form))
-    return make_plain(model, forms_by_rule(model) if images is None else forms_by_time(model, images))
+    found = forms_by_rule(model, runtime) if images is None else forms_by_time(model, images, runtime)
+    return make_plain(model, found)

@@ -17,6 +17,7 @@ from .harmonize import PatternLevels, plan, record_options
 from .refit import losses_after_refit, refitted, take_over
 from .running import check_changeable, evaluating, images_in, read_images, trainable, watching
 from .swap import check_unwrapped, harmonic_layers, replace_layers
+from .timing import check_runtime
 
 _COSTS = ('parameters', 'macs', 'time')
 _LEAST = 1e-12  # share of energy: keeping nothing is worse than anything else, but not infinitely bad
@@ -36,6 +37,7 @@ def truncate(
     ratio: float | None = None,
     cost: str = 'parameters',
     images: Tensor | None = None,
+    runtime: str = 'torch',
     data: Iterable[Any] | None = None,
     refit: bool = False,
     batches: int | None = None,
@@ -62,6 +64,7 @@ def truncate(
         cost: The cost: 'parameters' (of the whole network), 'macs' (multiply-adds), or 'time' (measured).
         images: Example batch (B, C, H, W) for macs and time, on the device and in the dtype and memory format that
             count.
+        runtime: Where to measure time: 'torch', or 'onnxruntime', see `deploy`.
         data: Batches of images (B, C, H, W), alone or first in a tuple or list. For energy, ratio and refit.
         refit: Whether to fit the remaining coefficients to the outputs of the complete network on `data`, by the
             function `refit`. Losses are then what refitting leaves over. Labels are not used.
@@ -84,7 +87,7 @@ def truncate(
         raise InputError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
     by_hand = level is not None or levels is not None
     _check_amount(dict(level=level, levels=levels, energy=energy, ratio=ratio))
-    _check_cost(cost, images, ratio)
+    _check_cost(cost, images, ratio, runtime)
     if refit and data is None:
         raise InputError('refit needs data: batches of images.')
     if by_hand and data is not None and not refit:
@@ -100,7 +103,7 @@ def truncate(
         }
     else:
         assert ratio is not None
-        costs = costs_of(model, cost, images)
+        costs = costs_of(model, cost, images, runtime)
         budget = budget_of(costs, ratio)
         chosen = choose_levels(_losses(model, data, batches, parts), costs, budget)
     lower = {name: layer.at_level(chosen[name]) for name, layer in layers.items()}
@@ -129,7 +132,7 @@ def _check_amount(options: dict[str, Any]) -> None:
             raise InputError(f'{name} must be above 0 and at most 1, got {share!r}.')
 
 
-def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:
+def _check_cost(cost: str, images: Tensor | None, ratio: float | None, runtime: str) -> None:
     if cost not in _COSTS:
         raise InputError(f'cost must be one of {_COSTS}, got {cost!r}.')
     if cost == 'parameters' and images is not None:
@@ -140,6 +143,9 @@ def _check_cost(cost: str, images: Tensor | None, ratio: float | None) -> None:
         raise InputError(
             f'cost={cost!r} needs images: an example batch (B, C, H, W), on the device and in the dtype that count.'
         )
+    check_runtime(runtime)
+    if cost != 'time' and runtime != 'torch':
+        raise InputError(f"runtime={runtime!r} is for cost='time', got cost={cost!r}.")
 
 
 def budget_of(costs: Costs, ratio: float) -> float:

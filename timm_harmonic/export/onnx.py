@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..common import InputError, explained
-from ..common.onnx import onnx_runner, write_onnx
-from ..conversion.costs import count_macs, times_of
+from ..common.onnx import onnx_session, write_onnx
+from ..conversion.costs import count_macs
+from ..conversion.timing import times_of
 
 _TOLERANCE = 1e-3  # of the largest output
 
@@ -22,7 +23,7 @@ def measured(networks: Mapping[str, tuple[nn.Module, Path]], images: Tensor) -> 
     Times are those of the images, in torch on their device and in ONNX Runtime on the CPU.
     """
     torch_times = times_of({name: network for name, (network, _) in networks.items()}, images)
-    onnx_times = times_of({name: onnx_runner(path) for name, (_, path) in networks.items()}, images.cpu().float())
+    onnx_times = times_of({name: path for name, (_, path) in networks.items()}, images.cpu().float().contiguous())
     return {
         name: dict(
             bytes=path.stat().st_size,
@@ -43,7 +44,8 @@ def export_checked(network: nn.Module, images: Tensor, path: Path) -> None:
     network, images = copy.deepcopy(network).cpu().float().eval(), images.cpu().float()  # a GPU may have fewer digits
     with explained(f'{path.name} cannot be written or run', Exception), torch.inference_mode():
         write_onnx(network, images, path)
-        found, expected = onnx_runner(path)(images), network(images)
+        with onnx_session(path) as run:
+            found, expected = run(images), network(images)
     error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
     if not error < _TOLERANCE:
         raise InputError(f'{path.name} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
