@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
-from timm_harmonic.conversion.costs import count_macs, times_of
+from timm_harmonic.common.onnx import onnx_session
+from timm_harmonic.conversion.costs import count_macs
+from timm_harmonic.conversion.timing import times_of
 from timm_harmonic.small_data.tasks import Images, load_photographs, patches
 from timm_harmonic.small_data.training import Recipe, batches, evaluate, fit, one_thread
 
@@ -164,9 +166,8 @@ def accuracy_on(model: nn.Module, test: Images) -> float:
 
 def accuracy_in_int8(model: nn.Module, data: list[Tensor], test: Images) -> float:
     """Percentage of the test patches, in ONNX Runtime in 8-bit integers."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = in_int8(model, data, Path(folder))
-    predicted = torch.cat([run(part) for part in test.pixels.split(len(data[0]))]).argmax(1)
+    with tempfile.TemporaryDirectory() as folder, onnx_session(in_int8(model, data, Path(folder))) as run:
+        predicted = torch.cat([run(part) for part in test.pixels.split(len(data[0]))]).argmax(1)
     return 100 * (predicted == test.labels).float().mean().item()
 
 

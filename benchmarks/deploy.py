@@ -4,17 +4,16 @@
     python -m benchmarks.deploy --device cuda --out benchmarks/results
 
 Every network is truncated to one level in all layers but its stem, and to shares of its measured time, then deployed.
-All variants of a network alternate in one process with the plain network and a second plain one, the noise. In torch
-each layer takes the form that is faster in the setting, in ONNX Runtime that of the rule. A network without weights is
-as fast as a trained one: nothing here is about accuracy. Rows of the report in --out stay if they are not measured
-again, and it was made by the same versions.
+All variants of a network alternate in one process with the plain network and a second plain one, the noise. Each layer
+takes the form that is faster in the setting; in 8 bits, that of floats in ONNX Runtime, where each session is alive
+only while it is timed. A network without weights is as fast as a trained one: nothing here is about accuracy. Rows of
+the report in --out stay if they are not measured again, and it was made by the same versions.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, harmonize, truncate
-from timm_harmonic.common.onnx import onnx_runner, write_onnx
+from timm_harmonic.common.onnx import write_onnx
 from timm_harmonic.conversion.costs import costs_of, set_forms
+from timm_harmonic.conversion.timing import times_of
 from timm_harmonic.conversion.truncate import budget_of, choose_levels, losses_by_filters
 
 from .environment import environment
 from .files import write
-from .measure import Setting, compare, fresh_processes, usable
+from .measure import Setting, as_ratios, compare, fresh_processes, usable
 from .smaller import in_int8
 
 MODELS = (
@@ -58,7 +58,9 @@ _BATCHES = dict(cpu=[1, 8], cuda=[1, 128])
 _SLOW = ('channels_last, bf16', 'compiled')  # minutes a row: only for the first batch size
 
 
-def variants(name: str, images: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def variants(
+    name: str, images: Tensor, runtime: str = 'torch'
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Truncated networks by what tables call them, harmonic still, and why others cannot be made.
 
     Their forms are the faster ones, measured once for all of them: what `truncate` and `deploy` do for each. A network
@@ -68,7 +70,7 @@ def variants(name: str, images: Tensor) -> tuple[dict[str, nn.Module], dict[str,
     model = timm.create_model(name).eval().to(images.device, memory_format=_format(images))
     stem = get_pretrained_cfg_value(name, 'first_conv')
     whole = model if name.startswith('harm') else harmonize(model, exclude=stem)
-    costs, losses = costs_of(whole, 'time', images), losses_by_filters(whole)
+    costs, losses = costs_of(whole, 'time', images, runtime), losses_by_filters(whole)
     top = {layer: max(of) for layer, of in costs.of.items()}
     choices: dict[str, dict[str, int]] = {}
     impossible = {}
@@ -113,31 +115,29 @@ def _run(network: nn.Module, setting: Setting, images: Tensor) -> Callable[[], A
     return run
 
 
-def in_onnx_runtime(
-    name: str, settings: list[str], batches: list[int], size: int, budget: float
-) -> list[dict[str, Any]]:
+def in_onnx_runtime(name: str, settings: list[str], batches: list[int], size: int) -> list[dict[str, Any]]:
     """Rows of a network in ONNX Runtime, all from the same files. int8 has static ranges, of random images."""
     images = {batch: Setting('cpu').images(batch, size) for batch in batches}
-    harmonic, impossible = variants(name, images[batches[0]])
+    first = images[batches[0]]
+    harmonic, impossible = variants(name, first, 'onnxruntime')
     plain = {key: deploy(harmonic['plain'], form='dense') for key in ('plain', 'plain again')}
-    networks = {**plain, **{key: deploy(model) for key, model in harmonic.items() if key != 'plain'}}
+    networks = {**plain, **{key: reparameterize_model(model) for key, model in harmonic.items() if key != 'plain'}}
     rows = []
     for setting in settings:
-        runners = {key: runner(network, images[batches[0]], setting == ONNX[1]) for key, network in networks.items()}
-        for batch, x in images.items():
-            runs: dict[str, Callable[[], Any]] = {key: partial(run, x) for key, run in runners.items()}
-            of = dict(runs=compare(runs, 'cpu', budget), impossible=impossible)
-            rows.append(dict(model=name, setting=setting, batch=batch, size=size, **of))
+        with tempfile.TemporaryDirectory() as folder:
+            files: dict[str, Path] = {}
+            for key, network in networks.items():
+                (place := Path(folder, key)).mkdir()
+                if setting == ONNX[1]:
+                    files[key] = in_int8(network, [torch.randn(first.shape) for _ in range(2)], place)
+                else:
+                    write_onnx(network, first, place / 'fp32.onnx')
+                    files[key] = place / 'fp32.onnx'
+            for batch, x in images.items():
+                times = {key: [ms / 1000 for ms in of] for key, of in times_of(files, x).items()}
+                of = dict(runs=as_ratios(times), impossible=impossible)
+                rows.append(dict(model=name, setting=setting, batch=batch, size=size, **of))
     return rows
-
-
-def runner(network: nn.Module, images: Tensor, int8: bool) -> Callable[[Tensor], Tensor]:
-    """What runs a network in ONNX Runtime."""
-    with tempfile.TemporaryDirectory() as folder:
-        if int8:
-            return in_int8(network, [torch.randn(images.shape) for _ in range(2)], Path(folder))
-        write_onnx(network, images, Path(folder) / 'fp32.onnx')
-        return onnx_runner(Path(folder) / 'fp32.onnx')
 
 
 def measure(name: str, setting: str, batches: list[int], size: int, budget: float) -> list[dict[str, Any]]:
@@ -158,8 +158,8 @@ def table(report: dict[str, Any]) -> str:
         '',
         f'Measured on {env["processor"]}, {env["threads"]} threads, torch {env["torch"]}, timm {env["timm"]}, '
         f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. "Plain again" '
-        'times plain against plain: the noise. "0.5 of the time" is truncated to that share in this setting (in ONNX '
-        'Runtime: of the time in torch); an empty cell means that no choice of levels reaches it. The stem stays as it '
+        'times plain against plain: the noise. "0.5 of the time" is truncated to that share in this setting (in '
+        '8 bits: of the time of floats); an empty cell means that no choice of levels reaches it. The stem stays as it '
         'is. Slow rows have batch 1 only. Rows that were not measured again may be some days older than the date.',
         '',
         f'| network | in | batch | plain, ms | {" | ".join(columns)} |',
@@ -212,17 +212,17 @@ def main() -> None:
     settings = [setting for setting in on_device if setting in (args.settings or on_device)]
     if elsewhere := {*(args.settings or [])} - {*settings}:
         parser.error(f'{", ".join(sorted(elsewhere))}: not on --device {args.device}')
-    jobs: list[tuple[Callable[..., Any], str, Any]] = []
+    batches = args.batches or _BATCHES[args.device]
+    jobs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     for name in args.models:
-        jobs += [(measure, name, setting) for setting in settings if setting not in ONNX]
-        if in_onnx := [setting for setting in settings if setting in ONNX]:
-            jobs.append((in_onnx_runtime, name, in_onnx))
+        jobs += [(measure, (name, key, batches, args.size, args.budget)) for key in settings if key not in ONNX]
+        if in_onnx := [key for key in settings if key in ONNX]:
+            jobs.append((in_onnx_runtime, (name, in_onnx, batches, args.size)))
     torch.set_num_threads(args.threads)  # here for the environment's sake
     report: dict[str, Any] = dict(environment=environment(args.device), rows=[])
-    batches = args.batches or _BATCHES[args.device]
     with fresh_processes(args.threads) as fresh:
-        for function, name, which in tqdm(jobs):
-            report['rows'] += fresh.apply(function, (name, which, batches, args.size, args.budget))
+        for function, options in tqdm(jobs):
+            report['rows'] += fresh.apply(function, options)
     name = 'deploy' if args.device == 'cpu' else f'deploy-{args.device}'
     write(with_saved(report, args.out and args.out / f'{name}.json'), table, args.out, name)
 

@@ -162,12 +162,17 @@ def compare(
     for _ in range(rounds - 1):
         for name, run in candidates.items():
             seconds[name].append(clock(run))
+    return as_ratios(seconds)
+
+
+def as_ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """What `compare` returns, from the seconds of each round."""
     result = {}
     first = next(iter(seconds.values()))
     for name, times in seconds.items():
         ratios = [ours / other for ours, other in zip(times, first, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        result[name] = dict(seconds=statistics.median(times), ratio=middle, low=low, high=high, rounds=rounds)
+        result[name] = dict(seconds=statistics.median(times), ratio=middle, low=low, high=high, rounds=len(times))
     return result
 
 

@@ -1,7 +1,7 @@
 """Smaller networks in other ways, to compare with: pruned channels, narrower networks, and 8-bit integers."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import timm
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from timm_harmonic.common.onnx import onnx_runner, write_onnx
+from timm_harmonic.common.onnx import write_onnx
 from timm_harmonic.small_data.training import NAMED
 
 CHANNELS = (32, 64, 128, 256)  # twice the quickstart's: in narrower layers there is no time to gain
@@ -53,8 +53,8 @@ def with_statistics(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     return model.eval()
 
 
-def in_int8(network: nn.Module, batches: Sequence[Tensor], folder: Path) -> Callable[[Tensor], Tensor]:
-    """A plain network in ONNX Runtime, weights and activations in 8 bits, with ranges from batches of images."""
+def in_int8(network: nn.Module, batches: Sequence[Tensor], folder: Path) -> Path:
+    """The ONNX file of a plain network, weights and activations in 8 bits, with ranges from batches of images."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -68,4 +68,4 @@ def in_int8(network: nn.Module, batches: Sequence[Tensor], folder: Path) -> Call
     write_onnx(network, batches[0], path)
     quant_pre_process(str(path), str(ready))
     quantize_static(str(ready), str(quantised), Batches(), per_channel=True)
-    return onnx_runner(quantised)
+    return quantised

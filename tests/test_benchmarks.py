@@ -194,8 +194,10 @@ def test_a_benchmark_writes_what_it_measured(module, options, changed, tmp_path,
 def test_deployed_networks_are_measured(setting, monkeypatch):
     """Every variant of a network beside the plain one; what cannot be made says why."""
     monkeypatch.setattr(deploy, 'LEVELS', (1,))
-    measure = deploy.measure if setting in deploy.SETTINGS else deploy.in_onnx_runtime
-    (row,) = measure('test_resnet', setting if setting in deploy.SETTINGS else [setting], [1], 64, 0.0)
+    if setting in deploy.SETTINGS:
+        (row,) = deploy.measure('test_resnet', setting, [1], 64, 0.0)
+    else:
+        (row,) = deploy.in_onnx_runtime('test_resnet', [setting], [1], 64)
     made = {'plain', 'plain again', 'level 1'}
     shares = {f'{share:g} of the time' for share in deploy.SHARES}
     assert made <= row['runs'].keys() <= made | shares

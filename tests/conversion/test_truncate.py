@@ -318,10 +318,10 @@ def test_a_network_that_cannot_be_counted():
 
 
 def test_multiply_adds_are_counted(network):
-    """Those of torch's counter on the network that deploy makes; pooling has none there."""
+    """Those of torch's counter on the network that deploy makes."""
     images = torch.randn(2, 3, 64, 64)
     costs = costs_of(network, 'macs', images)
-    for level in (3, 2):
+    for level in (3, 2, 1):
         low = truncate(network, level=level)
         chosen = levels(low)
         for name, layer in harmonic_layers(low).items():

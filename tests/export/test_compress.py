@@ -138,7 +138,7 @@ def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path, monke
     options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, img_size=64, repo='org/fast')
     found = dict(ratio=0.6, cost='macs', refit=True, deploy=True, channels_last=True, data=pictures)
     out = tmp_path / 'out'
-    monkeypatch.setattr('timm_harmonic.conversion.costs.forms_by_time', lambda small, images: {})  # as truncate chose
+    monkeypatch.setattr('timm_harmonic.conversion.costs.forms_by_time', lambda *args: {})  # as truncate chose
     record = compress(NAME, out, **options, **found, batches=2, batch_size=6)
     assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, 'deployed.onnx'])
     hub.add('org/fast', {path.name: path.read_bytes() for path in out.iterdir()})

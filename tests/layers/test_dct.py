@@ -28,7 +28,7 @@ def test_basis_is_scipys_dct(k):
 @pytest.mark.parametrize('smoothness', [None, 1.0])
 @pytest.mark.parametrize('k', SIZES)
 def test_functions_are_scaled_dct_functions(k, smoothness, normalization):
-    """A basis scales the DCT functions, so that they stay orthogonal and pooling computes the response to the first."""
+    """A basis scales the DCT functions, so that they stay orthogonal."""
     for level in (None, *range(1, 2 * k)):
         for dc in {True, 1 in (k, level)}:
             basis = dct_basis(k, level, dc, normalization, smoothness, dtype=torch.float64)

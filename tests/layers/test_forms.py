@@ -8,7 +8,7 @@ import reference
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from timm.layers import AvgPool2dSame, Conv2dSame
+from timm.layers import Conv2dSame
 from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
@@ -87,7 +87,6 @@ def test_forms_are_equal(kind, examples):
 @pytest.mark.parametrize('normalization', NORMALIZATIONS)
 @pytest.mark.parametrize('kind', LAYERS)
 def test_forms_are_equal_in_every_basis(kind, normalization, options):
-    """Pooling stands for the function at level 1 only if that is constant."""
     torch.manual_seed(0)
     for level in (1, 2):
         dense = kind(4, 8, 3, level=level, normalization=normalization, dtype=torch.float64, **options).eval()
@@ -96,35 +95,17 @@ def test_forms_are_equal_in_every_basis(kind, normalization, options):
         torch.testing.assert_close(other_form(dense).fuse()(x), dense(x))
 
 
-@pytest.mark.parametrize(
-    ('options', 'expected'),
-    [
-        (dict(padding=1), nn.AvgPool2d),
-        (dict(padding='same'), nn.AvgPool2d),
-        (dict(padding='valid'), nn.AvgPool2d),
-        (dict(padding=1, level=2, groups=2), nn.Conv2d),
-        (dict(padding=2), nn.Conv2d),  # nn.AvgPool2d pads by half of its window at most
-        (dict(padding=1, dilation=2), nn.Conv2d),
-        (dict(padding=1, padding_mode='reflect'), nn.Conv2d),
-        (dict(kernel_size=4, padding='same'), nn.Conv2d),
-    ],
-)
-def test_fused_into_plain_modules(options, expected):
-    """Pooling where it is exact. What is fixed stays so, and there are no other parameters."""
-    layer = HarmonicConv2d(4, 8, **(dict(kernel_size=3, level=1, form='separable') | options))
+@pytest.mark.parametrize('kind', [HarmonicConv2d, HarmonicConv2dSame])
+@pytest.mark.parametrize(('level', 'groups', 'names'), [(1, 1, 'rm'), (2, 1, 'xrm'), (2, 2, 'rm')])
+def test_fused_into_plain_modules(kind, level, groups, names):
+    """What is fixed stays so, and there are no other parameters. Dynamic padding stays dynamic."""
+    layer = kind(4, 8, 3, 2, level=level, groups=groups, form='separable')
     plain = layer.fuse()
-    assert type(plain) is nn.Sequential
-    assert [type(module) for module in plain] == [expected, nn.Conv2d]
+    fixed = Conv2dSame if kind is HarmonicConv2dSame else nn.Conv2d
+    assert [type(module) for module in plain] == [dict(x=RepeatChannels, r=fixed, m=nn.Conv2d)[name] for name in names]
     assert plain.mix.kernel_size == (1, 1)
-    assert not any(parameter.requires_grad for parameter in plain.respond.parameters())
+    assert not plain.respond.weight.requires_grad
     assert sum(p.numel() for p in plain.mix.parameters()) == sum(p.numel() for p in layer.parameters())
-
-
-@pytest.mark.parametrize(('level', 'expected'), [(1, [AvgPool2dSame]), (2, [RepeatChannels, Conv2dSame])])
-def test_dynamic_padding_stays_dynamic(level, expected):
-    layer = HarmonicConv2dSame(4, 8, 3, 2, level=level, form='separable')
-    plain = layer.fuse()
-    assert [type(module) for module in plain] == [*expected, nn.Conv2d]
     for side in (8, 9, 15):
         x = torch.randn(1, 4, side, side)
         torch.testing.assert_close(plain(x), layer(x))
@@ -132,7 +113,7 @@ def test_dynamic_padding_stays_dynamic(level, expected):
 
 @pytest.mark.parametrize('groups', [1, 2, 4])
 def test_every_filter_has_one_output(groups):
-    """Without groups: then float's blocked kernels and those of 8 bits are fast. It survives pickling."""
+    """Without groups: then blocked kernels and those of 8 bits are fast. It survives pickling, and keeps the format."""
     layer = HarmonicConv2d(4, 8, 3, level=2, groups=groups, form='separable')
     plain = pickle.loads(pickle.dumps(layer.fuse()))
     assert (plain.respond.groups == plain.respond.out_channels) == (groups == 1)
@@ -150,7 +131,7 @@ def test_what_a_fused_layer_takes_over():
     assert plain.mix.bias.requires_grad
     assert plain.respond.weight.is_contiguous(memory_format=torch.channels_last)
     assert plain.respond.weight.dtype == torch.float64
-    assert type(layer.at_level(1).fuse().respond) is nn.AvgPool2d  # the form stays
+    assert layer.at_level(1).form == 'separable'
     HarmonicConv2d(4, 8, 3, level=2, dtype=torch.float64).load_state_dict(layer.state_dict())  # which holds no form
 
 

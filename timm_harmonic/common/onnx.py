@@ -26,8 +26,8 @@ def onnx_session(file: Path | bytes) -> Iterator[Callable[[Tensor], Tensor]]:
     onnxruntime: Any = importlib.import_module('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    held = [onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])]
     try:
-        yield lambda images: torch.from_numpy(session.run(None, dict(images=images.contiguous().numpy()))[0])
+        yield lambda images: torch.from_numpy(held[0].run(None, dict(images=images.contiguous().numpy()))[0])
     finally:
-        del session  # with its threads, even if the function lives on
+        held.clear()  # ends its threads, even if the function lives on

@@ -21,7 +21,7 @@ from .timing import time_of, times_of_layers
 Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the first pattern that matches counts
 
 # `forms_by_rule`: the share of the dense form's multiply-adds, and the channels in each group of the 1 x 1 convolution.
-_SHARE, _CHANNELS = 0.5, 64
+_SHARE, _CHANNELS = 0.5, dict(torch=128, onnxruntime=64)
 
 
 class Cost(NamedTuple):
@@ -105,7 +105,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 
 def multiply_adds(layer: HarmonicLayer, level: int, form: str, positions: int = 1) -> int:
-    """Counts a layer's multiply-adds for so many output positions. Average pooling counts as filters do."""
+    """Counts a layer's multiply-adds for so many output positions."""
     side, count = layer.kernel_size[0], _functions(layer, level)
     pairs = layer.out_channels * layer.in_channels // layer.groups
     if form == 'dense':
@@ -122,17 +122,17 @@ def _saves(layer: HarmonicLayer, level: int) -> bool:
     return multiply_adds(layer, level, 'separable') < multiply_adds(layer, level, 'dense')
 
 
-def forms_by_rule(model: nn.Module) -> dict[str, str]:
-    """Chooses a form for each harmonic layer without a measurement.
+def forms_by_rule(model: nn.Module, runtime: str = 'torch') -> dict[str, str]:
+    """Chooses a form for each harmonic layer without a measurement, as is faster on most CPUs.
 
-    A layer becomes separable if that takes at most half of the multiply-adds, and it either keeps the constant function
-    alone or has 64 channels in each group: with fewer, fixed filters take longer than they save on a CPU.
+    A layer becomes separable if that takes at most half of the multiply-adds, and it either keeps a single function or
+    has 128 channels in each group (64 in ONNX Runtime): with fewer, fixed filters take longer than they save.
     """
     found = {}
     for name, layer in harmonic_layers(model).items():
         separable, dense = (multiply_adds(layer, layer.level, form) for form in ('separable', 'dense'))
-        wide = min(layer.in_channels, layer.out_channels) // layer.groups >= _CHANNELS
-        fast = separable <= _SHARE * dense and (layer.pool_padding is not None or wide)
+        wide = min(layer.in_channels, layer.out_channels) // layer.groups >= _CHANNELS[runtime]
+        fast = separable <= _SHARE * dense and (len(layer.basis) == 1 or wide)
         found[name] = 'separable' if fast else 'dense'
     return {**found, **dict.fromkeys(in_fusing_blocks(model), 'dense')}
 

@@ -16,24 +16,26 @@ def deploy(
 ) -> nn.Module:
     """Makes a plain network for inference: nothing harmonic is left, and the graph computes no weight.
 
-    A harmonic layer becomes one k x k convolution (dense), or fixed filters for every channel and a 1 x 1 convolution
-    (separable): average pooling and a 1 x 1 convolution at level 1. Both compute the same up to rounding. Blocks of
-    timm that fuse for inference are fused as well, as timm's `reparameterize_model` does.
+    A harmonic layer becomes one k x k convolution (dense), or a module that repeats the channels, one fixed filter for
+    each of them, and a 1 x 1 convolution (separable). Both compute the same up to rounding. Blocks of timm that fuse
+    for inference are fused as well, as timm's `reparameterize_model` does.
 
     Args:
         model: Network. It does not change, except that its layers note their times.
-        images: Example batch (B, C, H, W). With 'auto' every layer is timed in both forms on its device, in its dtype,
-            memory format and batch size, and becomes separable where that is faster by more than the noise. Without
-            images a rule decides: separable where that takes at most half of the multiply-adds, and the level is 1 or a
-            group has 64 channels.
+        images: Example batch (B, C, H, W). With 'auto' every layer is timed in both forms on the inputs that it gets,
+            and becomes separable where that is faster by more than the noise. Without images a rule decides: separable
+            where that takes at most half of the multiply-adds, and the level is 1 or a group has 128 channels (64 in
+            ONNX Runtime).
         form: 'auto', or 'dense' or 'separable' for all layers.
+        runtime: Where the network will run: 'torch', on its device, in its dtype and memory format; or 'onnxruntime',
+            on the CPU in float32, each layer in a session of its own. Threads are as many as torch's.
 
     Returns:
         A new network, in evaluation.
 
     Raises:
-        InputError: If the form is unknown, images are empty or on another device, or a layer cannot be fused or has
-            hooks.
+        InputError: If the form or the runtime is unknown, ONNX Runtime is not installed, images are empty or on another
+            device, or a layer cannot be fused or has hooks.
         TypeError: If the model is not a network, or images are not a tensor.
     """
     check_unwrapped(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import AvgPool2dSame, Conv2dSame, get_same_padding
+from timm.layers import Conv2dSame, get_same_padding
 from torch import Tensor, nn
 
 from ..common import InputError, explained, require
@@ -96,20 +96,16 @@ def layer_in_onnx(layer: nn.Module, x: Tensor) -> bytes:
             inputs *= module.times
         else:
             conv: Any = module
-            kind, options = 'AveragePool', dict(kernel_shape=conv.kernel_size, strides=conv.stride)
-            if isinstance(conv, nn.Conv2d):
-                kind, options = 'Conv', options | dict(dilations=conv.dilation, group=conv.groups)
-                for key, parameter in conv.named_parameters():
-                    inputs.append(f'{place}.{key}')
-                    weights.append(numpy_helper.from_array(parameter.detach().cpu().float().numpy(), inputs[-1]))
-            else:
-                options['count_include_pad'] = 1
-            if conv.padding == 'same' or isinstance(conv, (Conv2dSame, AvgPool2dSame)):
-                spans = zip(x.shape[2:], conv.kernel_size, conv.stride, options.get('dilations', (1, 1)), strict=True)
+            kind, options = 'Conv', dict(strides=conv.stride, dilations=conv.dilation, group=conv.groups)
+            if conv.padding == 'same' or isinstance(conv, Conv2dSame):
+                spans = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
                 both = [get_same_padding(*span) for span in spans]
                 options['pads'] = [of // 2 for of in both] + [of - of // 2 for of in both]
             elif conv.padding != 'valid':
                 options['pads'] = 2 * conv.padding
+            for key, parameter in conv.named_parameters():
+                inputs.append(f'{place}.{key}')
+                weights.append(numpy_helper.from_array(parameter.detach().cpu().float().numpy(), inputs[-1]))
         name = str(place)
         nodes.append(helper.make_node(kind, inputs, [name], **options))
     first = helper.make_tensor_value_info('images', TensorProto.FLOAT, x.shape)

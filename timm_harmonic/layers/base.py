@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AvgPool2dSame, Conv2dSame
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..common import InputError
@@ -25,7 +25,7 @@ from .dct import (
     options_of_basis,
     options_of_code,
 )
-from .separable import RepeatChannels, check_form, mixing, pool_padding, responding
+from .separable import RepeatChannels, check_form, mixing, responding
 
 IntPair = int | tuple[int, int]
 
@@ -163,11 +163,6 @@ class HarmonicLayer(nn.Module):
             del self._forward_pre_hooks[key]
         if self.basis.is_meta:
             self.register_forward_pre_hook(_complete)
-        alone = self.basis_for(torch.empty(0, device='cpu')) if len(self.basis) == 1 else None
-        # Average pooling computes the response to a function with one value everywhere.
-        pools = alone is not None and bool((alone == alone[0, 0, 0]).all()) and self.padding_mode == 'zeros'
-        # An attribute, because TorchScript has to know whether it is None.
-        self.pool_padding = pool_padding(self.kernel_size[0], self.padding, self.dilation) if pools else None
         # Each group mixes channels that lie together, so with groups every channel has its filters side by side.
         self.repeats = len(self.basis) if self.groups == 1 else 1
 
@@ -328,16 +323,12 @@ class HarmonicLayer(nn.Module):
 
     def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the separable form: responses (B, P * C, H', W') to the functions, mixed by the coefficients."""
-        if self.pool_padding is not None:
-            responses = F.avg_pool2d(x, self.kernel_size, self.stride, self.pool_padding)
-            coefficients = coefficients * self.basis.sum().to(coefficients.dtype)
-        elif self.repeats > 1:
-            filters = responding(self.basis.to(self.weight.dtype), self.in_channels, True)
+        repeated = self.repeats > 1
+        if repeated:
             x = torch.cat([x] * self.repeats, x.dim() - 3)
-            responses = self._convolve(x, filters, None, filters.shape[0])
-        else:
-            responses = self._respond(x, self.basis)
-        return F.conv2d(responses, mixing(coefficients, self.repeats > 1), bias, groups=self.groups)
+        filters = responding(self.basis.to(self.weight.dtype), self.in_channels, repeated)
+        responses = self._convolve(x, filters, None, self.in_channels * self.repeats)
+        return F.conv2d(responses, mixing(coefficients, repeated), bias, groups=self.groups)
 
     def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:
         """Builds a plain convolution with these filters and the layer's geometry, except for the arguments changed."""
@@ -355,19 +346,12 @@ class HarmonicLayer(nn.Module):
         return conv.to(memory_format=format_of(self.weight)).train(self.training)
 
     def _to_sequential(self, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
-        """Builds plain modules that compute the separable form: `respond`, which is fixed, and `mix`."""
+        """Builds plain modules that compute the separable form: `repeat`, `respond`, which is fixed, and `mix`."""
         channels, repeated = len(self.basis) * self.in_channels, self.repeats > 1
-        modules: OrderedDict[str, nn.Module] = OrderedDict()
-        if self.pool_padding is not None:
-            pool: Any = AvgPool2dSame if self.dynamic_padding else nn.AvgPool2d
-            modules['respond'] = pool(self.kernel_size, self.stride, self.pool_padding)
-            coefficients = coefficients * self.basis.sum()
-        else:
-            args = dict(in_channels=channels, groups=channels) if repeated else dict(groups=self.in_channels)
-            filters = responding(self.basis, self.in_channels, repeated)
-            if repeated:
-                modules['repeat'] = RepeatChannels(self.repeats)
-            modules['respond'] = self._to_conv2d(filters, None, out_channels=channels, **args).requires_grad_(False)
+        filters, groups = responding(self.basis, self.in_channels, repeated), self.in_channels * self.repeats
+        ends: dict[str, Any] = dict(in_channels=groups, out_channels=channels)
+        respond = self._to_conv2d(filters, None, groups=groups, **ends).requires_grad_(False)
         point: dict[str, Any] = dict(kernel_size=1, stride=1, padding=0, dilation=1, padding_mode='zeros')
-        modules['mix'] = self._to_conv2d(mixing(coefficients, repeated), bias, in_channels=channels, **point)
-        return nn.Sequential(modules).train(self.training)
+        mix = self._to_conv2d(mixing(coefficients, repeated), bias, in_channels=channels, **point)
+        modules = dict(repeat=RepeatChannels(self.repeats)) if repeated else {}
+        return nn.Sequential(OrderedDict(**modules, respond=respond, mix=mix)).train(self.training)

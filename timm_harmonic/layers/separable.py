@@ -8,8 +8,8 @@ takes P k^2 C + P C O / groups multiply-adds at each position, the dense one k^2
 more it saves.
 
 repeat() makes P copies of the channels first, in the order n * C + c. Every fixed filter then has one input and one
-output channel: runtimes have no fast kernel for a depth-wise convolution with more outputs. If the layer keeps only a
-constant function, respond() is average pooling.
+output channel: runtimes have no fast kernel for a depth-wise convolution with more outputs. For a constant function
+alone that takes no longer than average pooling, and far less time in 8 bits.
 """
 
 import torch
@@ -25,20 +25,6 @@ def check_form(form: str) -> str:
     if form not in FORMS:
         raise InputError(f'form must be one of {FORMS}, got {form!r}.')
     return form
-
-
-def pool_padding(side: int, padding: str | tuple[int, int], dilation: tuple[int, int]) -> tuple[int, int] | None:
-    """Returns the padding of the average pooling that equals a constant filter of this side, or None if none does.
-
-    Zeros surround the image. nn.AvgPool2d pads evenly, by at most half of its window, and has no dilation.
-    """
-    if dilation != (1, 1):
-        return None
-    if padding == 'valid':
-        return (0, 0)
-    if isinstance(padding, str):  # 'same'
-        return None if side % 2 == 0 else (side // 2, side // 2)
-    return padding if max(padding) <= side // 2 else None
 
 
 class RepeatChannels(nn.Module):
