@@ -58,9 +58,7 @@ _BATCHES = dict(cpu=[1, 8], cuda=[1, 128])
 _SLOW = ('channels_last, bf16', 'compiled')  # minutes a row: only for the first batch size
 
 
-def variants(
-    name: str, images: Tensor, runtime: str = 'torch'
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def variants(name: str, images: Tensor, runtime: str = 'torch') -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Truncated networks by what tables call them, harmonic still, and why others cannot be made.
 
     Their forms are the faster ones, measured once for all of them: what `truncate` and `deploy` do for each. A network

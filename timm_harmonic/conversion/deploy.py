@@ -11,9 +11,7 @@ from .timing import check_runtime
 
 
 @trainable
-def deploy(
-    model: nn.Module, images: Tensor | None = None, *, form: str = 'auto', runtime: str = 'torch'
-) -> nn.Module:
+def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto', runtime: str = 'torch') -> nn.Module:
     """Makes a plain network for inference: nothing harmonic is left, and the graph computes no weight.
 
     A harmonic layer becomes one k x k convolution (dense), or a module that repeats the channels, one fixed filter for
