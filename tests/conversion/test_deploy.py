@@ -110,16 +110,19 @@ def test_timms_function_follows_the_forms(network):
     torch.testing.assert_close(plain(x), expected)
 
 
-def test_the_rule(network):
-    """Level 1 always, level 2 from 64 channels on, more than that never; depth-wise filters never."""
-    by_level = {level: forms_by_rule(truncate(network, level=level)) for level in (1, 2, 3, 5)}
+@pytest.mark.parametrize(('runtime', 'channels'), [('torch', 128), ('onnxruntime', 64)])
+def test_the_rule(network, runtime, channels):
+    """Level 1 always, level 2 in wide layers, more than that never; depth-wise filters never."""
+    by_level = {level: forms_by_rule(truncate(network, level=level), runtime) for level in (1, 2, 3, 5)}
     assert set(by_level[1].values()) == {'separable'}
-    assert by_level[2]['conv1'] == 'dense'
-    assert {form for name, form in by_level[2].items() if name != 'conv1'} == {'separable'}
-    assert set(by_level[5].values()) == {'dense'}
+    assert by_level[2] == {
+        name: 'separable' if min(layer.in_channels, layer.out_channels) >= channels else 'dense'
+        for name, layer in harmonic_layers(network).items()
+    }
+    assert set(by_level[3].values()) == set(by_level[5].values()) == {'dense'}
     depthwise = harmonize(timm.create_model('convnext_atto'), level=1)
     wide = {name for name, layer in harmonic_layers(depthwise).items() if layer.groups > 1}
-    assert {forms_by_rule(depthwise)[name] for name in wide} == {'dense'}
+    assert {forms_by_rule(depthwise, runtime)[name] for name in wide} == {'dense'}
 
 
 @pytest.mark.parametrize('form', ['dense', 'separable'])
