@@ -2,8 +2,8 @@
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from ..common.onnx import onnx_session, write_onnx
 from ..layers import RepeatChannels
 
 RUNTIMES = ('torch', 'onnxruntime')
-Run = Callable[[Tensor], Any]
 
 _ROUNDS, _ROUND = 9, 3e-3  # rounds of timing, and the least seconds of one
 
@@ -29,7 +28,7 @@ def check_runtime(runtime: str) -> None:
         require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
 
 
-def times_of(runs: Mapping[str, Run | Path | bytes], x: Tensor) -> dict[str, list[float]]:
+def times_of(runs: Mapping[str, Callable[[Tensor], Any] | Path | bytes], x: Tensor) -> dict[str, list[float]]:
     """Times functions in torch, and ONNX files in ONNX Runtime, on an input: milliseconds, one entry a round.
 
     They take turns in each round. A file has its session for its turn alone: the threads of an idle session spin, and
@@ -43,21 +42,12 @@ def times_of(runs: Mapping[str, Run | Path | bytes], x: Tensor) -> dict[str, lis
     with torch.inference_mode():
         for _ in range(_ROUNDS):
             for name, run in runs.items():
-                with _opened(run) as call:
+                with nullcontext(run) if callable(run) else onnx_session(run) as call:
                     timer = Timer('call(x)', globals=dict(call=call, x=x), num_threads=threads)  # it warms up, too
                     if name not in number:
                         number[name] = max(1, round(_ROUND / timer.timeit(3).mean))
                     found[name].append(1e3 * timer.timeit(number[name]).mean)
     return found
-
-
-@contextmanager
-def _opened(run: Run | Path | bytes) -> Iterator[Run]:
-    if callable(run):
-        yield run
-    else:
-        with onnx_session(run) as call:
-            yield call
 
 
 def times_of_layers(layers: Mapping[str, nn.Module], x: Tensor, runtime: str) -> dict[str, list[float]]:
