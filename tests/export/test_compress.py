@@ -287,14 +287,29 @@ def test_a_file_that_fails_late_loses_nothing_else(checkpoint, tmp_path, monkeyp
             raise InputError('it broke.')
 
     monkeypatch.setattr('timm_harmonic.export.onnx.export_checked', export)
-    monkeypatch.setattr(
-        'timm_harmonic.conversion.costs.forms_by_time', lambda small, images: {'layer4.0.conv1': 'separable'}
-    )
+    monkeypatch.setattr('timm_harmonic.conversion.costs.forms_by_time', lambda *args: {'layer4.0.conv1': 'separable'})
     out, options = tmp_path / 'out', dict(ratio=0.9, cost='macs', deploy=True, img_size=32)
     with pytest.raises(InputError, match=r'it broke\. The folder .* is complete but for that'):
         compress(NAME, out, checkpoint=checkpoint, model_kwargs=KWARGS, **options)
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert harmonic_layers(loaded(out))['layer4.0.conv1'].form == 'separable'
+
+
+def test_a_budget_of_time_in_onnx_runtime(checkpoint, tmp_path, monkeypatch):
+    """Times are made up: the files that are timed decide."""
+
+    def times(runs, x):
+        assert not any(callable(run) for run in runs.values())
+        return {name: [dict(dense=1.0, network=20.0).get(name, 0.25)] * 9 for name in runs}
+
+    monkeypatch.setattr('timm_harmonic.conversion.timing.times_of', times)
+    monkeypatch.setattr('timm_harmonic.conversion.timing.write_onnx', lambda network, images, path: None)
+    options = dict(ratio=0.8, cost='time', runtime='onnxruntime')
+    record = compress(NAME, tmp_path / 'out', checkpoint=checkpoint, model_kwargs=KWARGS, img_size=32, **options)
+    assert record['options'] == options
+    assert record['timed'].startswith('one image in ONNX Runtime on the CPU, ')
+    forms = {layer.form for layer in harmonic_layers(loaded(tmp_path / 'out')).values()}
+    assert forms == {'dense', 'separable'}
 
 
 @pytest.mark.slow
