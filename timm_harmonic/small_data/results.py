@@ -7,7 +7,7 @@ import platform
 import statistics
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,12 @@ def at_edge(value: float, bounds: Sequence[float]) -> bool:
     return not _EDGE < (np.log(value) - low) / (high - low) < 1 - _EDGE
 
 
-def edges(chosen: Sequence[dict[str, float]], ranges: dict[str, Sequence[float]]) -> dict[str, float]:
+def edges(chosen: Sequence[dict[str, float]], ranges: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Share of the chosen settings that are at an edge of the search, by option."""
     return {key: statistics.mean(at_edge(choice[key], bounds) for choice in chosen) for key, bounds in ranges.items()}
 
 
-def advice(found: dict[str, Any], ranges: dict[str, Sequence[float]]) -> list[str]:
+def advice(found: dict[str, Any], ranges: Mapping[str, Sequence[float]]) -> list[str]:
     """What a comparison's curves and chosen settings say about its options. `ranges` are those of the search."""
     lines, epochs = [], np.array(found['curve_epochs'])
     before = int((epochs >= (1 - _LAST) * epochs[-1]).argmax())
