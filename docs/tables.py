@@ -38,6 +38,7 @@ OTHER_FILES = dict(
     distill_truncated='for any truncated network, with a teacher',
     finetune_truncated='for any truncated network',
     gem="[GEM](https://github.com/lorenzobrigato/gem)'s, for few images",
+    gem_scaled='the same, wider and longer, for 32 x 32',
     small_data='for few images',
     small_data_strong='for few images, strong augmentation',
     harm_resnet50_a3='[ResNet strikes back](https://arxiv.org/abs/2110.00476), A3',

@@ -37,7 +37,15 @@ ROWS = [name for name in PAPER if name != 'harm0_seresnext101_32x4d']
 # Rows for small images, by file.
 SMALL = {name: row for row in PAPER_SMALL for name in row['files'].split()}
 # Files that are no row of the paper.
-OTHERS = ['harm_resnet50_a3', 'finetune_truncated', 'distill_truncated', 'gem', 'small_data', 'small_data_strong']
+OTHERS = [
+    'harm_resnet50_a3',
+    'finetune_truncated',
+    'distill_truncated',
+    'gem',
+    'gem_scaled',
+    'small_data',
+    'small_data_strong',
+]
 # Rows whose recipe the authors publish.
 SGD_ROWS = [name for name in ROWS if 'seresnext' not in name]
 # GEM's sets in train_configs/README.md, and their numbers of classes.
