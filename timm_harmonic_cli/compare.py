@@ -110,10 +110,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if nested:
         overlap = len(test) / len(train)
         covers = 'training noise and the choice of images: each seed has its own split (Nadeau and Bengio 2003)'
-    found = dict(
-        note='Measured by this run on this machine; accuracies are percentages of the test images.',
+    found = results.report(
+        comparison,
+        runs,
+        baseline,
         folder=str(args.folder),
-        recipe=dataclasses.asdict(recipe),
         search=dict(
             ranges=ranges,
             at_edge=results.edges([choice for of in chosen.values() for choice in of['chosen']], ranges),
@@ -121,7 +122,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             trials=args.trials,
             seeds=args.seeds,
         ),
-        environment=results.environment(),
         data=dict(
             train=len(train),
             test=len(test),
@@ -135,19 +135,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             notes=task.notes,
             skipped=task.skipped,
         ),
-        baseline=baseline,
         covers=covers,
-        curve_epochs=protocol.curve_epochs(args.epochs),
-        networks={
-            net.name: dict(
-                results.summarise(runs[net.name], runs[baseline], overlap, same_test=not nested),
-                model=net.model,
-                options=net.options,
-                **chosen[net.name],
-            )
-            for net in networks
-        },
+        overlap=overlap,
+        same_test=not nested,
     )
+    for net in networks:
+        found['networks'][net.name] |= dict(model=net.model, options=net.options, **chosen[net.name])
     _print(found)
     title = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
     results.write_results(

@@ -28,7 +28,7 @@ RANGES: dict[str, Ranges] = {
 }
 INNER_SPLITS = 2  # a setting is judged by its mean over these, or by one for each seed
 INNER_SHARE = 0.25  # share of the training images that judges
-_POINTS = 6  # of a learning curve
+_POINTS = 5  # of a learning curve
 
 Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
 

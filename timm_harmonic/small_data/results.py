@@ -1,5 +1,6 @@
 """Results of a comparison: statistics with intervals, the table, the picture, and the files."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from ..common import explained
 from ..common.files import write_text, write_whole
+from .protocol import Protocol, curve_epochs
 from .training import MEANINGS
 
 _CONFIDENCE = 0.95
@@ -79,6 +81,20 @@ def summarise(runs: Runs, baseline: Runs, overlap: float = 0.0, same_test: bool 
         parameters=runs[0]['parameters'],
         seconds=statistics.mean(measured['seconds'] for measured in runs),
         curves=[measured['curve'] for measured in runs],
+    )
+
+
+def report(comparison: Protocol, runs: Mapping[str, Runs], baseline: str, **more: Any) -> dict[str, Any]:
+    """What results.json holds of a comparison and its runs; `more` is the command's own, and `overlap`, `same_test`."""
+    kinds = {key: more.pop(key) for key in ('overlap', 'same_test') if key in more}
+    return dict(
+        note='Measured by this run on this machine; accuracies are percentages of the test images.',
+        recipe=dataclasses.asdict(comparison.recipe),
+        environment=environment(),
+        baseline=baseline,
+        curve_epochs=curve_epochs(comparison.recipe.epochs),
+        networks={name: summarise(of, runs[baseline], **kinds) for name, of in runs.items()},
+        **more,
     )
 
 
