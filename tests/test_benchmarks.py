@@ -269,7 +269,7 @@ def test_contenders_are_what_their_names_say():
     assert (stems['stem 1, blocks 0.5'], blocks['stem 1, blocks 0.5']) == (1, 0.5)
     assert (stems['harm'], blocks['harm'], stems['plain'], blocks['harm1']) == (None, None, 'plain', 'plain')
     assert made['smoothness 0.5, floor 0.2'].conv1.bn.eps == 0.2
-    start, smooth = made['plain, smooth start'], made['smoothness 1']
+    start, smooth = made['plain, smooth start'], made['smoothness 0.5']
     assert not harmonic_layers(start)
     torch.testing.assert_close(start.layer2[0].conv1.weight, smooth.layer2[0].conv1.filters())
     torch.testing.assert_close(start.conv1.weight, smooth.conv1.filters())

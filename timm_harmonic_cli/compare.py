@@ -2,7 +2,7 @@
 
 Every network gets the same images, the same number of epochs and the same search: the optimizer's usual
 learning rate and weight decay, then a fixed sequence that covers their ranges (adamw: 0.0002 to 0.05 and
-0.002 to 5; momentum: 0.002 to 0.5 and 0.00002 to 0.05), are tried on splits of the training images; for
+0.005 to 50; momentum: 0.002 to 0.5 and 0.00005 to 0.5), are tried on splits of the training images; for
 auto, with smoothness 0.5, 1 and 0. Then each network is trained --seeds times on all training images
 with its best setting. Batch-norm statistics are re-estimated on training images before every test; the
 accuracy as trained is shown too. Test images choose nothing: they are those of test/, else of

@@ -23,8 +23,8 @@ from .training import Network, Recipe, evaluate, fit, settled
 USUAL: dict[str, Any] = {'adamw': dict(lr=5e-3, weight_decay=0.05), 'momentum': dict(lr=0.05, weight_decay=5e-4)}
 Ranges = dict[str, tuple[float, float]]
 RANGES: dict[str, Ranges] = {
-    'adamw': dict(lr=(2e-4, 5e-2), weight_decay=(2e-3, 5.0)),
-    'momentum': dict(lr=(2e-3, 5e-1), weight_decay=(2e-5, 5e-2)),
+    'adamw': dict(lr=(2e-4, 5e-2), weight_decay=(5e-3, 50.0)),
+    'momentum': dict(lr=(2e-3, 5e-1), weight_decay=(5e-5, 5e-1)),
 }
 INNER_SPLITS = 2  # a setting is judged by its mean over these, or by one for each seed
 INNER_SHARE = 0.25  # share of the training images that judges
