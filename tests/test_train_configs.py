@@ -275,7 +275,7 @@ def test_the_recommended_recipe_is_the_measured_one(name):
     recipe = Recipe()
     assert args.device_modules == ['timm_harmonic']
     model = timm.create_model(args.model, num_classes=5, **args.model_kwargs)
-    assert model.conv1.smoothness == model.layer1[0].conv1.smoothness == 1
+    assert model.conv1.smoothness == model.layer1[0].conv1.smoothness == 0.5
     assert (args.opt, args.lr, args.weight_decay) == (recipe.opt, recipe.lr, recipe.weight_decay)
     assert (args.batch_size, args.train_interpolation) == (recipe.batch_size, recipe.interpolation)
     assert tuple(args.scale) == ZOOM

@@ -14,7 +14,7 @@ other --models, networks are added to those in --out. --keep writes the network 
 best, trained on all training images, as a folder for predict and compress. Examples:
 
   timm-harmonic compare images/ --augment zoom --keep FOLDER
-  timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=1 --img-size 96
+  timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=0.5 --img-size 96
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Compare small plain and harmonic networks on photographs.
 
 Trains the same small ResNet as harm0 (nothing is harmonic), harm1 (only the stem is), harm (every
-k x k convolution is) and smooth (harm with smoothness 1) to tell which photograph a patch of 48 x 48
+k x k convolution is) and smooth (harm with smoothness 0.5) to tell which photograph a patch of 48 x 48
 gray pixels is from. The photographs come with the packages scikit-image and scikit-learn: nothing is
 downloaded. Training patches are from the left half of each photograph, test patches from the right half.
 Every seed draws new patches, new initial weights and a new order, the same for all networks. Batch-norm

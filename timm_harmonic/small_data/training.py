@@ -40,14 +40,14 @@ NAMED: dict[str, dict[str, Any]] = {
     'harm0': dict(_SMALL, harmonic_stem=False, harmonic_blocks=False),
     'harm1': dict(_SMALL, harmonic_blocks=False),
     'harm': _SMALL,
-    'smooth': dict(_SMALL, smoothness=1),
+    'smooth': dict(_SMALL, smoothness=0.5),
     'auto': dict(_SMALL, smoothness='auto'),
 }
 MEANINGS = dict(
     harm0='nothing harmonic',
     harm1='stem harmonic',
     harm='all harmonic',
-    smooth='all harmonic, smoothness 1',
+    smooth='all harmonic, smoothness 0.5',
     auto='all harmonic, smoothness 0, 0.5 or 1 by the search',
 )
 
