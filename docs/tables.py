@@ -20,7 +20,7 @@ from timm.models import get_pretrained_cfg  # noqa: E402
 
 from benchmarks import compression, sizes  # noqa: E402
 from benchmarks.measure import Setting  # noqa: E402
-from benchmarks.small_data import OPTIMIZERS  # noqa: E402
+from benchmarks.small_data import gains, over_tasks  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
 from timm_harmonic.small_data.results import interval  # noqa: E402
 from timm_harmonic.small_data.training import MEANINGS  # noqa: E402
@@ -38,6 +38,7 @@ OTHER_FILES = dict(
     distill_truncated='for any truncated network, with a teacher',
     finetune_truncated='for any truncated network',
     gem="[GEM](https://github.com/lorenzobrigato/gem)'s, for few images",
+    gem_scaled='the same, wider and longer, for 32 x 32',
     small_data='for few images',
     small_data_strong='for few images, strong augmentation',
     harm_resnet50_a3='[ResNet strikes back](https://arxiv.org/abs/2110.00476), A3',
@@ -248,47 +249,18 @@ def quickstart() -> str:
     return markdown(header, rows)
 
 
-def _small_data(count: int | None) -> list[tuple[str, dict[str, dict[str, Any]]]]:
-    """Settings of benchmarks/results/small_data.json by their title, with their rows by variant."""
-    report = json.loads((RESULTS / 'small_data.json').read_text())
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in report['rows']:
-        if count is not None and (row['group'], row['count'], row['opt']) != ('small', count, 'adamw'):
-            continue
-        parts = [report['tasks'][row['task']]]
-        if count is None:
-            parts += [
-                f'{row["count"]} a class',
-                report['groups'][row['group']]['title'],
-                OPTIMIZERS[row['opt']],
-            ]
-        found.setdefault(', '.join(parts), {})[row['variant']] = row
-    return list(found.items())
-
-
 def small_data() -> str:
-    """Plain, the paper's network and smoothness 1, with ten images of each class."""
-    rows = [
-        [title, *(cell_of(of[name]) for name in ('plain', 'harm', 'smooth 1')), interval(of['smooth 1']['difference'])]
-        for title, of in _small_data(10)
-        if {'plain', 'harm', 'smooth 1'} <= set(of)
-    ]
-    return markdown(['test accuracy, %', 'plain', 'harmonic (the paper)', '`smoothness=1`', 'minus plain'], rows)
-
-
-def small_data_all() -> str:
-    """Every network and setting: the accuracy of the plain network, and the differences to it."""
-    names = ['harm1', 'harm', 'smooth 0', 'smooth 0.5', 'smooth 1', 'smooth 2']
-    rows = []
-    for title, of in _small_data(None):
-        differences = [interval(of[name]['difference']) if name in of else '' for name in names]
-        rows.append([title, cell_of(of['plain']), *differences])
-    return markdown(['', 'plain, %', *names], rows)
-
-
-def cell_of(row: dict[str, Any]) -> str:
-    """Accuracy of a row of small_data.json."""
-    return compression.cell(row['accuracy_mean'], row['accuracy_deviation'])
+    """The small network of the evaluation with AdamW: differences to plain, over tasks and the worst one."""
+    report = json.loads((RESULTS / 'small_data_evaluation.json').read_text())
+    rows = [row for row in report['rows'] if (row['group'], row['opt']) == ('small', 'adamw')]
+    found, tasks = gains(rows), list(dict.fromkeys(row['task'] for row in rows))
+    lines = []
+    for name in dict.fromkeys(variant for variant, _ in found):
+        worst = min(tasks, key=lambda task: found[name, task]['mean'])
+        wins = sum(found[name, task]['mean'] > 0 for task in tasks)
+        lowest = f'{found[name, worst]["mean"]:+.1f} ({worst})'
+        lines.append([name, interval(over_tasks(found, name, tasks)), f'{wins} of {len(tasks)}', lowest])
+    return markdown(['network', 'mean over tasks', 'tasks above plain', 'worst task'], lines)
 
 
 _ALL = (
@@ -306,7 +278,7 @@ _ALL = (
     deployed_in_short,
     file_sizes,
 )
-TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data, small_data_all)}
+TABLES = {f.__name__: f for f in (*_ALL, quickstart)}
 
 
 def fill(text: str) -> str:

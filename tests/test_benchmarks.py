@@ -1,5 +1,6 @@
 """The benchmarks compare like with like, and what is committed of them agrees with itself."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -22,7 +23,6 @@ from benchmarks import (
     imports,
     sizes,
     small_data,
-    small_data_design,
     smaller,
     smoothness,
 )
@@ -47,8 +47,8 @@ TABLES = dict(
     **{'deploy-cuda': deploy.table, 'forms-cuda': forms.table},
     imports=imports.table,
     sizes=sizes.table,
-    small_data=small_data.table,
-    small_data_design=small_data_design.table,
+    small_data_design=small_data.table,
+    small_data_evaluation=small_data.table,
     smoothness=smoothness.table,
 )
 slow = pytest.mark.slow
@@ -229,38 +229,61 @@ def test_files_of_truncated_networks():
 
 
 def test_rows_of_a_report_count_as_measured(tmp_path):
-    """Unless other versions made them, by another protocol, or with other numbers of trials, seeds or epochs."""
-    saved = json.loads((RESULTS / 'small_data.json').read_text())
-    groups = {name: dict(amount, title=title) for name, (title, _, amount) in small_data.GROUPS.items()}
-    saved |= dict(environment=command.environment(), protocol=small_data.PROTOCOL, groups=groups)
-    path = tmp_path / 'small_data.json'
-    path.write_text(json.dumps(saved))
-    found = small_data.reported(path)
-    assert list(found.values()) == saved['rows']
-    assert small_data.summary(found) == saved['rows']
-    saved['groups']['wrn']['seeds'] = 1
-    path.write_text(json.dumps(saved))
-    assert {unit.group for unit in small_data.reported(path)} == {'small', 'resnet18'}
-    path.write_text(json.dumps(dict(saved, protocol='another')))
-    assert small_data.reported(path) == {}
-    saved['environment'] = dict(saved['environment'], torch='2.0')
-    path.write_text(json.dumps(saved))
-    assert small_data.reported(path) == {}
+    """Unless other versions made them, by another protocol, or with other numbers of trials, seeds or updates."""
+    unit, study = small_data.STUDIES['design'].units[1], small_data.STUDIES['design']
+    row = dict(unit._asdict(), accuracy=[50.0, 60.0])
+    saved = dict(environment=command.environment(), protocol=small_data.PROTOCOL, amount=study.amount, rows=[row])
+    path = tmp_path / 'small_data_design.json'
+    for changes, kept in (
+        ({}, {unit: row}),
+        (dict(protocol='another'), {}),
+        (dict(amount=dict(study.amount, seeds=1)), {}),
+        (dict(environment=dict(saved['environment'], torch='2.0')), {}),
+    ):
+        path.write_text(json.dumps({**saved, **changes}))
+        assert small_data.reported(path, 'design') == kept
 
 
-def test_variants_of_the_design_are_what_their_names_say():
-    made = {name: variant.build(3, 1, 0) for name, variant in small_data_design.VARIANTS.items()}
+def test_a_study_measures_what_its_report_shows(tmp_path, monkeypatch):
+    """Rows as the protocol gives them; the table has differences paired by seed, and their mean over tasks."""
+    study = dataclasses.replace(small_data.STUDIES['design'], trials=1, seeds=2, epochs=1)
+    monkeypatch.setitem(small_data.STUDIES, 'design', study)
+    names = [('digits', 'plain'), ('digits', 'smoothness 0.5'), ('bands', 'plain'), ('bands', 'smoothness 0.5')]
+    units = [small_data.Unit(task, 2, 'small', 'adamw', variant) for task, variant in names]
+    rows = [small_data.measure('design', unit, tmp_path) for unit in units]
+    assert [len(row['accuracy']) for row in rows] == [2] * 4
+    about = dict(title='T', about='', protocol='P', amount=study.amount, environment=command.environment())
+    for row, values in zip(rows, ([50.0, 52.0], [55.0, 58.0], [60.0, 60.0], [60.5, 61.5]), strict=True):
+        row['accuracy'] = values
+    lines = small_data.table(dict(about, rows=rows)).splitlines()
+    assert lines[-2].startswith('| plain | 51.0 ± 1.4<br>')
+    assert lines[-1].startswith('| smoothness 0.5 | +5.5 (-0.9 to +11.9)<br>')
+    assert lines[-1].endswith('| +3.2 (-25.3 to +31.8) |')
+    small_data.plot(dict(about, rows=rows), tmp_path / 'some.png')
+    assert (tmp_path / 'some.png').stat().st_size > 1e4
+
+
+def test_contenders_are_what_their_names_say():
+    made = {name: small_data.contender('small', name).at(0).build(3, 1, 0) for name in small_data.VARIANTS}
     assert {sum(p.numel() for p in model.parameters()) for model in made.values()} == {318_691}
     stems = {name: getattr(model.conv1, 'smoothness', 'plain') for name, model in made.items()}
     blocks = {name: getattr(model.layer1[0].conv1, 'smoothness', 'plain') for name, model in made.items()}
     assert (stems['stem 1, blocks 0.5'], blocks['stem 1, blocks 0.5']) == (1, 0.5)
-    assert (stems['stem 1, blocks plain'], blocks['stem 1, blocks plain']) == (1, 'plain')
     assert (stems['harm'], blocks['harm'], stems['plain'], blocks['harm1']) == (None, None, 'plain', 'plain')
     assert made['smoothness 0.5, floor 0.2'].conv1.bn.eps == 0.2
-    start, smooth = made['plain, smooth start 1'], made['smoothness 1']
+    start, smooth = made['plain, smooth start'], made['smoothness 0.5']
     assert not harmonic_layers(start)
     torch.testing.assert_close(start.layer2[0].conv1.weight, smooth.layer2[0].conv1.filters())
     torch.testing.assert_close(start.conv1.weight, smooth.conv1.filters())
+
+
+def test_long_and_heavy_training():
+    study = small_data.STUDIES['evaluation']
+    units = [small_data.Unit('brains', 5, 'small', 'adamw', name) for name in ('plain', 'plain, long and heavy')]
+    (short, long), ranges = map(study.recipe, units), [small_data.searched(unit)['weight_decay'] for unit in units]
+    assert (short.epochs, long.epochs) == (study.updates, 2.5 * study.updates)  # an update an epoch
+    assert long.weight_decay == 10 * short.weight_decay
+    assert ranges[1] == tuple(10 * of for of in ranges[0])
 
 
 def test_a_missing_package_of_a_task_is_an_error():
@@ -287,9 +310,10 @@ def test_evaluation_tasks_are_as_planned(name):
     assert torch.equal(test.pixels, again[1].pixels)
     assert not any(torch.equal(a.pixels, b.pixels) for a, b in zip((train, test), other, strict=True))
     for count in task.counts:
-        for seed in (0, 1):
-            train, test = task.draw(count, seed)
-            assert train.labels.bincount().tolist() == [count] * len(task.classes)
+        train, _ = task.draw(count, 0)  # the search sees these
+        assert train.labels.bincount().tolist() == [count] * len(task.classes)
+        for seed in (0, 1, 2):
+            _, test = task.draw(count, seed)
             assert test.labels.bincount().min() >= 5
             a, b = (of.pixels.flatten(1) for of in (train, test))
             a, b = (normalize(of - of.mean(1, keepdim=True)) for of in (a, b))

@@ -50,7 +50,7 @@ share = partial(above_zero, most=1.0)
 
 def add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
     """Adds --models: the networks to compare."""
-    names = "harm0, harm1, harm, smooth, auto, or timm's, with options as in harm_resnet18:smoothness=1,levels=3"
+    names = "harm0, harm1, harm, smooth, auto, or timm's, with options as in harm_resnet18:smoothness=0.5,levels=3"
     text = f'{names} (default: {" ".join(default)})'
     parser.add_argument('--models', nargs='+', metavar='NAME', default=[*default], help=text)
 

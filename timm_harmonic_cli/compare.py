@@ -2,7 +2,7 @@
 
 Every network gets the same images, the same number of epochs and the same search: the optimizer's usual
 learning rate and weight decay, then a fixed sequence that covers their ranges (adamw: 0.0002 to 0.05 and
-0.002 to 5; momentum: 0.002 to 0.5 and 0.00002 to 0.05), are tried on splits of the training images; for
+0.005 to 50; momentum: 0.002 to 0.5 and 0.00005 to 0.5), are tried on splits of the training images; for
 auto, with smoothness 0.5, 1 and 0. Then each network is trained --seeds times on all training images
 with its best setting. Batch-norm statistics are re-estimated on training images before every test; the
 accuracy as trained is shown too. Test images choose nothing: they are those of test/, else of
@@ -14,7 +14,7 @@ other --models, networks are added to those in --out. --keep writes the network 
 best, trained on all training images, as a folder for predict and compress. Examples:
 
   timm-harmonic compare images/ --augment zoom --keep FOLDER
-  timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=1 --img-size 96
+  timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=0.5 --img-size 96
 """
 
 import argparse
@@ -110,10 +110,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if nested:
         overlap = len(test) / len(train)
         covers = 'training noise and the choice of images: each seed has its own split (Nadeau and Bengio 2003)'
-    found = dict(
-        note='Measured by this run on this machine; accuracies are percentages of the test images.',
+    found = results.report(
+        comparison,
+        runs,
+        baseline,
         folder=str(args.folder),
-        recipe=dataclasses.asdict(recipe),
         search=dict(
             ranges=ranges,
             at_edge=results.edges([choice for of in chosen.values() for choice in of['chosen']], ranges),
@@ -121,7 +122,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             trials=args.trials,
             seeds=args.seeds,
         ),
-        environment=results.environment(),
         data=dict(
             train=len(train),
             test=len(test),
@@ -135,19 +135,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             notes=task.notes,
             skipped=task.skipped,
         ),
-        baseline=baseline,
         covers=covers,
-        curve_epochs=protocol.curve_epochs(args.epochs),
-        networks={
-            net.name: dict(
-                results.summarise(runs[net.name], runs[baseline], overlap, same_test=not nested),
-                model=net.model,
-                options=net.options,
-                **chosen[net.name],
-            )
-            for net in networks
-        },
+        overlap=overlap,
+        same_test=not nested,
     )
+    for net in networks:
+        found['networks'][net.name] |= dict(model=net.model, options=net.options, **chosen[net.name])
     _print(found)
     title = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
     results.write_results(

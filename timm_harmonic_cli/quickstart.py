@@ -1,7 +1,7 @@
 """Compare small plain and harmonic networks on photographs.
 
 Trains the same small ResNet as harm0 (nothing is harmonic), harm1 (only the stem is), harm (every
-k x k convolution is) and smooth (harm with smoothness 1) to tell which photograph a patch of 48 x 48
+k x k convolution is) and smooth (harm with smoothness 0.5) to tell which photograph a patch of 48 x 48
 gray pixels is from. The photographs come with the packages scikit-image and scikit-learn: nothing is
 downloaded. Training patches are from the left half of each photograph, test patches from the right half.
 Every seed draws new patches, new initial weights and a new order, the same for all networks. Batch-norm
@@ -43,7 +43,6 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         export(args.export, args.train_per_class)
         return None
 
-    import dataclasses
     from functools import cache
 
     from timm_harmonic.common import InputError, require
@@ -75,28 +74,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             after_epoch=lambda epoch: bar.update(),
         )
         runs = comparison.run_all()
-        about = results.environment()
-    found = dict(
-        note='Measured by this run on this machine; accuracies are percentages of the test patches.',
-        recipe=dataclasses.asdict(recipe),
-        environment=about,
-        data=dict(
-            classes=list(photographs),
-            patch_size=tasks.PATCH_SIZE,
-            train=len(train),
-            test=len(test),
-            chance=100 / len(photographs),
-        ),
-        baseline=baseline,
-        covers='training noise and the choice of patches, not of photographs',
-        curve_epochs=protocol.curve_epochs(args.epochs),
-        networks={net.name: results.summarise(runs[net.name], runs[baseline]) for net in networks},
-    )
+        data = dict(patch_size=tasks.PATCH_SIZE, chance=100 / len(photographs), train=len(train), test=len(test))
+        covers = 'training noise and the choice of patches, not of photographs'
+        found = results.report(comparison, runs, baseline, data=dict(data, classes=list(photographs)), covers=covers)
     counts = f'{len(train)} training and {len(test)} test patches'
     title = f'Measured here: {args.seeds} seed{"s" * (args.seeds > 1)}, {counts}, chance {100 / len(photographs):.1f} %'
     caption = (
         'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences are paired '
-        f'by seed, with their 95 % interval, which covers {found["covers"]}'
+        f'by seed, with their 95 % interval, which covers {covers}'
     )
     show(results.table(found, title, caption if args.seeds > 1 else 'one seed', fused=True))
     question = f'Which of {len(photographs)} photographs is a patch from?\n{counts}'

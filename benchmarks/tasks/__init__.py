@@ -4,6 +4,4 @@ from .base import Task
 from .design import DESIGN
 from .evaluation import EVALUATION
 
-TASKS = DESIGN  # what benchmarks.small_data runs
-
-__all__ = ['DESIGN', 'EVALUATION', 'TASKS', 'Task']
+__all__ = ['DESIGN', 'EVALUATION', 'Task']

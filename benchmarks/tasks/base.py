@@ -37,6 +37,14 @@ def normalised(*splits: Split) -> tuple[Images, Images]:
     return Images((train[0] - mean) / std, train[1]), Images((test[0] - mean) / std, test[1])
 
 
+def drawn_apart(total: int, numbers: tuple[int, int], random: np.random.Generator) -> list[np.ndarray]:
+    """Draws numbers of `total` things for training and testing: at most so many, from halves that never change."""
+    order = np.random.default_rng(total).permutation(total)
+    middle = max(total // 2, numbers[0])
+    halves = zip((order[:middle], order[middle:]), numbers, strict=True)
+    return [random.permutation(half)[:number] for half, number in halves]
+
+
 def packaged(package: str, path: str) -> Path:
     """Path of a file or folder in a package of the evaluation tasks, which is not imported.
 

@@ -17,7 +17,7 @@ from scipy.io import wavfile
 
 from timm_harmonic.small_data.tasks import Images
 
-from .base import Split, lit_patch, normalised, packaged
+from .base import Split, drawn_apart, lit_patch, normalised, packaged
 
 _SIDE = 48  # of surfaces, cells, brains and drums
 SURFACES = {
@@ -81,11 +81,10 @@ _TEST_DRUMS, _RATE, _SECONDS = 8, 22050, 0.6
 _ALIKE = 0.97  # correlation of spectrograms from which on a recording counts as a copy
 
 
-def _sides(picture: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The halves (..., W / 2) of a picture for training and testing; odd seeds swap them."""
+def _sides(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The halves (..., W / 2) of a picture for training and testing."""
     middle = picture.shape[-1] // 2
-    halves = picture[..., :middle], picture[..., -middle:]
-    return (halves[1], halves[0]) if seed % 2 else halves
+    return picture[..., :middle], picture[..., -middle:]
 
 
 @cache
@@ -104,7 +103,7 @@ def surfaces(count: int, seed: int) -> tuple[Images, Images]:
         random = np.random.default_rng([seed, split])
         images: list[np.ndarray] = []
         for path in SURFACES.values():
-            half = _sides(_surface(path), seed)[split].transpose(1, 2, 0)
+            half = _sides(_surface(path))[split].transpose(1, 2, 0)
             for _ in range(number):
                 images.append((lit_patch(half, _SIDE, random) * random.uniform(0.8, 1.2, 3)).transpose(2, 0, 1))
         splits.append((images, [label for label in range(len(SURFACES)) for _ in range(number)]))
@@ -127,7 +126,7 @@ def cells(count: int, seed: int) -> tuple[Images, Images]:
         random = np.random.default_rng([seed, split])
         images: list[np.ndarray] = []
         for name in CELLS:
-            half = _sides(_stack(name), seed)[split]
+            half = _sides(_stack(name))[split]
             for _ in range(number):
                 tries = [_window(half[random.integers(len(half))], random) for _ in range(5)]
                 images.append(max(tries, key=np.std)[None])  # much of a picture is empty
@@ -156,10 +155,9 @@ def _template(package: str, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def brains(count: int, seed: int) -> tuple[Images, Images]:
     """Where a slightly oblique slice of the brain is, in one template for training and another for testing."""
     splits: list[Split] = []
-    templates = _TEMPLATES[::-1] if seed % 2 else _TEMPLATES
     for split, number in enumerate((count, _TEST_SLICES)):
         random = np.random.default_rng([seed, split])
-        images = [_slice(templates[split], y, random) for y in SLABS.values() for _ in range(number)]
+        images = [_slice(_TEMPLATES[split], y, random) for y in SLABS.values() for _ in range(number)]
         splits.append((images, [label for label in range(len(SLABS)) for _ in range(number)]))
     return normalised(*splits)
 
@@ -240,12 +238,11 @@ def _fields() -> list[list[list[tuple[int, int]]]]:
 def land_use(count: int, seed: int) -> tuple[Images, Images]:
     """Land use in thirteen bands: one half of a scene for training, the other for testing."""
     scene, _ = _scene()
-    halves = _fields()[::-1] if seed % 2 else _fields()
     splits: list[Split] = []
     for split, number in enumerate((count, _TEST_FIELDS)):
         random = np.random.default_rng([seed, split])
         corners = [
-            (label, of[i]) for label, of in enumerate(halves[split]) for i in random.permutation(len(of))[:number]
+            (label, of[i]) for label, of in enumerate(_fields()[split]) for i in random.permutation(len(of))[:number]
         ]
         images = [scene[:, top : top + _FIELD, left : left + _FIELD] for _, (top, left) in corners]
         splits.append((images, [label for label, _ in corners]))
@@ -305,12 +302,12 @@ def _spectrogram(rate: int, sound: np.ndarray) -> np.ndarray:
 
 
 def drums(count: int, seed: int) -> tuple[Images, Images]:
-    """Spectrograms of percussion: the recordings are split anew for each seed."""
+    """Spectrograms of percussion, from other recordings for testing."""
     splits: list[Split] = [([], []), ([], [])]
     for label, folders in enumerate(DRUMS.values()):
         sounds = _sounds(folders)
-        order = np.random.default_rng([seed, label]).permutation(len(sounds))
-        for (images, labels), part in zip(splits, (order[:count], order[count : count + _TEST_DRUMS]), strict=True):
+        parts = drawn_apart(len(sounds), (count, _TEST_DRUMS), np.random.default_rng([seed, label]))
+        for (images, labels), part in zip(splits, parts, strict=True):
             images += [sounds[i] for i in part]
             labels += [label] * len(part)
     return normalised(*splits)

@@ -11,7 +11,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from timm_harmonic.small_data.tasks import Images
 
-from .base import Split, normalised, packaged
+from .base import Split, drawn_apart, normalised, packaged
 
 _DRAWN = 96  # pixels of a drawing before it is placed
 _SIDE, _LEAF, _TEXT = 32, 48, 48
@@ -61,7 +61,7 @@ _ICON_SETS = {
 }
 _TEST_ICONS = 8
 LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
-_TEST_TYPEFACES = 20
+_TEST_TYPEFACES = 15
 # Typefaces to tell apart, and others.
 # fmt: off
 TYPEFACES = (
@@ -102,12 +102,6 @@ def _glyph(font: Path, character: str) -> Image.Image:
     place = (1.5 * _DRAWN, 1.5 * _DRAWN)
     ImageDraw.Draw(canvas).text(place, character, 255, _loaded(font, _DRAWN), anchor='mm')
     return canvas
-
-
-def _halves(names: list[str], seed: int) -> tuple[list[str], list[str]]:
-    """Names for training and for testing."""
-    order = [names[i] for i in np.random.default_rng([seed, 2]).permutation(len(names))]
-    return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 def _in_turn(groups: list[list[Image.Image]], count: int, random: np.random.Generator) -> list[Image.Image]:
@@ -155,12 +149,13 @@ def _codes(font: Path) -> dict[str, int]:
 
 
 def icons(count: int, seed: int) -> tuple[Images, Images]:
-    """Icons of twenty things: five sets of icons for training and the other five for testing, drawn for each seed."""
+    """Icons of twenty things: five sets of icons for training and the other five for testing."""
     splits: list[Split] = []
-    for sets, number in zip(_halves(list(_ICON_SETS), seed), (count, _TEST_ICONS), strict=True):
+    names, halves = list(_ICON_SETS), drawn_apart(len(_ICON_SETS), (5, 5), np.random.default_rng(0))
+    for split, number in enumerate((count, _TEST_ICONS)):
         images: list[np.ndarray] = []
         labels: list[int] = []
-        random = np.random.default_rng([seed, number])
+        random, sets = np.random.default_rng([seed, number]), [names[i] for i in halves[split]]
         for label, of_set in enumerate(_icons().values()):
             chosen = _in_turn([of_set[name] for name in sets if name in of_set], number, random)
             images += [_placed(drawing, _SIDE, random) for drawing in chosen]
@@ -176,11 +171,11 @@ def _font(name: str) -> Path:
 
 
 def letters(count: int, seed: int) -> tuple[Images, Images]:
-    """Capitals: `count` typefaces for training and twenty others for testing, drawn for each seed."""
+    """Capitals: `count` of fifteen typefaces for training and fifteen others for testing."""
     random = np.random.default_rng(seed)
-    fonts = [_font(_FONTS[i]) for i in random.permutation(len(_FONTS))]
     splits: list[Split] = []
-    for chosen in (fonts[:count], fonts[-_TEST_TYPEFACES:]):
+    for part in drawn_apart(len(_FONTS), (count, _TEST_TYPEFACES), random):
+        chosen = [_font(_FONTS[i]) for i in part]
         pairs = [(label, font) for label in range(len(LETTERS)) for font in chosen]
         images = [_placed(_glyph(font, LETTERS[label]), _SIDE, random) for label, font in pairs]
         splits.append((images, [label for label, _ in pairs]))
@@ -222,14 +217,15 @@ def _outlines() -> tuple[np.ndarray, np.ndarray]:
 
 
 def leaves(count: int, seed: int) -> tuple[Images, Images]:
-    """Silhouettes of leaves of six trees, rotated at random; leaves are divided anew for each seed."""
+    """Silhouettes of leaves of six trees, rotated at random; other leaves for testing."""
     random = np.random.default_rng(seed)
     distances, species = _outlines()
     splits: list[Split] = [([], []), ([], [])]
     for label in range(len(LEAVES)):
-        order = random.permutation(np.flatnonzero(species == label))
-        for (images, labels), part in zip(splits, (order[:count], order[count : count + _TEST_LEAVES]), strict=True):
-            images += [_placed(_leaf(distances[i], random.uniform(0, 2 * np.pi)), _LEAF, random) for i in part]
+        own = np.flatnonzero(species == label)
+        parts = drawn_apart(len(own), (count, _TEST_LEAVES), random)
+        for (images, labels), part in zip(splits, parts, strict=True):
+            images += [_placed(_leaf(distances[i], random.uniform(0, 2 * np.pi)), _LEAF, random) for i in own[part]]
             labels += [label] * len(part)
     return normalised(*splits)
 

@@ -21,13 +21,14 @@ from .training import Network, Recipe, evaluate, fit, settled
 # By timm's name of the optimizer: the usual learning rate and weight decay, and their ranges, searched in logarithms.
 # The ends are meant to be bad: too slow or divergent, no decay or one that shrinks the weights more than once a run.
 USUAL: dict[str, Any] = {'adamw': dict(lr=5e-3, weight_decay=0.05), 'momentum': dict(lr=0.05, weight_decay=5e-4)}
-RANGES: dict[str, dict[str, tuple[float, float]]] = {
-    'adamw': dict(lr=(2e-4, 5e-2), weight_decay=(2e-3, 5.0)),
-    'momentum': dict(lr=(2e-3, 5e-1), weight_decay=(2e-5, 5e-2)),
+Ranges = dict[str, tuple[float, float]]
+RANGES: dict[str, Ranges] = {
+    'adamw': dict(lr=(2e-4, 5e-2), weight_decay=(5e-3, 50.0)),
+    'momentum': dict(lr=(2e-3, 5e-1), weight_decay=(5e-5, 5e-1)),
 }
 INNER_SPLITS = 2  # a setting is judged by its mean over these, or by one for each seed
 INNER_SHARE = 0.25  # share of the training images that judges
-_POINTS = 6  # of a learning curve
+_POINTS = 5  # of a learning curve
 
 Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
 
@@ -157,15 +158,15 @@ def place(trial: int) -> tuple[float, float, float]:
     return lr, 1 - decay, smoothness
 
 
-def setting(recipe: Recipe, trial: int) -> Recipe:
+def setting(recipe: Recipe, trial: int, ranges: Ranges | None = None) -> Recipe:
     """The recipe of a trial: the recipe itself in the first, then fixed learning rates and weight decays.
 
-    They depend on the trial alone, so that all networks try the same settings.
+    They depend on the trial and the ranges alone (RANGES by default), so that all networks try the same settings.
     """
     if trial == 0:
         return recipe
-    ranges = zip(place(trial)[:2], RANGES[recipe.opt].items(), strict=True)
-    return dataclasses.replace(recipe, **{key: low * (high / low) ** where for where, (key, (low, high)) in ranges})
+    found = zip(place(trial)[:2], (ranges or RANGES[recipe.opt]).items(), strict=True)
+    return dataclasses.replace(recipe, **{key: low * (high / low) ** where for where, (key, (low, high)) in found})
 
 
 @dataclasses.dataclass
@@ -189,6 +190,7 @@ class Protocol:
     curves: bool = True  # whether the final runs measure test accuracy during training
     validation: Images | None = None  # judges settings in place of inner splits
     nested: bool = False
+    ranges: Ranges | None = None  # that are searched; RANGES by default
     describe: Callable[[str], None] = lambda text: None
     after_epoch: Callable[[int], object] = lambda epoch: None
 
@@ -224,7 +226,11 @@ class Protocol:
     def _run(
         self, network: Network, trial: int, images: Callable[[], tuple[Images, Images]], seed: int, curve: bool
     ) -> Any:
-        network, recipe, classes = network.at(place(trial)[2]), setting(self.recipe, trial), len(self.classes)
+        network, recipe, classes = (
+            network.at(place(trial)[2]),
+            setting(self.recipe, trial, self.ranges),
+            len(self.classes),
+        )
         return run(network, *images(), classes, recipe, seed, self.after_epoch, self.device, curve)
 
     def best(self, network: Network, seed: int | None = None) -> int:
@@ -232,7 +238,7 @@ class Protocol:
         return max(range(self.trials), key=lambda trial: self.trial(network, trial, seed), default=0)
 
     def _of_trial(self, network: Network, trial: int) -> dict[str, Any]:
-        recipe = setting(self.recipe, trial)
+        recipe = setting(self.recipe, trial, self.ranges)
         searched = dict(smoothness=network.at(place(trial)[2]).options['smoothness']) if network.auto else {}
         return dict(lr=recipe.lr, weight_decay=recipe.weight_decay, **searched)
 
@@ -258,7 +264,7 @@ class Protocol:
     def keep(self, network: Network, train: Images) -> nn.Module:
         """Trains a network with the setting that all searches judge best, and returns it for evaluation."""
         self.describe(f'keep {network.name}')
-        recipe, network = setting(self.recipe, best := self.best(network)), network.at(place(best)[2])
+        recipe, network = setting(self.recipe, best := self.best(network), self.ranges), network.at(place(best)[2])
         after, classes = (lambda epoch, model: self.after_epoch(epoch)), len(self.classes)
         model, _ = trained(network, train, classes, recipe, 0, after, self.device)
         return settled(model, train.to(self.device), recipe, 0).eval()

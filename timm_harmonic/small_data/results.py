@@ -1,5 +1,6 @@
 """Results of a comparison: statistics with intervals, the table, the picture, and the files."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -7,7 +8,7 @@ import platform
 import statistics
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from ..common import explained
 from ..common.files import write_text, write_whole
+from .protocol import Protocol, curve_epochs
 from .training import MEANINGS
 
 _CONFIDENCE = 0.95
@@ -82,6 +84,20 @@ def summarise(runs: Runs, baseline: Runs, overlap: float = 0.0, same_test: bool 
     )
 
 
+def report(comparison: Protocol, runs: Mapping[str, Runs], baseline: str, **more: Any) -> dict[str, Any]:
+    """What results.json holds of a comparison and its runs; `more` is the command's own, and `overlap`, `same_test`."""
+    kinds = {key: more.pop(key) for key in ('overlap', 'same_test') if key in more}
+    return dict(
+        note='Measured by this run on this machine; accuracies are percentages of the test images.',
+        recipe=dataclasses.asdict(comparison.recipe),
+        environment=environment(),
+        baseline=baseline,
+        curve_epochs=curve_epochs(comparison.recipe.epochs),
+        networks={name: summarise(of, runs[baseline], **kinds) for name, of in runs.items()},
+        **more,
+    )
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, which results depend on."""
     versions = {}
@@ -130,12 +146,12 @@ def at_edge(value: float, bounds: Sequence[float]) -> bool:
     return not _EDGE < (np.log(value) - low) / (high - low) < 1 - _EDGE
 
 
-def edges(chosen: Sequence[dict[str, float]], ranges: dict[str, Sequence[float]]) -> dict[str, float]:
+def edges(chosen: Sequence[dict[str, float]], ranges: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Share of the chosen settings that are at an edge of the search, by option."""
     return {key: statistics.mean(at_edge(choice[key], bounds) for choice in chosen) for key, bounds in ranges.items()}
 
 
-def advice(found: dict[str, Any], ranges: dict[str, Sequence[float]]) -> list[str]:
+def advice(found: dict[str, Any], ranges: Mapping[str, Sequence[float]]) -> list[str]:
     """What a comparison's curves and chosen settings say about its options. `ranges` are those of the search."""
     lines, epochs = [], np.array(found['curve_epochs'])
     before = int((epochs >= (1 - _LAST) * epochs[-1]).argmax())
