@@ -8,6 +8,7 @@ from .conversion.harmonize import harmonize
 from .conversion.refit import refit
 from .conversion.report import harmonic_report
 from .conversion.truncate import truncate
+from .export.onnx import export_onnx
 from .layers.block import HarmonicBlock2d
 from .layers.conv import HarmonicConv2d
 from .layers.dct import dct_basis
@@ -26,6 +27,7 @@ __all__ = [
     'TimmHarmonicError',
     'dct_basis',
     'deploy',
+    'export_onnx',
     'harm_resnet',
     'harm_vgg',
     'harm_wrn',

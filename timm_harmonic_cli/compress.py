@@ -15,14 +15,19 @@ from typing import Any
 
 from . import add_batch_size, add_preparation, add_weights, positive, preparation, share
 
-_ONNX, _PICTURE = 'deployed.onnx', 'compression.png'
-_DEPLOYED = dict(
-    bytes=('ONNX file, bytes', ',d'),
-    parameters=('parameters', ',d'),
-    macs=('multiply-adds', ',d'),
-    torch_ms=('torch, ms', '.3g'),
-    onnx_ms=('ONNX Runtime on the CPU, ms', '.3g'),
+_ONNX, _INT8, _PICTURE = 'deployed.onnx', 'deployed-int8.onnx', 'compression.png'
+_COLUMNS = dict(  # of the table of ONNX files: title, factor and format
+    bytes=('file, MB', 1e-6, '.1f'),
+    top1=('top1, %', 1, '.2f'),
+    onnx_ms=('ONNX Runtime, ms', 1, '.3g'),
+    of_plain=('of plain', 1, '.2f'),
+    agreement=('class as plain, %', 100, '.1f'),
+    error=('error', 1, '.3f'),
+    torch_ms=('torch, ms', 1, '.3g'),
+    macs=('multiply-adds', 1, ',d'),
 )
+_CALIBRATING = 128  # images for the ranges of 8 bits: more change nothing
+_POINTS, _SAME = 1.0, 0.95  # what a file may lose to be recommended: accuracy, or equal classes if labels are unknown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--split', default='validation', help='split of --evaluate (default: validation)')
     deploy = 'also write the plain network as deployed.onnx, checked, each layer in the form that is faster here'
     add('--deploy', action='store_true', help=deploy)
-    runtime = 'where times and forms are measured, onnxruntime on the CPU in float32 (default: torch)'
-    add('--runtime', choices=('torch', 'onnxruntime'), default='torch', help=runtime)
+    int8 = 'also write it in 8 bits, as deployed-int8.onnx, calibrated on --data; --ratio 1 does nothing else'
+    add('--int8', action='store_true', help=int8)
+    runtime = 'where times and forms are measured, onnxruntime on the CPU in float32 (default with --int8; else torch)'
+    add('--runtime', choices=('torch', 'onnxruntime'), help=runtime)
     add('--channels-last', action='store_true', help='run, time and deploy in this memory format')
     device = 'device to run on; times and forms are chosen for it (default: cuda if available)'
     add('--device', metavar='DEVICE', help=device)
@@ -77,20 +84,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from timm_harmonic import deploy, harmonic_report, harmonize, truncate
     from timm_harmonic.common import InputError, explained, require
-    from timm_harmonic.common.device import usable_device
+    from timm_harmonic.common.device import dot_products, usable_device
     from timm_harmonic.common.files import check_new, write_text
     from timm_harmonic.common.images import ImageFolder, Preparation, batches_of
+    from timm_harmonic.common.onnx import onnx_session
     from timm_harmonic.common.progress import progress
     from timm_harmonic.conversion.costs import forms_by_time, set_forms
     from timm_harmonic.conversion.harmonize import record_options
     from timm_harmonic.conversion.report import draw_truncation
     from timm_harmonic.conversion.timing import check_runtime
     from timm_harmonic.export.folder import STEPS, load_network, next_step, write_folder
-    from timm_harmonic.export.onnx import export_checked, measured
+    from timm_harmonic.export.onnx import export_onnx, measured
 
     _check_options(args)
     check_new(args.out)
     place = usable_device(args.device)
+    args.runtime = args.runtime or ('onnxruntime' if args.int8 else 'torch')
     check_runtime(args.runtime)
     if args.deploy:
         require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
@@ -115,33 +124,48 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         whole.to(place).to(memory_format=layout)
         example = example.to(place, memory_format=layout)
+        data = held_out = None
+        if args.data is not None:
+            folder = ImageFolder(args.data, 'train', prepare)
+            count = min(args.batches * args.batch_size, len(folder) * (3 if args.int8 else 4) // 4)
+            data = batches_of(folder, args.batch_size, slice(count))
+        if args.int8:
+            calibrating = list(batches_of(folder, args.batch_size, slice(min(count, _CALIBRATING))))
+            unseen = slice(count, count + -(-count // 3))
+            held_out = torch.cat([images for images, _ in batches_of(folder, args.batch_size, unseen)])
+        files: dict[str, Path] = {}
+
+        def export(name: str, network: Any, folder: Path) -> None:
+            kinds = {name: (_ONNX, None)} | ({f'{name}, int8': (_INT8, calibrating)} if args.int8 else {})
+            for row, (file, batches) in kinds.items():
+                files[row] = folder / file
+                export_onnx(network, example, files[row], int8=batches)
+
         networks = {}
         if args.deploy:
-            networks['plain'] = (deploy(whole, form='dense'), Path(temporary, _ONNX))
-            export_checked(networks['plain'][0], example, networks['plain'][1])
+            networks['plain'] = deploy(whole, form='dense')
+            export('plain', networks['plain'], Path(temporary))
         accuracy = {}
         if args.evaluate is not None:
             judging = ImageFolder(args.evaluate, args.split, prepare)
             if len(judging.classes) != whole.num_classes:
                 raise InputError(f'{args.evaluate} has {len(judging.classes)} classes, not {whole.num_classes}.')
             loader = batches_of(judging, args.batch_size)
-            accuracy['before'] = _evaluate(whole, loader, place)
+            accuracy['before'] = _evaluate(whole.eval(), whole.num_classes, loader, place)
         next_step(steps, 'truncate')
-        images = None
-        if args.data is not None:
-            drawn = batches_of(ImageFolder(args.data, 'train', prepare), args.batch_size, args.batches)
-            images = progress(drawn, desc='weigh', unit='batch', leave=False)
+        weighs = data is not None and args.ratio != 1 and (args.refit or args.level is None)
+        images = progress(data, desc='weigh', unit='batch', leave=False) if weighs else None
         counted = None if args.cost == 'parameters' else example
         extra = dict(parameters=[], macs=['cost'], time=['cost', 'runtime'])[args.cost]
         chosen = ('level', 'energy', 'ratio', *extra)
         amount: dict[str, Any] = {key: value for key in chosen if (value := getattr(args, key)) is not None}
-        small = truncate(whole, **amount, images=counted, data=images, refit=args.refit)
+        small = truncate(whole, **amount, images=counted, data=images, refit=args.refit and weighs)
         if args.deploy and args.cost != 'time':  # by time, truncate has chosen the forms
             set_forms(small, forms_by_time(small, example, args.runtime))
             record_options(small)
         next_step(steps, 'evaluate')
         if args.evaluate is not None:
-            accuracy['after'] = _evaluate(small, loader, place)
+            accuracy['after'] = _evaluate(small.eval(), small.num_classes, loader, place)
         report = harmonic_report(small, example)
         drawn_images = f'outputs on {args.batches} batches of {args.batch_size} images'
         where = f'torch, {place.type}, {str(layout)[6:]}' if args.runtime == 'torch' else 'ONNX Runtime on the CPU'
@@ -151,8 +175,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             timm=timm.__version__,
             source=source.file or source.base,
             options=amount | (dict(refit=True) if args.refit else {}),
-            weighed_by='filters' if args.data is None else drawn_images,
+            weighed_by=drawn_images if weighs else 'filters',
             timed=f'one image in {where}, {torch.get_num_threads()} threads',
+            dot_products=dot_products(),
             accuracy=accuracy,
             report=report.to_dict(),
         )
@@ -161,11 +186,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         def add_report(folder: Path) -> None:
             if fast is not None:
+                name = 'plain' if args.ratio == 1 else 'compressed'
                 try:
-                    export_checked(fast, example, folder / _ONNX)
-                    record['deployed'] = measured(networks | {'compressed': (fast, folder / _ONNX)}, example)
+                    export(name, fast, folder)
+                    rows = measured(files, networks | {name: fast}, example, held_out)
+                    for row, when in zip(networks | {name: fast}, accuracy, strict=False):
+                        rows[row]['top1'] = accuracy[when]['top1']
+                    for row in [row for row in files if accuracy and row not in networks]:
+                        with onnx_session(files[row]) as session:
+                            rows[row]['top1'] = _evaluate(session, whole.num_classes, loader, 'cpu')['top1']
+                    record['deployed'] = rows
                 except Exception as error:  # the rest took minutes and is worth keeping
-                    (folder / _ONNX).unlink(missing_ok=True)
+                    for file in (_ONNX, _INT8):
+                        (folder / file).unlink(missing_ok=True)
                     failures.append(error)
             write_text(folder / 'compression.json', json.dumps(record, indent=1) + '\n')
             write_text(folder / 'compression.md', _page(record, report))
@@ -175,7 +208,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print('\n\n'.join([report.summary(), *_tables(record)]))
     print(f'\nWrote {args.out}, layer by layer in {args.out / "compression.md"}. To load it:')
     print(f'timm.create_model("local-dir:{args.out}", pretrained=True)')
-    if args.cost == 'macs' and 'deployed' in record:
+    if args.cost == 'macs' and 'compressed' in record.get('deployed', {}):
         plain_macs, reached = (record['deployed'][name]['macs'] for name in ('plain', 'compressed'))
         if reached > 1.02 * args.ratio * plain_macs:
             warnings.warn(
@@ -194,8 +227,10 @@ def _check_options(args: argparse.Namespace) -> None:
 
     if args.refit and args.data is None:
         raise InputError('--refit needs --data, an image folder. Labels are ignored.')
-    if args.level is not None and args.data is not None and not args.refit:
-        raise InputError('--data is for --refit, --energy and --ratio: with --level nothing is chosen.')
+    if args.int8 and not (args.deploy and args.data):
+        raise InputError('--int8 needs --deploy, and --data, an image folder, for the ranges. Labels are ignored.')
+    if args.level is not None and args.data is not None and not (args.refit or args.int8):
+        raise InputError('--data is for --refit, --int8, --energy and --ratio: with --level nothing is chosen.')
     if args.cost != 'parameters' and args.ratio is None:
         raise InputError('--cost needs --ratio, the share of the cost to keep.')
     if (args.model_kwargs or {}).get('features_only'):
@@ -205,39 +240,60 @@ def _check_options(args: argparse.Namespace) -> None:
             raise InputError(f'{str(folder)!r} is not an image folder.')
 
 
-def _evaluate(network: Any, batches: Any, device: Any) -> dict[str, float]:
-    """Accuracies in percent."""
+def _evaluate(run: Any, classes: int, batches: Any, device: Any) -> dict[str, float]:
+    """Accuracies of a function in percent."""
     import torch
     from timm.utils import AverageMeter, accuracy
 
     from timm_harmonic.common.progress import progress
 
-    network.eval()
-    meters = {k: AverageMeter() for k in (1, 5) if k <= network.num_classes}
+    meters = {k: AverageMeter() for k in (1, 5) if k <= classes}
     with torch.inference_mode():
         for images, labels in progress(batches, desc='evaluate', unit='batch', leave=False):
-            found = accuracy(network(images.to(device)), labels.to(device), topk=tuple(meters))
+            found = accuracy(run(images.to(device)), labels.to(device), topk=tuple(meters))
             for meter, value in zip(meters.values(), found, strict=True):
                 meter.update(value.item(), len(labels))
     return {f'top{k}': meter.avg for k, meter in meters.items()}
 
 
 def _tables(record: dict[str, Any]) -> list[str]:
-    """What was measured, in Markdown: accuracies, and the deployed network."""
+    """What was measured, in Markdown: accuracies, and the ONNX files with the one to take."""
     found = []
     if record['accuracy']:
         before, after = (record['accuracy'][when] for when in ('before', 'after'))
         rows = [f'| {k} | {v:.2f} | {after[k]:.2f} |' for k, v in before.items()]
         found.append('\n'.join(['| accuracy, %, measured | before | after |', '|---|---|---|', *rows]))
-    if 'deployed' in record:
-        plain, small = (record['deployed'][name] for name in ('plain', 'compressed'))
-        rows = [
-            f'| {title} | {plain[key]:{form}} | {small[key]:{form}} | {small[key] / plain[key]:.2f} |'
-            for key, (title, form) in _DEPLOYED.items()
+    if files := record.get('deployed'):
+        columns = {key: column for key, column in _COLUMNS.items() if key in files['plain']}
+        lines = [
+            ['deployed, measured here', *(title for title, _, _ in columns.values())],
+            ['---'] * (1 + len(columns)),
         ]
-        head = ['| deployed, measured here | plain | compressed | ratio |', '|---|---|---|---|']
-        found.append('\n'.join([*head, *rows]))
+        for name, of in files.items():
+            cells = [f'{factor * of[key]:{form}}' if key in of else '' for key, (_, factor, form) in columns.items()]
+            lines.append([name, *cells])
+        found.append('\n'.join(f'| {" | ".join(line)} |' for line in lines))
+        if 'plain, int8' in files:
+            found.append(_advice(files, record['dot_products']))
     return found
+
+
+def _advice(files: dict[str, dict[str, Any]], dot_products: bool | None) -> str:
+    """Says which ONNX file to take: the fastest of those that lose little."""
+    plain, labelled = files['plain'], 'top1' in files['plain']
+    key, least = ('top1', plain['top1'] - _POINTS) if labelled else ('agreement', _SAME)
+    words = (
+        f'loses at most {_POINTS:g} point of accuracy' if labelled else f'agrees with plain on {_SAME:.0%} of images'
+    )
+    name = min((name for name in files if files[name][key] >= least), key=lambda name: files[name]['onnx_ms'])
+    best, file = files[name], _INT8 if name.endswith('int8') else _ONNX
+    missing = ', which `--ratio 1 --int8` writes' * ('compressed' in files and name.startswith('plain'))
+    hint = ' This processor has no 8-bit dot products; on one that has, 8 bits are faster.' * (dot_products is False)
+    size = best['bytes'] / plain['bytes']
+    return (
+        f'Take {name} (`{file}`{missing}): {best["of_plain"]:.2f} of the time and {size:.2f} of the size of plain, the '
+        f'fastest file that {words}.{hint}'
+    )
 
 
 def _page(record: dict[str, Any], report: Any) -> str:

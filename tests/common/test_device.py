@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
-from timm_harmonic.common.device import float64_device
+from timm_harmonic.common.device import dot_products, float64_device
 from timm_harmonic.layers import base
 
 
@@ -41,3 +41,24 @@ def test_a_layer_without_float64(cls, monkeypatch):
     x = torch.randn(2, 3, 9, 9)
     torch.testing.assert_close(layer(x), expected(x))
     torch.testing.assert_close(layer.energy(), expected.energy())
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('flags\t: fpu avx2 avx512_vnni', True),
+        ('flags\t: fpu avx2 avx512f', False),
+        ('Features\t: fp asimd asimddp', True),
+        ('Features\t: fp asimd', False),
+        ('processor\t: 0', None),
+        (None, None),
+    ],
+)
+def test_processors_that_have_dot_products(text, expected, monkeypatch):
+    def read(path):
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr('pathlib.Path.read_text', read)
+    assert dot_products() is expected

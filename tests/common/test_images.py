@@ -64,7 +64,7 @@ def test_batches(folder):
     images = ImageFolder(folder, 'validation', preparation(network(), img_size=32))
     labels = [label for _, batch in batches_of(images, 5) for label in batch.tolist()]
     assert labels == images.labels
-    first, again = ([pixels for pixels, _ in batches_of(images, 2, count=3)] for _ in range(2))
+    first, again = ([pixels for pixels, _ in batches_of(images, 2, slice(6))] for _ in range(2))
     assert [len(pixels) for pixels in first] == [2, 2, 2]
     assert all(map(torch.equal, first, again))
     assert not torch.equal(first[0][0], images[0][0])

@@ -16,13 +16,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import timm_harmonic_cli as cli
-from timm_harmonic import deploy, harmonize, truncate
+from timm_harmonic import deploy, export_onnx, harmonize, truncate
 from timm_harmonic.common import InputError, images
 from timm_harmonic.conversion import report
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.export.folder import convert
-from timm_harmonic.export.onnx import export_checked
 from timm_harmonic.models.checkpoints import CheckpointError
+from timm_harmonic_cli.compress import _advice
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -164,6 +164,42 @@ def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('ratio', [0.6, 1.0])
+def test_eight_bits(checkpoint, pictures, tmp_path, ratio):
+    """Four files are compared, or two if nothing is cut, and one is recommended."""
+    out, options = tmp_path / 'out', dict(checkpoint=checkpoint, model_kwargs=KWARGS, img_size=32, batch_size=4)
+    deployed = dict(ratio=ratio, refit=True, deploy=True, int8=True, evaluate=pictures)
+    record = compress(NAME, out, **options, **deployed, data=pictures, batches=2)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, 'deployed.onnx', 'deployed-int8.onnx'])
+    rows = record['deployed']
+    names = ['plain', 'compressed'] if ratio < 1 else ['plain']
+    assert list(rows) == [row for name in names for row in (name, f'{name}, int8')]
+    assert (rows['plain']['error'], rows['plain']['agreement'], rows['plain']['of_plain']) == (0, 1, 1)
+    for name in names:
+        assert rows[f'{name}, int8']['bytes'] < 0.4 * rows[name]['bytes']
+        assert abs(rows[f'{name}, int8']['error'] - rows[name]['error']) < 0.1
+        assert {'top1', 'onnx_ms'} <= rows[f'{name}, int8'].keys()
+    assert rows[f'{names[-1]}, int8']['bytes'] == (out / 'deployed-int8.onnx').stat().st_size
+    assert '\nTake ' in (out / 'compression.md').read_text()
+
+
+@pytest.mark.parametrize(
+    ('key', 'values', 'words'),
+    [
+        ('agreement', (1, 0.98, 0.96, 0.95), 'Take compressed, int8 (`deployed-int8.onnx`): 0.25 of the time'),
+        ('agreement', (1, 0.94, 0.96, 0.9), 'Take compressed (`deployed.onnx`): 0.75 of the time'),
+        ('top1', (70, 69.5, 68.5, 68), 'Take plain, int8 (`deployed-int8.onnx`, which `--ratio 1 --int8` writes): 0.5'),
+        ('top1', (70, 68, 60, 60), 'Take plain (`deployed.onnx`, which'),
+    ],
+)
+def test_which_file_to_take(key, values, words):
+    rows = zip(('plain', 'plain, int8', 'compressed', 'compressed, int8'), values, (1, 0.5, 0.75, 0.25), strict=True)
+    files = {name: {'onnx_ms': time, 'of_plain': time, 'bytes': 100, key: value} for name, value, time in rows}
+    assert _advice(files, True).startswith(words)
+    assert 'no 8-bit dot products' in _advice(files, False)
+
+
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch):
     """Nothing is left behind."""
     monkeypatch.setattr('timm_harmonic.export.onnx._TOLERANCE', 0.0)
@@ -224,7 +260,9 @@ def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
         (dict(level=2, model='nonsense'), InputError, 'neither a folder nor a model of timm'),
         (dict(ratio=0.5, data=Path('nowhere')), InputError, 'not an image folder'),
         (dict(ratio=0.5, refit=True), InputError, '--refit needs --data'),
-        (dict(level=2, data=Path('x')), InputError, '--data is for --refit, --energy and --ratio'),
+        (dict(level=2, data=Path('x')), InputError, '--data is for --refit, --int8, --energy and --ratio'),
+        (dict(level=2, int8=True, data=Path()), InputError, '--int8 needs --deploy'),
+        (dict(ratio=1.0, int8=True, deploy=True), InputError, '--int8 needs --deploy, and --data'),
         (dict(level=2, cost='time'), InputError, '--cost needs --ratio'),
         (dict(level=2, device='nowhere'), ValueError, "device 'nowhere' cannot be used here"),
         (dict(level=2, mean=[1, 2]), ValueError, 'mean has 2 values, the network takes 3 channels'),
@@ -280,13 +318,13 @@ def test_a_file_that_fails_late_loses_nothing_else(checkpoint, tmp_path, monkeyp
     """The folder is there, with the forms that are faster here; only the file that failed is not."""
     written = []
 
-    def export(network, images, path):
+    def export(network, images, path, int8):
         path.write_text('')
         written.append(path)
         if len(written) == 2:  # the first is that of the complete network
             raise InputError('it broke.')
 
-    monkeypatch.setattr('timm_harmonic.export.onnx.export_checked', export)
+    monkeypatch.setattr('timm_harmonic.export.onnx.export_onnx', export)
     monkeypatch.setattr('timm_harmonic.conversion.costs.forms_by_time', lambda *args: {'layer4.0.conv1': 'separable'})
     out, options = tmp_path / 'out', dict(ratio=0.9, cost='macs', deploy=True, img_size=32)
     with pytest.raises(InputError, match=r'it broke\. The folder .* is complete but for that'):
@@ -316,7 +354,7 @@ def test_a_budget_of_time_in_onnx_runtime(checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
 def test_onnx_files_are_compared_in_float32(dtype, tmp_path):
     network = deploy(harmonize(build(), level=1)).to(dtype)
-    export_checked(network, torch.randn(1, 3, 64, 64, dtype=dtype), tmp_path / 'some.onnx')
+    export_onnx(network, torch.randn(1, 3, 64, 64, dtype=dtype), tmp_path / 'some.onnx')
     assert next(network.parameters()).dtype == dtype
 
 

@@ -1,6 +1,8 @@
 """Devices that networks run on."""
 
 import functools
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -23,3 +25,12 @@ def float64_device(device: torch.device) -> torch.device:
     except Exception:  # each kind of device raises its own
         return torch.device('cpu')
     return device
+
+
+def dot_products() -> bool | None:
+    """Tells whether the processor has 8-bit dot products (VNNI, AMX, ARM's dotprod), None where Linux does not say."""
+    with suppress(OSError):
+        words = set(Path('/proc/cpuinfo').read_text().split())
+        if words & {'flags', 'Features'}:
+            return bool(words & {'avx512_vnni', 'avx_vnni', 'amx_int8', 'asimddp'})
+    return None

@@ -219,9 +219,9 @@ class ImageFolder(Dataset):
             raise InputError(f'{self.files[index]}: {error}') from error
 
 
-def batches_of(images: ImageFolder, size: int, count: int | None = None) -> DataLoader:
-    """Loads an image folder in batches: in order, or `count` batches drawn at random, always the same ones."""
+def batches_of(images: ImageFolder, size: int, drawn: slice | None = None) -> DataLoader:
+    """Loads an image folder in batches: all in order, or a part of them in a random order that is always the same."""
     order = list(range(len(images)))
-    if count is not None:
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: count * size].tolist()
+    if drawn is not None:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[drawn].tolist()
     return DataLoader(Subset(images, order), size)

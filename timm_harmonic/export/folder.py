@@ -44,7 +44,8 @@ from .card import Provenance, model_card
 LICENSE = 'bsd-3-clause'  # of what the authors released
 
 _OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # their names in a run and in a folder
-_COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deployed.onnx')  # only after compression
+# Only after compression.
+_COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deployed.onnx', 'deployed-int8.onnx')
 FILES = (WEIGHTS_NAME, 'config.json', 'README.md', *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 

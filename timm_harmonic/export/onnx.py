@@ -1,51 +1,164 @@
-"""ONNX files of plain networks, checked in ONNX Runtime, and their measurements."""
+"""ONNX files of plain networks, in float32 and in 8 bits, checked in ONNX Runtime, and their measurements."""
 
 import copy
+import importlib
+import io
 import statistics
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..common import InputError, explained
+from ..common import InputError, explained, require
+from ..common.files import write_whole
 from ..common.onnx import onnx_session, write_onnx
 from ..conversion.costs import count_macs
+from ..conversion.deploy import deploy
+from ..conversion.running import HELD_OUT, read_images
+from ..conversion.swap import harmonic_layers
 from ..conversion.timing import times_of
 
-_TOLERANCE = 1e-3  # of the largest output
+_TOLERANCE = 1e-3  # of the largest output, in float32
+_METHODS = ('MinMax', 'Percentile')  # of choosing the ranges of activations, by onnxruntime's names
+_PERCENTILE = 99.99
+_TOGETHER = 8  # images that run through ONNX Runtime together
 
 
-def measured(networks: Mapping[str, tuple[nn.Module, Path]], images: Tensor) -> dict[str, Any]:
-    """Measures plain networks, each with its ONNX file: sizes, multiply-adds, and medians of alternating timed runs.
+class Check(NamedTuple):
+    """How the outputs of an ONNX file compare with the network's: relative error, and share of equal first classes."""
 
-    Times are those of the images, in torch on their device and in ONNX Runtime on the CPU.
+    error: float
+    agreement: float
+
+
+def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, int8: Iterable[Any] | None = None) -> Check:
+    """Writes a network for inference as an ONNX file, checked in ONNX Runtime on the CPU, or writes nothing.
+
+    The file takes batches of any size; its input is called `images`. Harmonic layers are deployed first, in the forms
+    of `deploy`'s rule: to choose the forms, pass what `deploy` returns.
+
+    In 8 bits, ranges of activations are static: the extremes on three quarters of the images, or all but the outermost
+    values if the logits of the other quarter are closer to the network's then. Weights are signed and take 7 of the 8
+    bits, a scale for each filter: processors without 8-bit dot products add pairs of products in 16 bits, which 8 bits
+    overflow. So the file computes the same on all of them, and the 3 x 3 functions of the DCT are exact.
+
+    Args:
+        model: A network in any mode and dtype, on any device. It is not changed.
+        images: Example batch (B, C, H, W), with which the float32 file is checked.
+        path: File to write. A file that is there is replaced.
+        int8: Batches of images (B, C, H, W), alone or first in a tuple or list, prepared as for the network: to write
+            a file in 8 bits. Labels are not used. 100 images are enough.
+
+    Returns:
+        The `error` of the file's outputs, as a share of their norm, and the `agreement`, the share of images with the
+        same first class: of the images, or in 8 bits of the held-out quarter.
+
+    Raises:
+        InputError: The network cannot be exported or quantized, its float32 file differs by more than 0.001 of the
+            largest output, the path cannot be written, a package is missing, or `int8` holds fewer than eight images or
+            unusable ones.
+        TypeError: `int8` does not hold batches.
     """
-    torch_times = times_of({name: network for name, (network, _) in networks.items()}, images)
-    onnx_times = times_of({name: path for name, (_, path) in networks.items()}, images.cpu().float().contiguous())
-    return {
-        name: dict(
-            bytes=path.stat().st_size,
-            parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
-            macs=count_macs(network, images),
-            torch_ms=statistics.median(torch_times[name]),
-            onnx_ms=statistics.median(onnx_times[name]),
-        )
-        for name, (network, path) in networks.items()
-    }
+    require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
+    plain = deploy(model, runtime='onnxruntime') if harmonic_layers(model) else copy.deepcopy(model)
+    plain, images = plain.cpu().float().eval(), images.cpu().float()  # a GPU may have fewer digits
+    data = None if int8 is None else read_images(int8, images)
+    found: list[Check] = []
+
+    def write(file: Path) -> None:
+        with explained(f'{file.name} cannot be written or run', Exception), torch.inference_mode():
+            write_onnx(plain, images, file)
+            logits, expected = logits_of(file, images), plain(images)
+            error = float((logits - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
+            if not error < _TOLERANCE:
+                raise InputError(f'{file.name} differs from the network by {error:.2g} of the largest output.')
+            found.append(compared(logits, expected) if data is None else _quantize(file, torch.cat(data)))
+
+    write_whole(Path(path), write)
+    return found[0]
 
 
-def export_checked(network: nn.Module, images: Tensor, path: Path) -> None:
-    """Writes a plain network as ONNX and compares the outputs with torch's, both on the CPU in float32.
+def logits_of(file: Path, images: Tensor) -> Tensor:
+    """Runs an ONNX file on images in ONNX Runtime on the CPU."""
+    with onnx_session(file) as run:
+        return torch.cat([run(part) for part in images.split(_TOGETHER)])
 
-    Raises InputError if they differ, or the network cannot be exported.
+
+def compared(logits: Tensor, expected: Tensor) -> Check:
+    """Compares logits (B, classes) with the expected ones."""
+    error = (logits - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
+    return Check(error.item(), (logits.argmax(1) == expected.argmax(1)).float().mean().item())
+
+
+def _quantize(file: Path, images: Tensor) -> Check:
+    """Replaces an ONNX file in float32 by one in 8 bits, with the ranges that are better on held-out images."""
+    quantization: Any = importlib.import_module('onnxruntime.quantization')
+    prepare: Any = importlib.import_module('onnxruntime.quantization.shape_inference')
+    held_out = torch.arange(len(images)) % HELD_OUT == 0
+    expected = logits_of(file, images[held_out])
+    checks: dict[Path, Check] = {}
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder, redirect_stdout(io.StringIO()):
+        ready = Path(folder, 'ready.onnx')
+        prepare.quant_pre_process(str(file), str(ready))
+        for method in _METHODS:
+            quantized = Path(folder, f'{method}.onnx')
+            quantization.quantize_static(
+                str(ready),
+                str(quantized),
+                _Reader(images[~held_out]),
+                per_channel=True,
+                reduce_range=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                calibrate_method=quantization.CalibrationMethod[method],
+                extra_options=dict(CalibStridedMinMax=1, CalibPercentile=_PERCENTILE),
+            )
+            checks[quantized] = compared(logits_of(quantized, images[held_out]), expected)
+        best = min(checks, key=lambda quantized: checks[quantized].error)
+        best.replace(file)
+    return checks[best]
+
+
+class _Reader:
+    """Images for onnxruntime's calibration, part by part: it keeps what all layers compute for a part."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._parts = images.split(_TOGETHER)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Lets `get_next` begin with a part and stop before another."""
+        self._next = iter(self._parts[start_index:end_index])
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Returns the next part by the name of the network's input, None after the last."""
+        return next((dict(images=part.numpy()) for part in self._next), None)
+
+
+def measured(
+    files: Mapping[str, Path], networks: Mapping[str, nn.Module], images: Tensor, held_out: Tensor | None
+) -> dict[str, dict[str, Any]]:
+    """Measures ONNX files: bytes, time, also of the first file's, and how logits compare with its on held-out images.
+
+    Times are medians for the images in ONNX Runtime on the CPU and, for files whose network is given, in torch on the
+    images' device. Networks also tell their parameters and multiply-adds.
     """
-    network, images = copy.deepcopy(network).cpu().float().eval(), images.cpu().float()  # a GPU may have fewer digits
-    with explained(f'{path.name} cannot be written or run', Exception), torch.inference_mode():
-        write_onnx(network, images, path)
-        with onnx_session(path) as run:
-            found, expected = run(images), network(images)
-    error = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
-    if not error < _TOLERANCE:
-        raise InputError(f'{path.name} differs from the network by {error:.2g} of the largest output in ONNX Runtime.')
+    found: dict[str, dict[str, Any]] = {name: dict(bytes=file.stat().st_size) for name, file in files.items()}
+    for name, times in times_of(files, images.cpu().float().contiguous()).items():
+        found[name]['onnx_ms'] = statistics.median(times)
+        found[name]['of_plain'] = found[name]['onnx_ms'] / next(iter(found.values()))['onnx_ms']
+    for name, times in times_of(networks, images).items():
+        parameters = sum(p.numel() for p in networks[name].parameters() if p.requires_grad)
+        macs = count_macs(networks[name], images)
+        found[name] |= dict(parameters=parameters, macs=macs, torch_ms=statistics.median(times))
+    if held_out is not None:
+        expected = logits_of(next(iter(files.values())), held_out)
+        for name, file in files.items():
+            found[name] |= compared(logits_of(file, held_out), expected)._asdict()
+    return found
