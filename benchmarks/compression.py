@@ -20,22 +20,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import reparameterize_model
 from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_harmonic import deploy, harmonize, truncate
-from timm_harmonic.common.onnx import onnx_session
+from timm_harmonic import deploy, export_onnx, harmonize, truncate
 from timm_harmonic.conversion.costs import count_macs
 from timm_harmonic.conversion.timing import times_of
+from timm_harmonic.export.onnx import logits_of
 from timm_harmonic.small_data.tasks import Images, load_photographs, patches
 from timm_harmonic.small_data.training import Recipe, batches, evaluate, fit, one_thread
 
 from .environment import environment
 from .files import write
-from .smaller import in_int8, narrower, network, pruned, with_statistics
+from .smaller import narrower, network, pruned, with_statistics
 
 # What is cut, and to which shares.
 CUTS = (('parameters', 0.68), ('parameters', 0.36), ('parameters', 0.2), ('macs', 0.4), ('time', 0.7))
@@ -166,8 +165,9 @@ def accuracy_on(model: nn.Module, test: Images) -> float:
 
 def accuracy_in_int8(model: nn.Module, data: list[Tensor], test: Images) -> float:
     """Percentage of the test patches, in ONNX Runtime in 8-bit integers."""
-    with tempfile.TemporaryDirectory() as folder, onnx_session(in_int8(model, data, Path(folder))) as run:
-        predicted = torch.cat([run(part) for part in test.pixels.split(len(data[0]))]).argmax(1)
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, data[0], file := Path(folder, 'int8.onnx'), int8=data)
+        predicted = logits_of(file, test.pixels).argmax(1)
     return 100 * (predicted == test.labels).float().mean().item()
 
 

@@ -23,8 +23,7 @@ from timm.models import get_pretrained_cfg_value, reparameterize_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_harmonic import deploy, harmonize, truncate
-from timm_harmonic.common.onnx import write_onnx
+from timm_harmonic import deploy, export_onnx, harmonize, truncate
 from timm_harmonic.conversion.costs import costs_of, set_forms
 from timm_harmonic.conversion.timing import times_of
 from timm_harmonic.conversion.truncate import budget_of, choose_levels, losses_by_filters
@@ -32,7 +31,6 @@ from timm_harmonic.conversion.truncate import budget_of, choose_levels, losses_b
 from .environment import environment
 from .files import write
 from .measure import Setting, as_ratios, compare, fresh_processes, usable
-from .smaller import in_int8
 
 MODELS = (
     'resnet18',
@@ -123,14 +121,11 @@ def in_onnx_runtime(name: str, settings: list[str], batches: list[int], size: in
     rows = []
     for setting in settings:
         with tempfile.TemporaryDirectory() as folder:
-            files: dict[str, Path] = {}
+            files = {key: Path(folder, f'{key}.onnx') for key in networks}
             for key, network in networks.items():
-                (place := Path(folder, key)).mkdir()
-                if setting == ONNX[1]:
-                    files[key] = in_int8(network, [torch.randn(first.shape) for _ in range(2)], place)
-                else:
-                    write_onnx(network, first, place / 'fp32.onnx')
-                    files[key] = place / 'fp32.onnx'
+                export_onnx(
+                    network, first, files[key], int8=[torch.randn(8, 3, size, size)] if setting == ONNX[1] else None
+                )
             for batch, x in images.items():
                 times = {key: [ms / 1000 for ms in of] for key, of in times_of(files, x).items()}
                 of = dict(runs=as_ratios(times), impossible=impossible)

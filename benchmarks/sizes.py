@@ -18,12 +18,11 @@ from timm.models import get_pretrained_cfg_value, reparameterize_model
 from torch import nn
 from tqdm import tqdm
 
-from timm_harmonic import deploy, harmonize
+from timm_harmonic import deploy, export_onnx, harmonize
 from timm_harmonic.common.onnx import write_onnx
 
 from .environment import environment
 from .files import write
-from .smaller import in_int8
 
 MODELS = ('resnet18', 'resnet50')
 LEVELS = (None, 3, 2, 1)
@@ -47,11 +46,14 @@ def sizes(name: str, level: int | None) -> dict[str, int]:
         small = harmonize(model, level=level, exclude=get_pretrained_cfg_value(name, 'first_conv'))
     found = dict(weights=len(safetensors.torch.save(small.state_dict())), dense=_onnx(reparameterize_model(small)))
     with tempfile.TemporaryDirectory() as folder:
-        in_int8(deploy(small), [images], Path(folder))
-        deployed, int8 = ((Path(folder) / name).stat().st_size for name in ('fp32.onnx', 'int8.onnx'))
-    found['int8'] = int8
+        kinds: dict[str, Any] = dict(int8=[torch.randn(8, 3, _SIZE, _SIZE)])
+        if level is not None:
+            kinds['deployed'] = None
+        for kind, int8 in kinds.items():
+            export_onnx(deploy(small), images, file := Path(folder, f'{kind}.onnx'), int8=int8)
+            found[kind] = file.stat().st_size
     if level is not None:
-        found |= dict(harmonic=_onnx(small), deployed=deployed)
+        found['harmonic'] = _onnx(small)
     return found
 
 

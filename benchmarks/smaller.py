@@ -1,15 +1,13 @@
-"""Smaller networks in other ways, to compare with: pruned channels, narrower networks, and 8-bit integers."""
+"""Smaller networks in other ways, to compare with: pruned channels and narrower networks."""
 
 import copy
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from timm_harmonic.common.onnx import write_onnx
 from timm_harmonic.small_data.training import NAMED
 
 CHANNELS = (32, 64, 128, 256)  # twice the quickstart's: in narrower layers there is no time to gain
@@ -51,21 +49,3 @@ def with_statistics(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """Re-estimates the batch-norm statistics, as `refit` does for truncated networks."""
     update_bn(batches, model)
     return model.eval()
-
-
-def in_int8(network: nn.Module, batches: Sequence[Tensor], folder: Path) -> Path:
-    """The ONNX file of a plain network, weights and activations in 8 bits, with ranges from batches of images."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Batches(CalibrationDataReader):
-        left = iter(batches)
-
-        def get_next(self) -> Any:
-            return next((dict(images=images.contiguous().numpy()) for images in self.left), None)
-
-    path, ready, quantised = (folder / name for name in ('fp32.onnx', 'ready.onnx', 'int8.onnx'))
-    write_onnx(network, batches[0], path)
-    quant_pre_process(str(path), str(ready))
-    quantize_static(str(ready), str(quantised), Batches(), per_channel=True)
-    return quantised
