@@ -26,7 +26,7 @@ _COLUMNS = dict(  # of the table of ONNX files: title, factor and format
     torch_ms=('torch, ms', 1, '.3g'),
     macs=('multiply-adds', 1, ',d'),
 )
-_CALIBRATING = 128  # images for the ranges of 8 bits: more change nothing
+_CALIBRATING = 64  # images at most for the ranges of 8 bits, a quarter of them held out
 _POINTS, _SAME = 1.0, 0.95  # what a file may lose to be recommended: accuracy, or equal classes if labels are unknown
 
 

@@ -51,7 +51,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, int8: Ite
         images: Example batch (B, C, H, W), with which the float32 file is checked.
         path: File to write. A file that is there is replaced.
         int8: Batches of images (B, C, H, W), alone or first in a tuple or list, prepared as for the network: to write
-            a file in 8 bits. Labels are not used. 100 images are enough.
+            a file in 8 bits. Labels are not used.
 
     Returns:
         The `error` of the file's outputs, as a share of their norm, and the `agreement`, the share of images with the
