@@ -14,18 +14,7 @@ from ..common import InputError
 from ..common.device import float64_device
 from ..common.progress import progress
 from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, full_level, owns_weight
-from .running import (
-    HELD_OUT,
-    Run,
-    Use,
-    check_changeable,
-    evaluating,
-    read_images,
-    suspended,
-    trainable,
-    uses_of,
-    watching,
-)
+from .running import HELD_OUT, Use, check_changeable, evaluating, read_images, suspended, trainable, uses_of, watching
 from .swap import check_unwrapped, harmonic_layers
 
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last keeps the coefficients
@@ -160,8 +149,11 @@ def refit(
     winner is then fitted to all images. This makes it likely, not certain, that the result is nearer to the complete
     network on other images too: the more images, the likelier.
 
-    The images stay in memory, 2 GiB at most. One layer at a time needs sums of 16 (F + o)^2 bytes for F features and o
-    outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3, and about as much again to solve them.
+    Both networks run once, and wait while a layer is fitted; they start again behind layers that are used repeatedly.
+    The images stay in memory, 2 GiB at most, and with them all that both networks hold in between, of the first 256 MiB
+    of images: limit `batches` if that is too much. Further images run again for each layer. One layer at a time needs
+    sums of 16 (F + o)^2 bytes for F features and o outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3,
+    and about as much again to solve them.
 
     Args:
         model: Complete network. Layers that are harmonic in `small` may be plain in it.
@@ -201,7 +193,8 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     with torch.no_grad(), evaluating(model):
         norms, uses = [norms_behind(network, parts[0]) for network in (fitted, final)], uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
-        lowered = [name for name in uses if uses[name] and layers[name].level < full_level(layers[name].kernel_size[0])]
+        full = {name: full_level(layer.kernel_size[0]) for name, layer in layers.items()}
+        lowered = {name: len(of) for name, of in uses.items() if of and layers[name].level < full[name]}
         with (
             suspended(model, parts, lowered) as whole,
             training_norms(fitted, 0.0),  # normalises by each batch
@@ -235,7 +228,7 @@ def losses_after_refit(model: nn.Module, parts: Sequence[Tensor]) -> dict[str, d
     layers, found = harmonic_layers(model), {}
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
-        reached = [name for name in uses if uses[name]]
+        reached = {name: len(of) for name, of in uses.items() if of}
         with suspended(model, parts, reached) as runs:
             for name in reached:
                 samples = _samples(name, layers[name], uses[name], parts, zip(runs))
@@ -256,13 +249,13 @@ def _losses_of(layer: HarmonicLayer, samples: Samples, intercept: bool) -> dict[
 
 
 def _samples(
-    name: str, layer: Any, uses: Sequence[Use], parts: Sequence[Tensor], runs: Iterable[Sequence[Run]]
+    name: str, layer: Any, uses: Sequence[Use], parts: Sequence[Tensor], runs: Iterable[Sequence[Iterator[Any]]]
 ) -> Samples:
-    """Sums up a layer's inputs and wanted outputs, which the first and the last run of each part have."""
+    """Sums up a layer's inputs, from the last of the runs of each part, and its wanted outputs, from the first."""
     positions = sum(use.positions for use in uses) * sum(map(len, parts)) // len(parts[0])  # as in the first part
     samples = Samples(layer, positions)
     for (_, held_out), of_part in zip(_with_held_out(parts), runs, strict=True):
-        for values in zip(*(run.to(name, len(uses)) for run in of_part), strict=True):
+        for values in zip(*map(next, of_part), strict=True):
             samples.add(values[-1][0], values[0][1], held_out)
     samples.check(name)
     return samples
@@ -291,6 +284,7 @@ def _set_weights(layer: Any, norm: Any, weight: Tensor, bias: Tensor) -> None:
         layer.bias.copy_(bias.flatten())
     elif norm is not None:
         norm.running_mean.sub_(bias.flatten().to(norm.running_mean))
+    torch.clear_autocast_cache()  # which has a cast of the bias
 
 
 def _relative(test: Moments, weight: Tensor, bias: Tensor) -> float:

@@ -1,9 +1,8 @@
 """Running images through a network and watching its harmonic layers, without leaving a trace."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from contextvars import copy_context
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from itertools import accumulate, islice
 from numbers import Integral
@@ -19,12 +18,12 @@ HELD_OUT = 4  # one image in this many is held out
 _BYTES = 2**31  # of images kept in memory
 _BATCH = 32  # images that run through a network together
 _SUSPENDED = 2**28  # bytes of images whose runs stay suspended, 4 MiB at least for each part
-_AUTOCAST = ('cpu', 'cuda', 'mps', 'xpu')
 
 P = ParamSpec('P')
 R = TypeVar('R')
 T = TypeVar('T')
 Watch = Callable[[str, Any, Tensor, Tensor], None]  # gets a module's name, the module, its input and its output
+Visit = list[tuple[Tensor, ...]]  # the input of a module, or its input and output, in each of its uses
 
 
 def trainable(function: Callable[P, R]) -> Callable[P, R]:
@@ -124,14 +123,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None) -> Iterator[None]:
-    """Reports what modules of a network compute, by default the harmonic layers, while the context lasts."""
+def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Reports what the harmonic layers of a network compute while the context lasts."""
 
     def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         watch(name, module, inputs[0], output)
 
-    names = harmonic_layers(model) if names is None else names
-    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
+    layers = harmonic_layers(model)
+    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -140,43 +139,33 @@ def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None)
 
 
 class _Ended(BaseException):
-    """Ends a function that waits in `in_turns`. No Exception, which a network may catch."""
+    """Ends a function that waits in `in_turns`; not an Exception, which a network may catch."""
 
 
-def _in_thread(work: Callable[[], object]) -> threading.Thread:
-    """Makes a thread in which a function computes as it would here: torch keeps its modes by thread."""
-    modes: list[Callable[[], Any]] = [
-        partial(torch.inference_mode, torch.is_inference_mode_enabled()),
-        partial(torch.set_grad_enabled, torch.is_grad_enabled()),
-    ]
-    for kind in filter(torch.is_autocast_enabled, _AUTOCAST):
-        cache = torch.is_autocast_cache_enabled()
-        modes.append(partial(torch.autocast, kind, torch.get_autocast_dtype(kind), cache_enabled=cache))
+def _modes() -> list[Callable[[], Any]]:
+    """Returns what enters this thread's modes in another one: torch keeps them by thread."""
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    modes: list[Any] = [partial(torch.inference_mode, inference), partial(torch.set_grad_enabled, gradients)]
+    for kind in filter(torch.is_autocast_enabled, ('cpu', 'cuda', 'mps', 'xpu')):
+        cache, dtype = torch.is_autocast_cache_enabled(), torch.get_autocast_dtype(kind)
+        modes.append(partial(torch.autocast, kind, dtype, cache_enabled=cache))
     if torch.cuda.is_initialized():
         modes.append(partial(torch.cuda.stream, torch.cuda.current_stream()))
     if (device := torch.get_default_device()).type != 'cpu':
         modes.append(lambda: device)
-
-    def run() -> None:
-        torch.get_num_threads()  # without this call, OpenMP would not know the number
-        with ExitStack() as stack:
-            for mode in modes:
-                stack.enter_context(mode())
-            work()
-
-    return threading.Thread(target=copy_context().run, args=(run,), daemon=True)
+    return modes
 
 
 def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
-    """Yields what a function reports. Until the next value is wanted, it waits in a thread of its own.
+    """Yields what a function reports, which waits between reports in a thread of its own, in the caller's modes.
 
-    Caller and thread take turns, so nothing depends on timing. The function's errors are raised here. Closing the
+    Caller and thread take turns, so nothing depends on timing. Errors of the function are raised here. Closing the
     iterator ends the thread.
     """
     ours, theirs = threading.Semaphore(0), threading.Semaphore(0)
     reported: list[T] = []
     errors: list[BaseException] = []
-    ended = False
+    modes, ended = _modes(), False
 
     def report(value: T) -> None:
         reported.append(value)
@@ -187,15 +176,18 @@ def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
 
     def run() -> None:
         try:
-            work(report)
-        except _Ended:
-            pass
+            torch.get_num_threads()  # tells OpenMP in this thread
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode())
+                work(report)
         except BaseException as error:
-            errors.append(error)
+            if not ended:
+                errors.append(error)
         finally:
             ours.release()
 
-    thread = _in_thread(run)
+    thread = threading.Thread(target=run, daemon=True)
     try:
         thread.start()
         ours.acquire()
@@ -208,77 +200,68 @@ def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
     finally:
         ended = True
         theirs.release()
-        if thread.ident is not None:
+        if thread.ident is not None:  # it has started
             thread.join()
 
 
-class Run:
-    """Images on their way through a network, suspended at one after another of the modules `names`.
+def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], before: bool, stay: bool) -> Iterator[Visit]:
+    """Yields what `suspended` has of one part. Without `stay`, each module gets a run of its own."""
+    ahead = set(uses)
+    turns: Any = None
 
-    With `before`, it stops before a module computes, otherwise behind it.
-    """
-
-    def __init__(self, model: nn.Module, images: Tensor, names: Iterable[str], before: bool, stay: bool) -> None:
-        self.model, self.images, self.before, self.stay = model, images, before, stay
-        self.ahead = set(names)
-        self._uses: Any = None
-
-    def to(self, name: str, uses: int) -> list[tuple[Tensor, ...]]:
-        """Goes on to the last of the next uses of a module; fewer if the run ends first. Call it once for each module.
-
-        Returns the module's input and, unless it stops before, its output for each use. If the module then changes, a
-        run that stopped before it takes that into account. Where other uses of modules that are ahead were passed, the
-        next call starts from the images again.
-        """
-        found: list[tuple[Tensor, ...]] = []
-        passed = 0
-        self._uses = self._uses or in_turns(self._report)
-        for key, values in self._uses:
-            passed += 1
-            if key == name:
-                # The network may go on in place.
-                found.append(tuple(value.clone() for value in values) if uses > 1 else values)
-            if len(found) == uses:
-                break
-        self.ahead.remove(name)
-        if not (passed == len(found) == uses == 1 and self.stay):
-            self.close()
-        return found
-
-    def close(self) -> None:
-        """Ends the run where it is."""
-        if self._uses is not None:
-            self._uses.close()
-            self._uses = None
-
-    def _report(self, report: Callable[[tuple[str, tuple[Tensor, ...]]], None]) -> None:
+    def run(report: Callable[[tuple[str, tuple[Tensor, ...]]], None]) -> None:
         thread = threading.get_ident()
 
         def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], *outputs: Tensor) -> None:
-            # Other runs have hooks at the same modules.
-            if threading.get_ident() == thread and name in self.ahead:
+            if threading.get_ident() == thread and name in ahead:  # other threads run through the same modules
                 report((name, (inputs[0], *outputs)))
 
-        kind = 'register_forward_pre_hook' if self.before else 'register_forward_hook'
+        kind = 'register_forward_pre_hook' if before else 'register_forward_hook'
         with ExitStack() as stack:
-            for name in self.ahead:
-                stack.callback(getattr(self.model.get_submodule(name), kind)(partial(hook, name)).remove)
-            self.model(self.images)
+            for name in ahead:
+                stack.callback(getattr(model.get_submodule(name), kind)(partial(hook, name)).remove)
+            model(images)
+
+    def visit(name: str, number: int) -> Visit:
+        nonlocal turns
+        found: Visit = []
+        turns, passed = turns or in_turns(run), 0
+        for key, values in turns:
+            passed += 1
+            if key == name:
+                # The network may go on in place.
+                found.append(tuple(value.clone() for value in values) if number > 1 else values)
+            if len(found) == number:
+                break
+        ahead.remove(name)
+        if not (passed == len(found) == number == 1 and stay):
+            turns = turns.close()
+        return found
+
+    try:
+        for name, number in uses.items():
+            yield visit(name, number)  # which nothing here refers to, for the memory
+    finally:
+        if turns:
+            turns.close()
 
 
 @contextmanager
 def suspended(
-    model: nn.Module, parts: Sequence[Tensor], names: Iterable[str], before: bool = False
-) -> Iterator[list[Run]]:
-    """Runs parts of images through a network, each suspended at modules, see `Run`, while the context lasts.
+    model: nn.Module, parts: Sequence[Tensor], uses: Mapping[str, int], before: bool = False
+) -> Iterator[list[Iterator[Visit]]]:
+    """Runs parts of images through a network, each suspended at one module after another while the context lasts.
 
-    Live activations of up to 256 MiB of images are in memory. Runs of further images start again for each module.
+    Each part yields, for each module in `uses`, its input and output in as many uses, or fewer if there are no more.
+    With `before`, it stops before the last of them, yields inputs alone, and goes on with the module as it is then. It
+    starts again behind a module that is used repeatedly or out of turn, and for each module if more than 256 MiB of
+    images come up to here: the live activations of the others stay in memory.
     """
     sizes = accumulate(max(part.nbytes, 2**22) for part in parts)
     with ExitStack() as stack:
-        runs = [Run(model, part, names, before, size <= _SUSPENDED) for part, size in zip(parts, sizes, strict=True)]
-        for run in runs:
-            stack.enter_context(closing(run))
+        runs: Any = [_visits(model, part, uses, before, next(sizes) <= _SUSPENDED) for part in parts]
+        for visits in runs:
+            stack.callback(visits.close)
         yield runs
 
 
