@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..common import InputError
 from ..common.device import float64_device
 from ..common.progress import progress
-from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, full_level, owns_weight
+from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, owns_weight
 from .running import HELD_OUT, Use, check_changeable, evaluating, read_images, suspended, trainable, uses_of, watching
 from .swap import check_unwrapped, harmonic_layers
 
@@ -193,8 +193,8 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     with torch.no_grad(), evaluating(model):
         norms, uses = [norms_behind(network, parts[0]) for network in (fitted, final)], uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
-        full = {name: full_level(layer.kernel_size[0]) for name, layer in layers.items()}
-        lowered = {name: len(of) for name, of in uses.items() if of and layers[name].level < full[name]}
+        full = {name: of.in_channels // of.groups * of.kernel_size[0] ** 2 for name, of in layers.items()}
+        lowered = {name: len(of) for name, of in uses.items() if of and layers[name].weight[0].numel() < full[name]}
         with (
             suspended(model, parts, lowered) as whole,
             training_norms(fitted, 0.0),  # normalises by each batch
