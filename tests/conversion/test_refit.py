@@ -497,7 +497,10 @@ def test_a_repeated_layer_before_work_in_place():
 
 
 class Winding(nn.Module):
-    """Layers in another order than registered, one used twice with another between, and one for small images alone."""
+    """Layers in another order than registered, one used twice with another between, and one for small images alone.
+
+    What it keeps in an attribute is that of its last input.
+    """
 
     def __init__(self):
         super().__init__()
@@ -507,10 +510,10 @@ class Winding(nn.Module):
 
     def forward(self, x):
         small = x.shape[-1] < 10
-        x = self.norm(self.first(x))
+        self.kept = x = self.norm(self.first(x))
         for layer in (self.twice, self.rare, self.between) if small else (self.between, self.twice):
             x = x + layer(x)
-        return self.last(self.twice(x).relu_())
+        return self.last(self.twice(x + self.kept).relu_())
 
 
 @pytest.mark.parametrize('suspended', [0, 2**22, 2**28])

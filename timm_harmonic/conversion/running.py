@@ -1,5 +1,6 @@
 """Running images through a network and watching its harmonic layers, without leaving a trace."""
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -206,21 +207,24 @@ def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
 
 def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], before: bool, stay: bool) -> Iterator[Visit]:
     """Yields what `suspended` has of one part. Without `stay`, each module gets a run of its own."""
+    # A copy with the same tensors: networks may keep values in attributes while they run.
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     ahead = set(uses)
+    report: Any = None
     turns: Any = None
 
-    def run(report: Callable[[tuple[str, tuple[Tensor, ...]]], None]) -> None:
-        thread = threading.get_ident()
+    def run(to: Callable[[tuple[str, tuple[Tensor, ...]]], None]) -> None:
+        nonlocal report
+        report = to
+        model(images)
 
-        def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], *outputs: Tensor) -> None:
-            if threading.get_ident() == thread and name in ahead:  # other threads run through the same modules
-                report((name, (inputs[0], *outputs)))
+    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], *outputs: Tensor) -> None:
+        if name in ahead:
+            report((name, (inputs[0], *outputs)))
 
-        kind = 'register_forward_pre_hook' if before else 'register_forward_hook'
-        with ExitStack() as stack:
-            for name in ahead:
-                stack.callback(getattr(model.get_submodule(name), kind)(partial(hook, name)).remove)
-            model(images)
+    for name in uses:
+        module: Any = model.get_submodule(name)
+        (module.register_forward_pre_hook if before else module.register_forward_hook)(partial(hook, name))
 
     def visit(name: str, number: int) -> Visit:
         nonlocal turns
