@@ -15,14 +15,17 @@ from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harm
 from timm_harmonic.conversion.costs import costs_of
 from timm_harmonic.conversion.refit import (
     Moments,
+    Samples,
+    by_group,
     estimate_statistics,
     losses_after_refit,
     norms_behind,
     norms_of,
     output_error,
     refitted,
+    training_norms,
 )
-from timm_harmonic.conversion.running import read_images
+from timm_harmonic.conversion.running import read_images, watching
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters
 
@@ -491,6 +494,61 @@ def test_a_repeated_layer_before_work_in_place():
         assert nearer(model, better, small, smooth(seed=3))
         weights.append(better.conv.weight)
     torch.testing.assert_close(*weights)
+
+
+class Winding(nn.Module):
+    """Layers in another order than registered, one used twice with another between, and one for small images alone.
+
+    What it keeps in an attribute is that of its last input.
+    """
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.last, self.twice, self.rare, self.first = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.norm, self.between = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        small = x.shape[-1] < 10
+        self.kept = x = self.norm(self.first(x))
+        for layer in (self.twice, self.rare, self.between) if small else (self.between, self.twice):
+            x = x + layer(x)
+        return self.last(self.twice(x + self.kept).relu_())
+
+
+@pytest.mark.parametrize('suspended', [0, 2**22, 2**28])
+def test_the_fit_is_that_of_one_layer_after_another(suspended, monkeypatch):
+    """Whatever the order of their uses, and however many runs stay suspended."""
+    monkeypatch.setattr('timm_harmonic.conversion.running._SUSPENDED', suspended)
+    monkeypatch.setattr('timm_harmonic.conversion.refit._RIDGES', (1e-2,))
+    judged = []
+    monkeypatch.setattr('timm_harmonic.conversion.refit.output_error', lambda *args: judged.append(args[1]) or 1.0)
+    model = harmonize(Winding().eval())
+    small = weakened(truncate(model, level=2))
+    parts = read_images([smooth(24, size=8), smooth(40, size=12)], smooth())
+    refitted(model, small, parts)
+
+    def visits(network, name, part):
+        seen = []
+        with watching(network, lambda key, _, *values: seen.append([x.clone() for x in values]) if key == name else 0):
+            network(part)
+        return seen
+
+    by_hand = copy.deepcopy(small)
+    with torch.no_grad(), training_norms(by_hand, 0.0):
+        for name in ('first', 'twice', 'rare', 'between', 'last'):
+            layer, place = by_hand.get_submodule(name), 0
+            samples = Samples(layer, 1)
+            for part in parts:
+                held_out = torch.arange(place, place + len(part)) % 4 == 3
+                place += len(part)
+                for (_, wanted), (x, _) in zip(visits(model, name, part), visits(by_hand, name, part), strict=True):
+                    samples.add(x, wanted, held_out)
+            weight, bias = samples.fit.solve(by_group(layer.weight, 1), 1e-2, True)
+            layer.weight.copy_(weight.transpose(1, 2).reshape(layer.weight.shape))
+            layer.bias.copy_(bias[0])
+    for ours, theirs in zip(judged[2].parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_losses_are_what_refitting_leaves_over():

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +13,10 @@ from torch.utils._pytree import tree_leaves
 from ..common import InputError
 from ..common.device import float64_device
 from ..common.progress import progress
-from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, full_level, owns_weight
-from .running import HELD_OUT, Use, check_changeable, evaluating, read_images, trainable, uses_of, watching
+from ..layers import COMPUTED, HarmonicBlock2d, HarmonicLayer, owns_weight
+from .running import HELD_OUT, Use, check_changeable, evaluating, read_images, suspended, trainable, uses_of, watching
 from .swap import check_unwrapped, harmonic_layers
 
-_SUMS = 2**30  # bytes of sums held at a time while levels are compared
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last keeps the coefficients
 _RIDGE = 1e-2  # while levels are compared
 _ELEMENTS = 2**24  # of features held at a time: 128 MiB in float64
@@ -108,7 +107,7 @@ class Samples:
     def __init__(self, layer: HarmonicLayer, positions: int) -> None:
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         self.layer: Any = layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
-        count = layer.in_channels // layer.groups * len(layer.basis)
+        count = layer.weight[0].numel()  # what one output mixes
         size = count + layer.out_channels // layer.groups + 1
         sums = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=float64_device(layer.weight.device))
         self.fit, self.test = Moments(count, sums), Moments(count, sums.clone())
@@ -124,7 +123,7 @@ class Samples:
     def add(self, x: Tensor, outputs: Tensor, held_out: Tensor) -> None:
         """Adds inputs (B, C, H, W) and outputs (B, O, H', W'); `held_out` (B,) marks the held-out images."""
         number = outputs[0, 0].numel()
-        size = number * self.layer.in_channels * len(self.layer.basis)
+        size = number * self.layer.groups * self.fit.features
         for part in torch.arange(len(x)).split(max(1, _ELEMENTS // size)):
             features = self.layer.features(x[part].to(self.layer.weight.dtype)).flatten(2)
             wanted = outputs[part].flatten(2)
@@ -150,8 +149,11 @@ def refit(
     winner is then fitted to all images. This makes it likely, not certain, that the result is nearer to the complete
     network on other images too: the more images, the likelier.
 
-    The images stay in memory, 2 GiB at most. One layer at a time needs sums of 16 (F + o)^2 bytes for F features and o
-    outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3, and about as much again to solve them.
+    Both networks run once, and wait while a layer is fitted; they start again behind layers that are used repeatedly.
+    The images stay in memory, 2 GiB at most, and with them all that both networks hold in between, of the first 256 MiB
+    of images: limit `batches` if that is too much. Further images run again for each layer. One layer at a time needs
+    sums of 16 (F + o)^2 bytes for F features and o outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3,
+    and about as much again to solve them.
 
     Args:
         model: Complete network. Layers that are harmonic in `small` may be plain in it.
@@ -191,11 +193,18 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     with torch.no_grad(), evaluating(model):
         norms, uses = [norms_behind(network, parts[0]) for network in (fitted, final)], uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
-        lowered = [name for name in uses if uses[name] and layers[name].level < full_level(layers[name].kernel_size[0])]
-        for name in progress(lowered, desc='refit', unit='layer', leave=False):
-            solved = _refit_layer(model, fitted, name, uses[name], parts, name in norms[0])
-            for network, of, solution in zip((fitted, final), norms, solved, strict=False):
-                _set_weights(network.get_submodule(name), of.get(name), *solution)
+        full = {name: of.in_channels // of.groups * of.kernel_size[0] ** 2 for name, of in layers.items()}
+        lowered = {name: len(of) for name, of in uses.items() if of and layers[name].weight[0].numel() < full[name]}
+        with (
+            suspended(model, parts, lowered) as whole,
+            training_norms(fitted, 0.0),  # normalises by each batch
+            suspended(fitted, parts, lowered, before=True) as cut,
+        ):
+            for name in progress(lowered, desc='refit', unit='layer', leave=False):
+                samples = _samples(name, layers[name], uses[name], parts, zip(whole, cut, strict=True))
+                solved = _solve(layers[name], samples, name in norms[0])
+                for network, of, solution in zip((fitted, final), norms, solved, strict=False):
+                    _set_weights(network.get_submodule(name), of.get(name), *solution)
         for network in (fitted, counted):
             # One image has no statistics.
             estimate_statistics(network, [images for images, _ in _split(parts) if len(images) > 1])
@@ -213,27 +222,18 @@ def losses_after_refit(model: nn.Module, parts: Sequence[Tensor]) -> dict[str, d
     """Returns the share of each harmonic layer's output that refitting leaves over at each level, on held-out images.
 
     Every layer gets its complete input. The mean squared error is divided by the output's variance and averaged over
-    output channels. One run gives the sums for all levels of a layer. Runs repeat so that the sums stay below 1 GiB, or
-    hold one layer. `parts` are images of `read_images`; layers that none of them reaches are left out.
+    output channels. One run gives the sums for all levels. `parts` are images of `read_images`, see `refit` for the
+    memory; layers that none of them reaches are left out.
     """
     layers, found = harmonic_layers(model), {}
-    samples: dict[str, Samples] = {}
-
-    def add(name: str, layer: HarmonicLayer, x: Tensor, output: Tensor) -> None:
-        samples[name].add(x, output, held_out)
-
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
-        for names in _batches_of_layers({name: layers[name] for name in uses if uses[name]}):
-            samples |= {name: Samples(layers[name], _positions(uses[name], parts)) for name in names}
-            for part, mask in _with_held_out(parts):
-                held_out = mask
-                with watching(model, add, names):
-                    model(part)
-            for name in names:
-                samples[name].check(name)
+        reached = {name: len(of) for name, of in uses.items() if of}
+        with suspended(model, parts, reached) as runs:
+            for name in reached:
+                samples = _samples(name, layers[name], uses[name], parts, zip(runs))
                 intercept = layers[name].bias is not None or name in norms
-                found[name] = _losses_of(layers[name], samples.pop(name), intercept)
+                found[name] = _losses_of(layers[name], samples, intercept)
     return found
 
 
@@ -248,38 +248,24 @@ def _losses_of(layer: HarmonicLayer, samples: Samples, intercept: bool) -> dict[
     return lost
 
 
-def _batches_of_layers(layers: dict[str, HarmonicLayer]) -> Iterator[list[str]]:
-    """Yields names of layers whose sums fit into memory together."""
-    names: list[str] = []
-    total = 0
-    for name, layer in layers.items():
-        features, outputs = (channels // layer.groups for channels in (layer.in_channels, layer.out_channels))
-        size = 2 * 8 * layer.groups * (features * len(layer.basis) + outputs + 1) ** 2
-        if names and total + size > _SUMS:
-            yield names
-            names, total = [], 0
-        names.append(name)
-        total += size
-    if names:
-        yield names
+def _samples(
+    name: str, layer: Any, uses: Sequence[Use], parts: Sequence[Tensor], runs: Iterable[Sequence[Iterator[Any]]]
+) -> Samples:
+    """Sums up a layer's inputs, from the last of the runs of each part, and its wanted outputs, from the first."""
+    positions = sum(use.positions for use in uses) * sum(map(len, parts)) // len(parts[0])  # as in the first part
+    samples = Samples(layer, positions)
+    for (_, held_out), of_part in zip(_with_held_out(parts), runs, strict=True):
+        for values in zip(*map(next, of_part), strict=True):
+            samples.add(values[-1][0], values[0][1], held_out)
+    samples.check(name)
+    return samples
 
 
-def _refit_layer(
-    model: nn.Module, small: nn.Module, name: str, uses: Sequence[Use], parts: Sequence[Tensor], normalised: bool
-) -> list[tuple[Tensor, Tensor]]:
+def _solve(layer: Any, samples: Samples, normalised: bool) -> list[tuple[Tensor, Tensor]]:
     """Solves for a layer of a truncated network: without the held-out images, and with all. Empty if it should stay.
 
     `normalised` tells whether a module with a running mean follows, which can take up a constant.
     """
-    layer: Any = small.get_submodule(name)
-    samples = Samples(layer, _positions(uses, parts))
-    for part, held_out in _with_held_out(parts):
-        wanted = [output for _, output in _run_to(model, name, len(uses), part)]
-        with training_norms(small, 0.0):  # normalises by each batch
-            given = [x for x, _ in _run_to(small, name, len(uses), part)]
-        for x, output in zip(given, wanted, strict=True):
-            samples.add(x, output, held_out)
-    samples.check(name)
     start = by_group(layer.weight, layer.groups)
     nothing = start.new_zeros(layer.groups, start.shape[2])
     present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
@@ -298,11 +284,7 @@ def _set_weights(layer: Any, norm: Any, weight: Tensor, bias: Tensor) -> None:
         layer.bias.copy_(bias.flatten())
     elif norm is not None:
         norm.running_mean.sub_(bias.flatten().to(norm.running_mean))
-
-
-def _positions(uses: Sequence[Use], parts: Sequence[Tensor]) -> int:
-    """Counts the positions of a layer's output over all images, by its uses for the first part of them."""
-    return sum(use.positions for use in uses) * sum(map(len, parts)) // len(parts[0])
+    torch.clear_autocast_cache()  # which has a cast of the bias
 
 
 def _relative(test: Moments, weight: Tensor, bias: Tensor) -> float:
@@ -325,25 +307,6 @@ def _split(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for part, mask in _with_held_out(parts):
         held_out = mask.to(part.device)
         yield part[~held_out], part[held_out]
-
-
-class _Enough(Exception):
-    """Ends a run early."""
-
-
-def _run_to(model: nn.Module, name: str, uses: int, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Runs images through a network up to the last of a module's uses, and returns its inputs and outputs."""
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def note(name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        # The next modules may work in place.
-        found.append((x.clone() if uses > 1 else x, output.clone()))
-        if len(found) == uses:
-            raise _Enough
-
-    with watching(model, note, [name]), suppress(_Enough):
-        model(images)
-    return found
 
 
 def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> float:

@@ -1,9 +1,11 @@
 """Running images through a network and watching its harmonic layers, without leaving a trace."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from itertools import islice
+from itertools import accumulate, islice
 from numbers import Integral
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -16,10 +18,13 @@ from .swap import harmonic_layers
 HELD_OUT = 4  # one image in this many is held out
 _BYTES = 2**31  # of images kept in memory
 _BATCH = 32  # images that run through a network together
+_SUSPENDED = 2**28  # bytes of images whose runs stay suspended, 4 MiB at least for each part
 
 P = ParamSpec('P')
 R = TypeVar('R')
+T = TypeVar('T')
 Watch = Callable[[str, Any, Tensor, Tensor], None]  # gets a module's name, the module, its input and its output
+Visit = list[tuple[Tensor, ...]]  # the input of a module, or its input and output, in each of its uses
 
 
 def trainable(function: Callable[P, R]) -> Callable[P, R]:
@@ -119,19 +124,149 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(model: nn.Module, watch: Watch, names: Iterable[str] | None = None) -> Iterator[None]:
-    """Reports what modules of a network compute, by default the harmonic layers, while the context lasts."""
+def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Reports what the harmonic layers of a network compute while the context lasts."""
 
     def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         watch(name, module, inputs[0], output)
 
-    names = harmonic_layers(model) if names is None else names
-    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
+    layers = harmonic_layers(model)
+    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Ended(BaseException):
+    """Ends a function that waits in `in_turns`; not an Exception, which a network may catch."""
+
+
+def _modes() -> list[Callable[[], Any]]:
+    """Returns what enters this thread's modes in another one: torch keeps them by thread."""
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    modes: list[Any] = [partial(torch.inference_mode, inference), partial(torch.set_grad_enabled, gradients)]
+    for kind in filter(torch.is_autocast_enabled, ('cpu', 'cuda', 'mps', 'xpu')):
+        cache, dtype = torch.is_autocast_cache_enabled(), torch.get_autocast_dtype(kind)
+        modes.append(partial(torch.autocast, kind, dtype, cache_enabled=cache))
+    if torch.cuda.is_initialized():
+        modes.append(partial(torch.cuda.stream, torch.cuda.current_stream()))
+    if (device := torch.get_default_device()).type != 'cpu':
+        modes.append(lambda: device)
+    return modes
+
+
+def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
+    """Yields what a function reports, which waits between reports in a thread of its own, in the caller's modes.
+
+    Caller and thread take turns, so nothing depends on timing. Errors of the function are raised here. Closing the
+    iterator ends the thread.
+    """
+    ours, theirs = threading.Semaphore(0), threading.Semaphore(0)
+    reported: list[T] = []
+    errors: list[BaseException] = []
+    modes, ended = _modes(), False
+
+    def report(value: T) -> None:
+        reported.append(value)
+        ours.release()
+        theirs.acquire()
+        if ended:
+            raise _Ended
+
+    def run() -> None:
+        try:
+            torch.get_num_threads()  # tells OpenMP in this thread
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode())
+                work(report)
+        except BaseException as error:
+            if not ended:
+                errors.append(error)
+        finally:
+            ours.release()
+
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+        ours.acquire()
+        while reported:
+            yield reported.pop()
+            theirs.release()
+            ours.acquire()
+        if errors:
+            raise errors.pop()
+    finally:
+        ended = True
+        theirs.release()
+        if thread.ident is not None:  # it has started
+            thread.join()
+
+
+def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], before: bool, stay: bool) -> Iterator[Visit]:
+    """Yields what `suspended` has of one part. Without `stay`, each module gets a run of its own."""
+    # A copy with the same tensors: networks may keep values in attributes while they run.
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    ahead = set(uses)
+    report: Any = None
+    turns: Any = None
+
+    def run(to: Callable[[tuple[str, tuple[Tensor, ...]]], None]) -> None:
+        nonlocal report
+        report = to
+        model(images)
+
+    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], *outputs: Tensor) -> None:
+        if name in ahead:
+            report((name, (inputs[0], *outputs)))
+
+    for name in uses:
+        module: Any = model.get_submodule(name)
+        (module.register_forward_pre_hook if before else module.register_forward_hook)(partial(hook, name))
+
+    def visit(name: str, number: int) -> Visit:
+        nonlocal turns
+        found: Visit = []
+        turns, passed = turns or in_turns(run), 0
+        for key, values in turns:
+            passed += 1
+            if key == name:
+                # The network may go on in place.
+                found.append(tuple(value.clone() for value in values) if number > 1 else values)
+            if len(found) == number:
+                break
+        ahead.remove(name)
+        if not (passed == len(found) == number == 1 and stay):
+            turns = turns.close()
+        return found
+
+    try:
+        for name, number in uses.items():
+            yield visit(name, number)  # which nothing here refers to, for the memory
+    finally:
+        if turns:
+            turns.close()
+
+
+@contextmanager
+def suspended(
+    model: nn.Module, parts: Sequence[Tensor], uses: Mapping[str, int], before: bool = False
+) -> Iterator[list[Iterator[Visit]]]:
+    """Runs parts of images through a network, each suspended at one module after another while the context lasts.
+
+    Each part yields, for each module in `uses`, its input and output in as many uses, or fewer if there are no more.
+    With `before`, it stops before the last of them, yields inputs alone, and goes on with the module as it is then. It
+    starts again behind a module that is used repeatedly or out of turn, and for each module if more than 256 MiB of
+    images come up to here: the live activations of the others stay in memory.
+    """
+    sizes = accumulate(max(part.nbytes, 2**22) for part in parts)
+    with ExitStack() as stack:
+        runs: Any = [_visits(model, part, uses, before, next(sizes) <= _SUSPENDED) for part in parts]
+        for visits in runs:
+            stack.callback(visits.close)
+        yield runs
 
 
 def uses_of(model: nn.Module, images: Tensor) -> dict[str, list[Use]]:
