@@ -144,37 +144,36 @@ def compiler():
 @pytest.mark.parametrize('way', ['CPU', 'CUDA'])
 @pytest.mark.parametrize('cls', [HarmonicConv2d, HarmonicBlock2d])
 def test_compiled_gradients_are_not_rounded(cls, way, precision, monkeypatch):
-    """Compiled, the backward pass runs under autocast. Without a graph break, it gives the eager one's gradients."""
+    """Compiled, the backward pass runs under autocast: its error is that of the eager one. There is no graph break."""
     if way == 'CUDA':
         cuda_way.take(monkeypatch)
-    layer = cls(20, 8, 3)
-    x = torch.randn(4, 20, 9, 9)
+    torch.manual_seed(0)
+    layer, x = cls(20, 8, 3), torch.randn(4, 20, 9, 9)
+    compiled = torch.compile(copy.deepcopy(layer), backend='aot_eager', fullgraph=True)
     gradients = []
-    for model in (layer, torch.compile(copy.deepcopy(layer), backend='aot_eager', fullgraph=True)):
-        with torch.autocast('cpu', precision):
-            y = model(x)
-        y.float().square().sum().backward()
-        gradients.append(next(model.parameters()).grad)
-    assert reference.relative_error(gradients[1], gradients[0]) < 1e-5
+    for model in (copy.deepcopy(layer).double(), layer, compiled):
+        with torch.autocast('cpu', precision, enabled=bool(gradients)):
+            y = model(x if gradients else x.double())
+        y.double().square().sum().backward()
+        gradients.append(next(model.parameters()).grad.double())
+    errors = [(found - gradients[0]).square().mean().sqrt() for found in gradients[1:]]
+    assert errors[1] <= 1.1 * errors[0]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('compiler')
 @pytest.mark.filterwarnings('ignore:`torch.jit')  # the compiler's own imports
-@pytest.mark.parametrize('channels', [64, 8])
-def test_compiled_composition_is_one_kernel(channels, monkeypatch):
-    """Forward, and backward, with the casts of autocast, by inductor."""
+def test_compiled_composition_is_one_kernel(monkeypatch):
+    """Forward, and backward, by inductor."""
     from torch._inductor import metrics
 
     cuda_way.take(monkeypatch)
-    layer = HarmonicConv2d(channels, 16, 3)
+    layer = HarmonicConv2d(64, 16, 3)
 
     @torch.compile(fullgraph=True)
     def filters(weight):
-        return cuda_way.LAYERS[-1].compose(weight, layer.rounded).bfloat16()
+        return cuda_way.LAYERS[-1].compose(weight, layer.rounded)
 
     metrics.reset()
-    y = filters(layer.weight)
-    assert metrics.generated_kernel_count == 1
-    y.float().square().sum().backward()
+    filters(layer.weight).sum().backward()
     assert metrics.generated_kernel_count == 2

@@ -38,10 +38,9 @@ def compose(coefficients: Tensor, basis: Tensor, like: Tensor | None = None) -> 
     They have the dtype of the basis, whatever autocast says, and the memory format of `like` or of the coefficients.
     """
     if not torch.jit.is_scripting() and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        # Compiled, the backward pass runs under the autocast of the forward, which rounds products, but not in float64.
-        if kind_of(coefficients) == 'cpu':
-            return _product(coefficients, basis.double(), like).to(basis.dtype)
-        return (coefficients.unsqueeze(-1) * basis).sum(2)  # inductor makes one kernel of it
+        # Inductor makes one kernel of this. A product would be rounded on the way back: compiled, the backward pass
+        # runs under the autocast of the forward one.
+        return (coefficients.unsqueeze(-1) * basis).sum(2)
     # Autocast does not touch float64, and TorchScript cannot switch autocast off.
     if basis.dtype == torch.float64 or torch.jit.is_scripting():
         return _product(coefficients, basis, like)
