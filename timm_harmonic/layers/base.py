@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..common import InputError
 from ..common.device import float64_device, kind_of
-from .compose import basis_for_product, format_of
+from .compose import FEW_CHANNELS, basis_for_product, format_of
 from .dct import (
     check_level,
     check_smoothness,
@@ -32,7 +32,6 @@ torch.fx.wrap('basis_for_product')  # a leaf: a trace would freeze its branches
 IntPair = int | tuple[int, int]
 
 COMPUTED = 'its weight is computed (weight_norm, spectral_norm, pruning or the like): make that permanent first'
-_FEW_CHANNELS = 16  # of a filter
 # The arguments that nn.Conv2d stores under their own names.
 _CONV_ARGS = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
@@ -190,22 +189,19 @@ class HarmonicLayer(nn.Module):
     def basis_for(self, like: Tensor) -> Tensor:
         """Builds the basis (P, k, k) on a tensor's device and in its precision, but never below float32.
 
-        Filters over few channels take float64 where the device has it: rounding would show in so short a sum, and few
-        coefficients cost little. So does everything on CUDA: where TF32 is allowed, as timm's scripts do, products in
-        float32 keep three digits. `rounded` is the basis of products for which those will do.
+        Filters over few channels take float64 where the device has it, as few coefficients cost little. So does
+        everything on CUDA: where TF32 is allowed, as timm's scripts do, products in float32 keep three digits.
+        `rounded` is the basis of products for which those will do.
         """
-        exact = kind_of(like) == 'cuda' or self._spans_few_channels()
+        exact = kind_of(like) == 'cuda' or self.in_channels // self.groups <= FEW_CHANNELS
         exact = exact and float64_device(like.device) == like.device
         dtype = torch.promote_types(like.dtype, torch.float64 if exact else torch.float32)
         options = (self.kernel_size[0], self.level, self.dc, self.normalization, self.smoothness)
         return dct_basis(*options, device=like.device, dtype=dtype)
 
-    def _spans_few_channels(self) -> bool:
-        return self.in_channels // self.groups <= _FEW_CHANNELS
-
     def _basis_for_product(self) -> Tensor:
         """Returns the basis in the precision that filters need now, see `basis_for_product`."""
-        return basis_for_product(self.weight, self.basis, self.rounded, self._spans_few_channels())
+        return basis_for_product(self.weight, self.basis, self.rounded, self.in_channels // self.groups)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
         # A cast would round the basis for good, and to_empty() would lose it.

@@ -63,7 +63,7 @@ def _fuse_norm(
     shift = -mean * scale
     if beta is not None:
         shift = shift + beta
-    factors = shift.reshape(-1, len(spectrum)) * spectrum.to(dtype)
+    factors = shift.reshape(-1, weight.shape[2]) * spectrum.to(dtype)
     mixed = _times(weight, factors, groups)
     return _times(weight, scale, groups), mixed.sum((1, 2, 3))
 

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ..common.device import allows_tf32, kind_of
 
+FEW_CHANNELS = 16  # of a filter: rounding shows in so short a sum
 
-def basis_for_product(like: Tensor, exact: Tensor, rounded: Tensor | None, few: bool) -> Tensor:
+
+def basis_for_product(like: Tensor, exact: Tensor, rounded: Tensor | None, channels: int) -> Tensor:
     """Chooses between a basis in float64 and the same in float32, for filters as precise as a plain convolution's.
 
     In bfloat16, under autocast or throughout, filters are rounded to 8 bits. There float32 will do even if TF32 rounds
@@ -19,16 +21,18 @@ def basis_for_product(like: Tensor, exact: Tensor, rounded: Tensor | None, few: 
         like: Coefficients.
         exact: Basis (P, k, k).
         rounded: The same in float32, or None if there is no choice.
-        few: Whether a filter spans few channels.
+        channels: Channels that a filter spans.
     """
-    if rounded is None or torch.jit.is_scripting():  # TorchScript cannot ask
+    if torch.jit.is_scripting():  # cannot ask
+        return exact
+    if rounded is None:
         return exact
     kind = like.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if torch.bfloat16 in (like.dtype, autocast):
         return rounded
     # A compiled composition is elementwise, and TF32 is for matrix products.
-    shows = few or (not torch.compiler.is_compiling() and allows_tf32())
+    shows = channels <= FEW_CHANNELS or (not torch.compiler.is_compiling() and allows_tf32())
     return exact if shows else rounded
 
 
@@ -37,12 +41,13 @@ def compose(coefficients: Tensor, basis: Tensor, like: Tensor | None = None) -> 
 
     They have the dtype of the basis, whatever autocast says, and the memory format of `like` or of the coefficients.
     """
-    if not torch.jit.is_scripting() and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.jit.is_scripting():  # cannot switch autocast off
+        return _product(coefficients, basis, like)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         # Inductor makes one kernel of this. A product would be rounded on the way back: compiled, the backward pass
         # runs under the autocast of the forward one.
         return (coefficients.unsqueeze(-1) * basis).sum(2)
-    # Autocast does not touch float64, and TorchScript cannot switch autocast off.
-    if basis.dtype == torch.float64 or torch.jit.is_scripting():
+    if basis.dtype == torch.float64:  # autocast leaves it alone
         return _product(coefficients, basis, like)
     with outside_autocast(coefficients.device.type):
         return _product(coefficients, basis, like)
