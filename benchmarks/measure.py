@@ -24,11 +24,12 @@ from .original import check, original
 __all__ = ['Setting', 'compare', 'evaluation', 'fresh_processes', 'growth', 'measure', 'train_steps', 'usable']
 
 PLAIN = dict(harmonic_stem=False, harmonic_blocks=False)
+_AUTOCAST = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How networks are run: device, 'fp32' or 'bf16' (autocast), memory format, and whether compiled."""
+    """How networks are run: device, 'fp32' or 'bf16' or 'fp16' (autocast), memory format, and whether compiled."""
 
     device: str
     precision: str = 'fp32'
@@ -58,7 +59,8 @@ class Setting:
         return torch.randn(batch, 3, size, size, device=self.device).contiguous(memory_format=self.format)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device, torch.bfloat16) if self.precision == 'bf16' else contextlib.nullcontext()
+        dtype = _AUTOCAST.get(self.precision)
+        return torch.autocast(self.device, dtype) if dtype else contextlib.nullcontext()
 
 
 def fresh_processes(threads: int) -> Pool:
@@ -95,7 +97,7 @@ def training(model: nn.Module, setting: Setting, batch: int, size: int) -> Calla
     """A step of SGD with momentum: forward, backward, update."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-5, momentum=0.9)
-    x, labels = setting.images(batch, size), torch.randint(1000, (batch,), device=setting.device)
+    x, labels = setting.images(batch, size), torch.randint(model.num_classes, (batch,), device=setting.device)
 
     def run() -> None:
         model.train()
@@ -177,8 +179,10 @@ def as_ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def networks(name: str, setting: Setting) -> dict[str, nn.Module]:
-    """Plain twice, ours, ours fused, and the original formulation, in the same setting."""
+    """Plain twice, ours, ours fused, and the original formulation (unless compiled), in the same setting."""
     torch.manual_seed(0)
+    if setting.device == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True  # as timm's scripts do
     ours, plain, again = (timm.create_model(name, **kwargs) for kwargs in ({}, PLAIN, PLAIN))
     theirs = original(ours)
     check(ours, theirs, 64)
@@ -187,8 +191,9 @@ def networks(name: str, setting: Setting) -> dict[str, nn.Module]:
         'plain again': again,
         'fused': reparameterize_model(ours.eval()),
         'harmonic': ours,
-        'original': theirs,
     }
+    if not setting.compiled:  # it would take most of the time
+        models['original'] = theirs
     return {key: setting.place(model) for key, model in models.items()}
 
 

@@ -63,8 +63,8 @@ def _line(row: dict[str, Any]) -> str:
     runs = row['runs']
     cells = [row['model'], row['mode'], row['batch'], f'{1000 * runs["plain"]["seconds"]:.1f}']
     cells += [_ratio(runs.get(key)) for key in _COLUMNS]
-    theirs = runs['original']['ratio']
-    cells.append(' / '.join(f'{theirs / runs[key]["ratio"]:.2f}' for key in ('fused', 'harmonic') if key in runs))
+    theirs, ours = runs.get('original'), [key for key in ('fused', 'harmonic') if key in runs]
+    cells.append(' / '.join(f'{theirs["ratio"] / runs[key]["ratio"]:.2f}' for key in ours) if theirs else '')
     peaks = [runs[key].get('peak_bytes') for key in ('plain', 'harmonic', 'plain again')]
     cells.append(f'{peaks[1] / peaks[0]:.3f} ({peaks[2] / peaks[0]:.3f})' if all(peaks) else '')
     return '| ' + ' | '.join(map(str, cells)) + ' |'

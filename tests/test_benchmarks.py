@@ -111,6 +111,11 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.rstrip('\n') == (tmp_path / 'cpu.md').read_text().rstrip('\n')
     report = json.loads((tmp_path / 'cpu.json').read_text())
     assert {row['mode'] for row in report['rows']} == {'eval', 'train'}
+    # Without time for anything else, the next run keeps these rows.
+    again = '--resume --minutes 1e-9 --models harm_resnet18 harm_vgg11'
+    monkeypatch.setattr(sys, 'argv', ['benchmarks', *options.split(), *again.split()])
+    command.main()
+    assert json.loads((tmp_path / 'cpu.json').read_text())['rows'] == report['rows']
     assert report['environment']['torch'] == torch.__version__
 
 

@@ -17,6 +17,21 @@ def usable_device(name: str | None) -> torch.device:
     return device
 
 
+def kind_of(tensor: torch.Tensor) -> str:
+    """Returns the kind of device that decides how a layer computes; tests take the way of CUDA on a CPU."""
+    return tensor.device.type
+
+
+def allows_tf32() -> bool:
+    """Tells whether CUDA may round the factors of products in float32 to TF32, which has 11 bits.
+
+    It only reads the switch, which belongs to the process. The old one must not be read where a new one was set.
+    """
+    products = torch.backends.cuda.matmul
+    precision = getattr(products, 'fp32_precision', None)  # since torch 2.9
+    return bool(products.allow_tf32) if precision is None else precision == 'tf32'
+
+
 @functools.cache
 def float64_device(device: torch.device) -> torch.device:
     """Returns a device if it computes in float64, which is tried (Apple's GPUs do not), and else the CPU."""

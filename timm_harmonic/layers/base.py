@@ -11,8 +11,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from ..common import InputError
-from ..common.device import float64_device
-from .compose import format_of
+from ..common.device import float64_device, kind_of
+from .compose import FEW_CHANNELS, basis_for_product, format_of
 from .dct import (
     check_level,
     check_smoothness,
@@ -27,10 +27,11 @@ from .dct import (
 )
 from .separable import RepeatChannels, check_form, mixing, responding
 
+torch.fx.wrap('basis_for_product')  # a leaf: a trace would freeze its branches
+
 IntPair = int | tuple[int, int]
 
 COMPUTED = 'its weight is computed (weight_norm, spectral_norm, pruning or the like): make that permanent first'
-_FEW_CHANNELS = 16  # of a filter
 # The arguments that nn.Conv2d stores under their own names.
 _CONV_ARGS = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
@@ -84,6 +85,7 @@ class HarmonicLayer(nn.Module):
         weight: Tensor
         bias: Tensor | None
         basis: Tensor
+        rounded: Tensor | None
         basis_code: Tensor | None
 
     dynamic_padding = False  # pads by the size of the input, as timm's Conv2dSame does
@@ -138,6 +140,7 @@ class HarmonicLayer(nn.Module):
         here, asked = torch.empty(0, dtype=dtype), torch.empty(0, **dd)
         self.weight = nn.Parameter(here)
         self.register_buffer('basis', here if asked.is_meta and self.weight.is_meta else asked, persistent=False)
+        self.register_buffer('rounded', None, persistent=False)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
         self.bias = nn.Parameter(torch.empty(out_channels, **dd)) if bias else None
         self.register_buffer('basis_code', None)
@@ -157,6 +160,8 @@ class HarmonicLayer(nn.Module):
         like = self._coefficients_in_memory()
         with torch.inference_mode(False):  # inference tensors could not be trained with
             self.basis = self.basis_for(self.basis.to(like.dtype) if like.is_meta else like)
+            choice = kind_of(self.basis) == 'cuda' and self.basis.dtype == torch.float64 != like.dtype
+            self.rounded = self.basis.float() if choice else None
             code = code_of_basis(self.normalization, self.smoothness)
             self.basis_code = None if code is None else code.to(self.basis.device)
         for key in [key for key, hook in self._forward_pre_hooks.items() if hook is _complete]:
@@ -181,15 +186,19 @@ class HarmonicLayer(nn.Module):
     def basis_for(self, like: Tensor) -> Tensor:
         """Builds the basis (P, k, k) on a tensor's device and in its precision, but never below float32.
 
-        Filters over few channels take float64 where the device has it: rounding would show in so short a sum, and few
-        coefficients cost little. So does everything on CUDA: where TF32 is allowed, as timm's scripts do, products in
-        float32 keep three digits.
+        Filters over few channels take float64 where the device has it, as few coefficients cost little. So does
+        everything on CUDA: where TF32 is allowed, as timm's scripts do, products in float32 keep three digits.
+        `rounded` is the basis of products for which those will do.
         """
-        exact = like.device.type == 'cuda' or self.in_channels // self.groups <= _FEW_CHANNELS
+        exact = kind_of(like) == 'cuda' or self.in_channels // self.groups <= FEW_CHANNELS
         exact = exact and float64_device(like.device) == like.device
         dtype = torch.promote_types(like.dtype, torch.float64 if exact else torch.float32)
         options = (self.kernel_size[0], self.level, self.dc, self.normalization, self.smoothness)
         return dct_basis(*options, device=like.device, dtype=dtype)
+
+    def _basis_for_product(self) -> Tensor:
+        """Returns the basis in the precision that filters need now, see `basis_for_product`."""
+        return basis_for_product(self.weight, self.basis, self.rounded, self.in_channels // self.groups)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
         # A cast would round the basis for good, and to_empty() would lose it.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ..common import InputError
+from ..common.device import kind_of
 from .base import HarmonicLayer, refresh
 from .compose import compose, outside_autocast
 from .dct import dct_spectrum
@@ -49,19 +50,21 @@ def _fuse_norm(
     beta: Tensor | None,
     eps: float,
     groups: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Fuses the normalisation of the responses into the mix: coefficients (O, I, P, 1) and bias (O,).
 
     A response r_cn enters the mix as weight_ocn s_n (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn), with
     the spectrum s. Statistics, gamma and beta are (C * P,), channel-major. The coefficients refer to the basis: s_n
-    times the functions whose responses are r_cn. The result has the spectrum's dtype.
+    times the functions whose responses are r_cn. The results have the given dtype.
     """
-    weight = weight.to(spectrum.dtype)
-    scale = _scale(var, gamma, eps, spectrum.dtype)
+    weight = weight.to(dtype)
+    scale = _scale(var, gamma, eps, dtype)
     shift = -mean * scale
     if beta is not None:
         shift = shift + beta
-    mixed = _times(weight * spectrum[:, None], shift, groups)
+    factors = shift.reshape(-1, weight.shape[2]) * spectrum.to(dtype)
+    mixed = _times(weight, factors, groups)
     return _times(weight, scale, groups), mixed.sum((1, 2, 3))
 
 
@@ -94,6 +97,8 @@ class HarmonicBlock2d(HarmonicLayer):
     Attributes:
         weight: Mixing coefficients (O, C / groups, P, 1).
         spectrum: The factors s (P,), a non-persistent buffer; ones without smoothness.
+        functions: The functions (P, k, k) whose responses are normalised, a non-persistent buffer: the basis before
+            smoothness scales it.
         bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n. Its eps is the authors' 1e-5;
             with a smoothness it is 0.05, for images of about mean 0 and deviation 1.
 
@@ -107,6 +112,7 @@ class HarmonicBlock2d(HarmonicLayer):
         eps = 1e-5 if self.smoothness is None else _FLOOR
         self.bn: Any = nn.BatchNorm2d(self.in_channels * self.weight.shape[2], eps, affine=False, **dd)
         self.register_buffer('spectrum', None, persistent=False)
+        self.register_buffer('functions', None, persistent=False)
 
     def reset_parameters(self) -> None:
         """Kaiming normal over fan-out, std sqrt(2 / O) as in the authors' code, sqrt(2 / (O P)) with a smoothness."""
@@ -137,17 +143,15 @@ class HarmonicBlock2d(HarmonicLayer):
     def responses(self, x: Tensor) -> Tensor:
         """Returns the DCT responses (B, C * P, H', W') of images before normalisation, in channels_last order."""
         # In this order a stem with 3 channels filters, normalises and mixes in half the time on a CPU.
-        return self._respond(x.contiguous(memory_format=torch.channels_last), self._functions())
-
-    def _functions(self) -> Tensor:
-        """Returns the functions (P, k, k) whose responses are normalised: the basis before smoothness scales it."""
-        return self.basis / self.spectrum[:, None, None]
+        return self._respond(x.contiguous(memory_format=torch.channels_last), self.functions)
 
     def init_non_persistent_buffers(self) -> None:
-        """Rebuilds the basis and the spectrum, see `HarmonicConv2d`."""
+        """Rebuilds the basis, the spectrum and the functions, see `HarmonicConv2d`."""
         super().init_non_persistent_buffers()
         with torch.inference_mode(False):
             self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
+            dtype = torch.promote_types(self._coefficients_in_memory().dtype, torch.float32)
+            self.functions = (self.basis / self.spectrum[:, None, None]).to(dtype)
 
     def fit_norm(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Drops scales of 1 and shifts of 0, as frozen norms store them, if `bn` has none; adds them if it has."""
@@ -177,7 +181,8 @@ class HarmonicBlock2d(HarmonicLayer):
     def filters(self) -> Tensor:
         """Composes the filters (O, C / groups, k, k) of evaluation, differentiably."""
         refresh(self)
-        return self._fused()[0]
+        with outside_autocast(self.weight.device.type):
+            return self._fused()[0]
 
     def fuse(self) -> nn.Conv2d | nn.Sequential:
         """Returns new plain modules that compute the same in evaluation, with a bias; see `HarmonicConv2d.fuse`.
@@ -188,7 +193,8 @@ class HarmonicBlock2d(HarmonicLayer):
         refresh(self)
         if self.form == 'separable':
             return self._to_sequential(*self._mix_in_eval())
-        return self._to_conv2d(*self._fused())
+        with outside_autocast(self.weight.device.type):
+            return self._to_conv2d(*self._fused())
 
     def _keep_responses(self, kept: list[int]) -> None:
         bn, count = self.bn, self.weight.shape[2]
@@ -206,23 +212,23 @@ class HarmonicBlock2d(HarmonicLayer):
             raise InputError(f'cannot {purpose}: {type(self.bn).__name__} has no running statistics, or an activation.')
 
     def _fused(self) -> tuple[Tensor, Tensor]:
-        return self._fused_by(self.bn.running_mean, self.bn.running_var)
+        return self._fused_by(self.bn.running_mean, self.bn.running_var, self._basis_for_product())
 
-    def _fused_by(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _fused_by(self, mean: Tensor, var: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Composes filters (O, C / groups, k, k) and bias (O,) that normalise the responses by these statistics."""
-        coefficients, bias = self._mix_by(mean, var)
-        filters = compose(coefficients, self.basis, self.weight)
+        coefficients, bias = self._mix_by(mean, var, basis.dtype)
+        filters = compose(coefficients, basis, self.weight)
         return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
 
     def _mix_in_eval(self) -> tuple[Tensor, Tensor]:
         """Returns coefficients (O, C / groups, P, 1) and bias (O,), with the normalisation of evaluation fused in."""
-        coefficients, bias = self._mix_by(self.bn.running_mean, self.bn.running_var)
+        coefficients, bias = self._mix_by(self.bn.running_mean, self.bn.running_var, self.basis.dtype)
         return coefficients.to(self.weight.dtype), bias.to(self.weight.dtype)
 
-    def _mix_by(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix_by(self, mean: Tensor, var: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         bn = self.bn
         statistics = (mean, var, bn.weight, bn.bias, bn.eps)
-        coefficients, bias = _fuse_norm(self.weight, self.spectrum, *statistics, self.groups)
+        coefficients, bias = _fuse_norm(self.weight, self.spectrum, *statistics, self.groups, dtype)
         return coefficients, bias if self.bias is None else bias + self.bias
 
     @torch.jit.unused
@@ -240,10 +246,11 @@ class HarmonicBlock2d(HarmonicLayer):
     @torch.jit.unused
     def _fused_by_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Fuses this batch's statistics into filters and bias, and updates the running ones as nn.BatchNorm2d does."""
+        basis = self._basis_for_product()
         with outside_autocast(x.device.type):
             mean, var, count = self._response_statistics(x.to(torch.promote_types(x.dtype, torch.float32)))
             self._update_running_statistics(mean.detach(), var.detach(), count)
-            return self._fused_by(mean, var)
+            return self._fused_by(mean, var, basis)
 
     def _response_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Returns mean and biased variance (C * P,) of the responses over batch and positions, and their number.
@@ -252,19 +259,25 @@ class HarmonicBlock2d(HarmonicLayer):
         Pieces that fit into the cache take half the time on a CPU, and pieces save memory everywhere.
         """
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
-        functions = self._functions().to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
+        functions = self.functions.to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
+        on_cpu = kind_of(x) == 'cpu'
         images = x.reshape(-1, 1, height, width)
         parts: Sequence[Tensor] = (images,)
         if not torch.compiler.is_exporting():  # a program must not depend on the number of pieces
             positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
             # A compiled graph contains every piece, so there they are large.
-            small = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+            small = on_cpu and not torch.compiler.is_compiling()
             parts = images.split(max(1, (_PIECE_CPU if small else _PIECE) // (positions * len(functions))))
+        if len(parts) == 1 and not on_cpu:
+            responses = self._convolve(images, functions, None, 1)
+            count = batch * responses.shape[2] * responses.shape[3]
+            var, mean = torch.var_mean(responses.reshape(batch, -1, *responses.shape[2:]), (0, 2, 3), correction=0)
+            return mean, var, count
         means, variances, count = [], [], 0
         for part in parts:
             responses = self._convolve(part, functions, None, 1)
             count = responses.shape[2] * responses.shape[3]
-            if x.device.type == 'cpu':  # takes half the time of var_mean
+            if on_cpu:  # takes half the time of var_mean
                 mean = responses.mean((2, 3), keepdim=True)
                 var = torch.linalg.vector_norm(responses.sub_(mean), dim=(2, 3)).square() / count
             else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..common import InputError
 from .base import HarmonicLayer, conv_args, refresh
-from .compose import compose, format_of
+from .compose import compose, format_of, outside_autocast
 from .dct import project
 
 # torch.fx treats these as leaves: a trace would freeze their branches on dtype, device, memory format and image size.
@@ -79,10 +79,11 @@ class HarmonicConv2d(HarmonicLayer):
     def filters(self) -> Tensor:
         """Composes the filters (O, C / groups, k, k), differentiably, in the coefficients' dtype."""
         refresh(self)
-        return self._filters()
+        with outside_autocast(self.weight.device.type):
+            return self._filters()
 
     def _filters(self) -> Tensor:
-        return compose(self.weight, self.basis).to(self.weight.dtype)
+        return compose(self.weight, self._basis_for_product()).to(self.weight.dtype)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Pads what the convolution does not pad by itself: nothing."""
@@ -103,7 +104,7 @@ class HarmonicConv2d(HarmonicLayer):
         refresh(self)
         if self.form == 'separable':
             return self._to_sequential(self.weight, self.bias)
-        return self._to_conv2d(self._filters(), self.bias)
+        return self._to_conv2d(self.filters(), self.bias)
 
     @classmethod
     def from_conv2d(
