@@ -16,4 +16,4 @@ from .dct import (
     options_of_code,
     project,
 )
-from .separable import FORMS, RepeatChannels, check_form
+from .separable import FORMS, Gather, RepeatChannels, check_form

@@ -25,7 +25,9 @@ from .dct import (
     options_of_basis,
     options_of_code,
 )
-from .separable import RepeatChannels, check_form, mixing, responding
+from .separable import Gather, RepeatChannels, check_form, gather, mixing, responding
+
+torch.fx.wrap('gather')
 
 torch.fx.wrap('basis_for_product')  # a leaf: a trace would freeze its branches
 
@@ -74,8 +76,16 @@ def owns_weight(layer: nn.Module) -> bool:
 
 def _complete(layer: 'HarmonicLayer', inputs: Any = None) -> None:
     """Builds the basis of a layer made on meta whose coefficients have values, however they were set; a pre-hook."""
-    if layer.basis.is_meta and not layer._coefficients_in_memory().is_meta:
+    made_on_meta = _complete in layer._forward_pre_hooks.values()
+    if made_on_meta and not layer._coefficients_in_memory().is_meta:
         layer.init_non_persistent_buffers()
+
+
+def _pairs_of(kept: Tensor, count: int) -> Tensor:
+    """Returns the input channels and the functions (2, R) of the coefficients kept, in the order n * C + c."""
+    if kept.is_meta:
+        return torch.empty(2, count, dtype=torch.long, device=kept.device)
+    return kept[0, :, :, 0].t().nonzero().t().flip(0)
 
 
 class HarmonicLayer(nn.Module):
@@ -87,6 +97,8 @@ class HarmonicLayer(nn.Module):
         basis: Tensor
         rounded: Tensor | None
         basis_code: Tensor | None
+        kept: Tensor | None
+        pairs: Tensor
 
     dynamic_padding = False  # pads by the size of the input, as timm's Conv2dSame does
 
@@ -110,6 +122,9 @@ class HarmonicLayer(nn.Module):
         form: str = 'dense',
     ) -> None:
         super().__init__()
+        # Which coefficients (1, C, P, 1) are kept; None for all. Averages and casts leave booleans as they are.
+        self.register_buffer('kept', None)
+        self.register_buffer('pairs', None, persistent=False)
         for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):
             if channels < 1:
                 raise InputError(f'{name} must be at least 1, got {channels}.')
@@ -164,12 +179,14 @@ class HarmonicLayer(nn.Module):
             self.rounded = self.basis.float() if choice else None
             code = code_of_basis(self.normalization, self.smoothness)
             self.basis_code = None if code is None else code.to(self.basis.device)
+            if self.kept is not None:
+                self.pairs = _pairs_of(self.kept, self.weight.shape[1])
         for key in [key for key, hook in self._forward_pre_hooks.items() if hook is _complete]:
             del self._forward_pre_hooks[key]
-        if self.basis.is_meta:
+        if self.basis.is_meta or like.is_meta:  # what says which coefficients are kept may come with them
             self.register_forward_pre_hook(_complete)
         # Each group mixes channels that lie together, so with groups every channel has its filters side by side.
-        self.repeats = len(self.basis) if self.groups == 1 else 1
+        self.repeats = len(self.basis) if self.groups == 1 and self.kept is None else 1
 
     def _coefficients_in_memory(self) -> Tensor:
         """Returns the parameter that casts reach: the coefficients or, pruned or normed, what computes them."""
@@ -221,6 +238,12 @@ class HarmonicLayer(nn.Module):
                 problem, coefficients = str(error), stored
             if coefficients is not stored:  # they refer to our basis now
                 problem, state_dict = '', {**state_dict, weight: coefficients}
+        mask = state_dict.get(f'{prefix}kept')
+        if self.kept is not None and isinstance(mask, Tensor) and isinstance(stored, Tensor) and not problem:
+            mask = mask.double() > 0.5
+            state_dict = {**state_dict, f'{prefix}kept': mask}
+            if mask.shape == self.kept.shape and not mask.is_meta and int(mask.sum()) != stored.shape[1]:
+                problem = f'it has {stored.shape[1]} coefficients for the {int(mask.sum())} pairs in {prefix}kept'
         if problem:
             error_msgs.append(f'{weight}: {problem}')
             return
@@ -254,23 +277,58 @@ class HarmonicLayer(nn.Module):
     def coefficients(self) -> Tensor:
         """Returns the coefficients (O, C / groups, P, 1) of the filters that evaluation uses."""
         refresh(self)
-        return self.weight
+        return self._spread(self.weight)
+
+    def _spread(self, weight: Tensor) -> Tensor:
+        """Returns all coefficients (O, C / groups, P, 1): zeros fill up those kept."""
+        if self.kept is None:
+            return weight
+        channels, count = self.kept.shape[1:3]
+        of_channel, of_function = self.pairs[0], self.pairs[1]
+        zeros = weight.new_zeros(weight.shape[0], channels * count)
+        if self.kept.is_contiguous():
+            places = of_channel * count + of_function
+            return zeros.index_copy(1, places, weight.flatten(1)).reshape(-1, channels, count, 1)
+        places = of_function * channels + of_channel
+        return zeros.index_copy(1, places, weight.flatten(1)).reshape(-1, count, channels, 1).transpose(1, 2)
+
+    def format(self) -> torch.memory_format:
+        """Returns the memory format of the filters; columns of pairs (O, R, 1, 1) cannot tell it."""
+        return format_of(self.weight if self.kept is None else self.kept)
+
+    def is_complete(self) -> bool:
+        """Tells whether the layer can express every filter: it keeps all frequencies, in all channels."""
+        return self.kept is None and self.level == full_level(self.kernel_size[0])
 
     def _energy_of_new(self) -> float | None:
-        """Returns the share of energy kept by new or loaded coefficients: unknown below the full level."""
-        return 1.0 if self.level == full_level(self.kernel_size[0]) else None
+        """Returns the share of energy kept by new or loaded coefficients: unknown if some are left out."""
+        return 1.0 if self.is_complete() else None
 
-    def energy(self) -> Tensor:
-        """Returns the energy of the filters at each kept frequency, summed over all filters: (P,), float64, on the CPU.
+    def energies(self) -> Tensor:
+        """Returns the energy of the filters by input channel of a group and frequency: (C / groups, P), float64, CPU.
 
         The functions are orthogonal, so the energies add up to the squared norm of `filters()`.
         """
         functions = self.basis.detach().to('cpu', torch.float64).square().sum((1, 2))
-        return self.coefficients().detach().to('cpu', torch.float64).square().sum((0, 1, 3)) * functions
+        return self.coefficients().detach().to('cpu', torch.float64).square().sum((0, 3)) * functions
+
+    def energy(self) -> Tensor:
+        """Returns the energy of the filters at each frequency, summed over all filters: (P,), float64, on the CPU."""
+        return self.energies().sum(0)
 
     def levels(self) -> range:
         """Returns the levels that the layer can be lowered to, from its own downwards."""
-        return range(self.level, 0 if self.dc else 1, -1)
+        used = range(len(self.basis)) if self.kept is None else self.pairs[1].tolist()
+        pairs = dct_frequencies(self.kernel_size[0], self.level, self.dc)
+        return range(self.level, min(sum(pairs[n]) for n in used), -1)
+
+    def columns_at(self, level: int) -> Tensor:
+        """Returns the places, among the coefficients of a filter in the order of `weight`, of those kept at a level."""
+        functions = torch.tensor(self.kept_at(level)[0], device='cpu')
+        if self.kept is not None:
+            return torch.isin(self.pairs[1].cpu(), functions).nonzero()[:, 0]
+        channels = torch.arange(self.in_channels // self.groups, device='cpu')
+        return (len(self.basis) * channels[:, None] + functions).flatten()
 
     def kept_at(self, level: int) -> tuple[list[int], Tensor]:
         """Returns the places of the functions kept at a lower level, and the factors of their coefficients.
@@ -291,15 +349,30 @@ class HarmonicLayer(nn.Module):
         """
         if not owns_weight(self):
             raise InputError(f'cannot truncate {self}: {COMPUTED}.')
-        new = copy.deepcopy(self)
         level = min(self.level, check_level(level, full_level(self.kernel_size[0])))
         if level == self.level:
-            return new
-        kept, factors = self.kept_at(level)
-        new._keep_responses(kept)
-        weight = (self.weight.detach()[:, :, kept] * factors.to(self.basis)[:, None]).to(self.weight)
+            return copy.deepcopy(self)
+        return self._at(level, self.kept)
+
+    def _at(self, level: int, kept: Tensor | None, count: int = 0) -> Any:
+        """Returns a copy at a level that keeps the coefficients in `kept` (1, C, P, 1) of those that it has, or all.
+
+        On meta, nothing but `count` says how many that are.
+        """
+        functions, factors = self.kept_at(level)
+        new = copy.deepcopy(self)
+        new._keep_responses(functions)
+        weight = (
+            self._spread(self.weight.detach())[:, :, functions]
+            * factors.to(self.weight.device, self.basis.dtype)[:, None]
+        )
+        if kept is not None:
+            new.kept = kept[:, :, functions].contiguous(memory_format=self.format())
+            new.pairs = _pairs_of(new.kept, count)
+            weight = weight[:, new.pairs[0], new.pairs[1], :, None]
         # A clone, because torch may mistake the format of these strides, and then refuses to change it.
-        weight = weight.clone(memory_format=format_of(self.weight))
+        format = torch.contiguous_format if kept is not None else self.format()
+        weight = weight.to(self.weight).clone(memory_format=format)
         new.weight = nn.Parameter(weight, self.weight.requires_grad)
         new.level, new.milliseconds = level, None
         new.init_non_persistent_buffers()
@@ -316,6 +389,7 @@ class HarmonicLayer(nn.Module):
         full = full_level(self.kernel_size[0])
         defaults = dict(level=full, dc=True, normalization='l1', smoothness=None, form='dense')
         ours = [f', {k}={getattr(self, k)!r}' for k, default in defaults.items() if getattr(self, k) != default]
+        ours += [] if self.kept is None else [f', pairs={self.weight.shape[1]}']
         return nn.Conv2d.extra_repr(cast(nn.Conv2d, self)) + ''.join(ours)
 
     def _convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -327,11 +401,16 @@ class HarmonicLayer(nn.Module):
 
     def _respond(self, x: Tensor, functions: Tensor) -> Tensor:
         """Returns the responses (B, C * P, H', W') of every channel to functions (P, k, k), in the order c * P + n."""
-        filters = responding(functions.to(self.weight.dtype), self.in_channels, False)
-        return self._convolve(x, filters, None, self.in_channels)
+        functions = functions.to(self.weight.dtype)
+        if self.kept is not None:
+            filters = functions[self.pairs[1]].unsqueeze(1)
+            return self._convolve(gather(x, self.pairs[0]), filters, None, filters.shape[0])
+        return self._convolve(x, responding(functions, self.in_channels, False), None, self.in_channels)
 
     def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the separable form: responses (B, P * C, H', W') to the functions, mixed by the coefficients."""
+        if self.kept is not None:
+            return F.conv2d(self._respond(x, self.basis), coefficients, bias)
         repeated = self.repeats > 1
         if repeated:
             x = torch.cat([x] * self.repeats, x.dim() - 3)
@@ -352,15 +431,18 @@ class HarmonicLayer(nn.Module):
             if bias is not None:
                 conv.bias.copy_(bias)
                 conv.bias.requires_grad_((self.weight if self.bias is None else self.bias).requires_grad)
-        return conv.to(memory_format=format_of(self.weight)).train(self.training)
+        return conv.to(memory_format=self.format()).train(self.training)
 
     def _to_sequential(self, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
-        """Builds plain modules that compute the separable form: `repeat`, `respond`, which is fixed, and `mix`."""
-        channels, repeated = len(self.basis) * self.in_channels, self.repeats > 1
+        """Builds plain modules that compute the separable form: `repeat` or `gather`, a fixed `respond`, and `mix`."""
+        channels, repeated = self.weight[0].numel() * self.groups, self.repeats > 1
+        modules: dict[str, nn.Module] = dict(repeat=RepeatChannels(self.repeats)) if repeated else {}
         filters, groups = responding(self.basis, self.in_channels, repeated), self.in_channels * self.repeats
+        if self.kept is not None:
+            modules['gather'] = Gather(self.pairs[0])
+            filters, groups = self.basis[self.pairs[1]].unsqueeze(1), channels
         ends: dict[str, Any] = dict(in_channels=groups, out_channels=channels)
         respond = self._to_conv2d(filters, None, groups=groups, **ends).requires_grad_(False)
         point: dict[str, Any] = dict(kernel_size=1, stride=1, padding=0, dilation=1, padding_mode='zeros')
         mix = self._to_conv2d(mixing(coefficients, repeated), bias, in_channels=channels, **point)
-        modules = dict(repeat=RepeatChannels(self.repeats)) if repeated else {}
         return nn.Sequential(OrderedDict(**modules, respond=respond, mix=mix)).train(self.training)

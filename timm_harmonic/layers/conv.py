@@ -6,6 +6,8 @@
 is what is learned. With all k * k functions any filter can be expressed.
 """
 
+import copy
+import math
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from timm.layers import pad_same
 from torch import Tensor, nn
 
 from ..common import InputError
-from .base import HarmonicLayer, conv_args, refresh
+from .base import COMPUTED, HarmonicLayer, conv_args, owns_weight, refresh
 from .compose import compose, format_of, outside_autocast
 from .dct import project
 
@@ -64,6 +66,9 @@ class HarmonicConv2d(HarmonicLayer):
         basis_code: Binary digits (32,) that encode a basis other than the authors', a buffer in the state dict; else
             None. The layer refuses coefficients of another basis.
         level: The paper's lambda as an integer, 2k - 1 for all frequencies.
+        kept: Which coefficients the layer has, booleans (1, C, P, 1) in the state dict, if each channel has its own
+            functions, see `at_pairs`; else None. `weight` is (O, R, 1, 1) then.
+        pairs: Channels and functions (2, R) of the columns of `weight`, with `kept`; a non-persistent buffer.
 
     Raises:
         TypeError: If kernel_size, level or smoothness has another type.
@@ -83,7 +88,7 @@ class HarmonicConv2d(HarmonicLayer):
             return self._filters()
 
     def _filters(self) -> Tensor:
-        return compose(self.weight, self._basis_for_product()).to(self.weight.dtype)
+        return compose(self._spread(self.weight), self._basis_for_product()).to(self.weight.dtype)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Pads what the convolution does not pad by itself: nothing."""
@@ -94,6 +99,44 @@ class HarmonicConv2d(HarmonicLayer):
         if self.form == 'separable':
             return self._separate(x, self.weight, self.bias)
         return self._convolve(x, self._filters(), self.bias, self.groups)
+
+    def at_pairs(self, kept: Tensor | int) -> 'HarmonicConv2d':
+        """Returns a copy in which every input channel keeps its own functions. Each filter becomes the nearest in L2.
+
+        Its `weight` (O, R, 1, 1) has one column for each of R pairs of channel and function, see `pairs`. The state
+        dict holds which ones they are.
+
+        Args:
+            kept: Pairs to keep, of those that the layer has: (C, P) booleans, or the number of those with the most
+                energy (on the meta device, any).
+
+        Raises:
+            InputError: If the layer has groups, its weight is computed, or `kept` leaves no pair or does not fit.
+        """
+        if self.groups > 1 or not owns_weight(self):
+            reason = COMPUTED if self.groups == 1 else 'it has groups, whose channels keep the same functions'
+            raise InputError(f'cannot choose pairs for {self}: {reason}. Lower its level instead.')
+        shape, number = (self.in_channels, len(self.basis)), self.weight[0].numel()
+        if isinstance(kept, int) and not isinstance(kept, bool) and 1 <= kept <= number:
+            if kept == number:
+                return copy.deepcopy(self)
+            return self._at(self.level, self._largest(kept), kept)
+        if isinstance(kept, Tensor) and kept.shape == shape and kept.dtype == torch.bool:
+            kept = kept[None, :, :, None].to(self.basis.device)
+            kept = kept if self.kept is None else kept & self.kept
+            if kept.any():
+                return self._at(self.level, kept)
+        raise InputError(f'kept must be booleans {shape}, some of them True, or a number from 1 to {number}.')
+
+    def _largest(self, number: int) -> Tensor:
+        """Marks (1, C, P, 1) so many pairs with the most energy; on meta, where the state dict will say which, any."""
+        energies = torch.zeros(self.in_channels, len(self.basis), device='cpu')
+        energies = energies if self.weight.is_meta else self.energies()
+        if self.kept is not None and not self.kept.is_meta:
+            energies[~self.kept[0, :, :, 0].cpu()] = -math.inf
+        kept = torch.zeros_like(energies, dtype=torch.bool)
+        kept.view(-1)[energies.flatten().argsort(descending=True, stable=True)[:number]] = True
+        return kept[None, :, :, None].to(self.basis.device)
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the coefficients mix: responses (B, C * P, H', W') to the basis, in the order c * P + n."""
@@ -141,7 +184,9 @@ class HarmonicConv2d(HarmonicLayer):
 
     def projected(self, stored: Tensor, assign: bool) -> Tensor:
         """Projects filters (O, C / groups, k, k) in the higher of the two precisions, and rounds them once."""
-        if stored.shape != (*self.weight.shape[:2], *self.kernel_size) or self.kernel_size == (1, 1):
+        if self.kept is not None or self.kernel_size == (1, 1):
+            return stored
+        if stored.shape != (*self.weight.shape[:2], *self.kernel_size):
             return stored
         if stored.dtype not in _PRECISIONS:
             raise InputError(f'cannot project filters of dtype {stored.dtype}: convert them to floating point first')

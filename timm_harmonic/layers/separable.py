@@ -53,3 +53,26 @@ def mixing(coefficients: Tensor, repeated: bool) -> Tensor:
     if repeated:
         coefficients = coefficients.transpose(1, 2)
     return coefficients.flatten(1)[:, :, None, None]
+
+
+def gather(x: Tensor, places: Tensor) -> Tensor:
+    """Takes channels (..., C, H, W) by their places, some of them repeatedly, in the memory format of x."""
+    if x.is_contiguous():
+        return x.index_select(-3, places)
+    return x.movedim(-3, -1).index_select(-1, places).movedim(-1, -3)
+
+
+torch.fx.wrap('gather')
+
+
+class Gather(nn.Module):
+    """Takes channels, see `gather`."""
+
+    places: Tensor
+
+    def __init__(self, places: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('places', places.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gather(x, self.places)
