@@ -389,7 +389,7 @@ def test_networks_that_do_not_fit():
         (model, part, ValueError, '1 of the truncated network has no equal'),
         (copy.deepcopy(model).to('meta'), small, ValueError, 'on one device and of one dtype'),
         (copy.deepcopy(model).double(), small, ValueError, 'on one device and of one dtype'),
-        (small, model, ValueError, 'keeps fewer frequencies in the complete network'),
+        (small, model, ValueError, 'keeps less in the complete network'),
         (wider, truncate(nn.Sequential(model), level=2), ValueError, r'shapes, got \[\(24, 8, 28.*and \[\(24, 4, 28'),
         ('resnet18', small, TypeError, 'expected a network'),
         (model, computed, ValueError, 'cannot refit 0: its weight is computed'),

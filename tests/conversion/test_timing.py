@@ -32,12 +32,13 @@ arguments = dict(
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize('kind', [HarmonicConv2d, HarmonicConv2dSame])
 @settings(max_examples=40, deadline=None)
-@given(options=st.fixed_dictionaries(arguments))
-def test_what_is_timed_is_the_layer(kind, options):
+@given(options=st.fixed_dictionaries(arguments), pairs=st.booleans())
+def test_what_is_timed_is_the_layer(kind, options, pairs):
     if kind is HarmonicConv2dSame or options['padding'] == 'same':
         options |= dict(stride=1) if kind is HarmonicConv2d else dict(padding=0)
     torch.manual_seed(0)
     layer, x = kind(4, 8, **options).eval(), torch.randn(2, 4, 15, 14)
+    layer = layer.at_pairs(3) if pairs and layer.groups == 1 else layer
     with onnx_session(layer_in_onnx(layer.fuse(), x)) as run, torch.inference_mode():
         assert reference.relative_error(run(x), layer(x)) < 1e-5
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..common import InputError, explained
-from ..layers import FORMS, HarmonicLayer, check_form, dct_frequencies
+from ..layers import FORMS, HarmonicLayer, check_form
 from .running import Use, uses_of
 from .swap import harmonic_layers, in_fusing_blocks, make_plain
 from .timing import time_of, times_of_layers
@@ -22,6 +22,10 @@ Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the 
 
 # `forms_by_rule`: the share of the dense form's multiply-adds, and the channels in each group of the 1 x 1 convolution.
 _SHARE, _CHANNELS = 0.5, dict(torch=128, onnxruntime=64)
+
+
+class Pairs(int):
+    """A number of pairs of channel and function that a layer keeps, where plain integers are levels."""
 
 
 class Cost(NamedTuple):
@@ -59,21 +63,29 @@ class Costs:
         return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'
 
 
-def costs_of(model: nn.Module, cost: str, images: Tensor | None = None, runtime: str = 'torch') -> Costs:
+def costs_of(
+    model: nn.Module,
+    cost: str,
+    images: Tensor | None = None,
+    runtime: str = 'torch',
+    choices: Mapping[str, Sequence[int]] | None = None,
+) -> Costs:
     """Returns the costs of a fused network: 'parameters', 'macs' (multiply-adds of one image), 'time' (of all images).
 
     The rest is the whole dense network less its dense layers. It includes layers in blocks that fuse their own
     convolutions: their levels do not change what the block costs. Time is measured in a runtime, see `deploy`.
+    `choices` are those of each layer, by default levels.
     """
     layers = harmonic_layers(model)
+    choices = {name: layer.levels() for name, layer in layers.items()} if choices is None else choices
     if cost == 'parameters':
-        size = {name: layer.weight.numel() // layer.weight.shape[2] for name, layer in layers.items()}
-        of = {n: {level: Cost(size[n] * _functions(x, level)) for level in x.levels()} for n, x in layers.items()}
+        size = {name: layer.out_channels // layer.groups for name, layer in layers.items()}
+        of = {n: {chosen: Cost(size[n] * responses(layers[n], chosen)) for chosen in of} for n, of in choices.items()}
         present = sum(p.numel() for p in model.parameters())
         return Costs('parameters', present - sum(costs[max(costs)].cost for costs in of.values()), of)
     assert images is not None
     uses, within = uses_of(model, images), in_fusing_blocks(model)
-    of = {name: {level: Cost(0.0) for level in layer.levels()} for name, layer in layers.items()}
+    of = {name: {chosen: Cost(0.0) for chosen in of_layer} for name, of_layer in choices.items()}
     used = {name: layer for name, layer in layers.items() if uses[name] and name not in within}
     plain = make_plain(model, {})
     if cost == 'macs':
@@ -81,11 +93,11 @@ def costs_of(model: nn.Module, cost: str, images: Tensor | None = None, runtime:
         for name, layer in used.items():
             positions = sum(use.positions for use in uses[name])
             rest -= multiply_adds(layer, layer.level, 'dense', positions) / len(images)
-            for level in layer.levels():
-                form = 'separable' if _saves(layer, level) else 'dense'
-                of[name][level] = Cost(multiply_adds(layer, level, form, positions) / len(images), form)
+            for chosen in choices[name]:
+                form = 'separable' if _saves(layer, chosen) else 'dense'
+                of[name][chosen] = Cost(multiply_adds(layer, chosen, form, positions) / len(images), form)
         return Costs('multiply-adds', rest, of)
-    of |= _time_levels({name: (layer, list(layer.levels())) for name, layer in used.items()}, uses, runtime)
+    of |= _time_levels({name: (layer, choices[name]) for name, layer in used.items()}, uses, runtime)
     inside = sum((costs[max(costs)].milliseconds or {})['dense'] for name, costs in of.items() if name in used)
     return Costs('ms', max(0.0, time_of(plain, images, runtime) - inside), of)
 
@@ -104,17 +116,22 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2 // len(images)
 
 
-def multiply_adds(layer: HarmonicLayer, level: int, form: str, positions: int = 1) -> int:
+def multiply_adds(layer: HarmonicLayer, choice: int, form: str, positions: int = 1) -> int:
     """Counts a layer's multiply-adds for so many output positions."""
-    side, count = layer.kernel_size[0], _functions(layer, level)
-    pairs = layer.out_channels * layer.in_channels // layer.groups
+    area, width = layer.kernel_size[0] ** 2, layer.out_channels // layer.groups
     if form == 'dense':
-        return positions * side**2 * pairs
-    return positions * count * (side**2 * layer.in_channels + pairs)
+        return positions * area * layer.in_channels * width
+    return positions * responses(layer, choice) * (area + width)
 
 
-def _functions(layer: HarmonicLayer, level: int) -> int:
-    return len(dct_frequencies(layer.kernel_size[0], level, layer.dc))
+def responses(layer: HarmonicLayer, choice: int) -> int:
+    """Returns the number of responses that a layer mixes at a level or with so many pairs."""
+    return int(choice) if isinstance(choice, Pairs) else layer.groups * len(layer.columns_at(choice))
+
+
+def reduced(layer: Any, choice: int, kept: Mapping[int, Tensor] | None = None) -> HarmonicLayer:
+    """Returns a copy of a layer at a level, or with so many pairs: those in `kept`, else those with the most energy."""
+    return layer.at_pairs((kept or {}).get(choice, choice)) if isinstance(choice, Pairs) else layer.at_level(choice)
 
 
 def _saves(layer: HarmonicLayer, level: int) -> bool:
@@ -184,7 +201,7 @@ def _time_levels(
 
 def _fused(layer: HarmonicLayer, level: int, form: str) -> nn.Module:
     """Returns the plain modules of a layer at a level in a form."""
-    low: Any = layer.at_level(level)
+    low: Any = reduced(layer, level)
     low.form = form
     return low.fuse().eval()
 

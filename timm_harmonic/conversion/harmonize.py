@@ -10,7 +10,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from ..common import InputError
-from ..layers import HarmonicLayer, check_level, full_level, name_of_basis, options_of_basis
+from ..layers import HarmonicBlock2d, HarmonicLayer, check_level, full_level, name_of_basis, options_of_basis
 from .costs import Form, forms_by_names, set_forms
 from .running import trainable
 from .swap import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
@@ -32,6 +32,7 @@ def harmonize(
     normalization: str = 'l1',
     smoothness: float | None = None,
     form: Form | None = None,
+    pairs: Mapping[str, int] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Makes the k x k convolutions of any network harmonic, k > 1, keeping their filters.
@@ -54,6 +55,8 @@ def harmonize(
             filters, see `HarmonicConv2d`. The present filters do not change.
         form: How layers compute, in training as well: 'dense', or 'separable', which is faster at low levels, or a
             mapping from patterns over qualified names to these. Other layers keep their form; new ones are dense.
+        pairs: How many pairs of input channel and function layers keep, by qualified names: those with the most energy,
+            see `HarmonicConv2d.at_pairs`. `truncate` with per='channel' chooses better ones.
         inplace: Whether to change the network itself rather than a copy.
 
     Returns:
@@ -74,10 +77,15 @@ def harmonize(
             f'use {next(iter(present.values()))!r}.'
         )
     forms = forms_by_names(list(wanted), {} if form is None else form)
+    for name in pairs or {}:
+        if name not in wanted or isinstance(layers.get(name), HarmonicBlock2d):
+            raise InputError(f'pairs: {name!r} is not a convolution of the network that is harmonic or becomes so.')
     if not inplace:
         model = copy.deepcopy(model)
     make_harmonic(model, wanted, basis=basis, keep_filters=True)
     replace_layers(model, {name: layer.at_level(wanted[name]) for name, layer in layers.items() if name in wanted})
+    convs: dict[str, Any] = harmonic_layers(model)
+    replace_layers(model, {name: convs[name].at_pairs(number) for name, number in (pairs or {}).items()})
     set_forms(model, forms)
     return record_options(model)
 
@@ -160,7 +168,7 @@ def record_options(model: Any) -> nn.Module:
     if cfg['architecture'] != ARCHITECTURE:
         args = dict(base_model=cfg['architecture'], **args)
         model.pretrained_cfg = model.default_cfg = dict(cfg, architecture=ARCHITECTURE)
-    for option in ('level', 'levels', 'include', 'exclude', 'normalization', 'smoothness', 'form'):
+    for option in ('level', 'levels', 'include', 'exclude', 'normalization', 'smoothness', 'form', 'pairs'):
         args.pop(option, None)
     layers = harmonic_layers(model)
     full = {name: full_level(layer.kernel_size[0]) for name, layer in layers.items()}
@@ -171,6 +179,8 @@ def record_options(model: Any) -> nn.Module:
             args['level'] = common
         else:
             args['levels'] = {name: lowered.get(name) for name in layers}
+    if pairs := {name: layer.weight.shape[1] for name, layer in layers.items() if layer.kept is not None}:
+        args['pairs'] = pairs  # the weights say which
     separable = [name for name, layer in layers.items() if layer.form == 'separable']
     if separable:
         args['form'] = 'separable' if len(separable) == len(layers) else dict.fromkeys(separable, 'separable')

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,17 +65,20 @@ class Moments:
         residual = torch.cat([-weight, identity, -bias[:, None]], 1)
         return (residual * (self.sums @ residual)).sum(1).clamp_min(0) / self.rows
 
+    def products(self, intercept: bool) -> tuple[Tensor, Tensor]:
+        """Returns sums of products (groups, F, F) of features and (groups, F, o) with outputs, less those of means."""
+        both = self.sums[:, : self.features, :-1].clone()
+        if intercept:
+            both -= self.sums[:, : self.features, -1:] @ self.sums[:, :-1, -1:].transpose(1, 2) / self.rows
+        return both[..., : self.features], both[..., self.features :]
+
     def solve(self, start: Tensor, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
         """Solves least squares for weights (groups, F, o) and biases (groups, o), which are 0 without intercept.
 
         The ridge pulls the weights towards `start`, by this share of each feature's energy.
         """
-        count = self.features
-        ff, fy = self.sums[:, :count, :count].clone(), self.sums[:, :count, count:-1].clone()
-        f, y = self.sums[:, :count, -1:], self.sums[:, count:-1, -1:]
-        if intercept:
-            ff -= f @ f.transpose(1, 2) / self.rows
-            fy -= f @ y.transpose(1, 2) / self.rows
+        ff, fy = self.products(intercept)
+        f, y = self.sums[:, : self.features, -1:], self.sums[:, self.features : -1, -1:]
         energy = ff.diagonal(dim1=1, dim2=2)
         least = 1e-9 * energy.amax(1, keepdim=True) + torch.finfo(ff.dtype).tiny  # for features that are always 0
         change = fy - ff @ start
@@ -193,8 +196,7 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     with torch.no_grad(), evaluating(model):
         norms, uses = [norms_behind(network, parts[0]) for network in (fitted, final)], uses_of(fitted, parts[0])
         layers = harmonic_layers(fitted)
-        full = {name: of.in_channels // of.groups * of.kernel_size[0] ** 2 for name, of in layers.items()}
-        lowered = {name: len(of) for name, of in uses.items() if of and layers[name].weight[0].numel() < full[name]}
+        lowered = {name: len(of) for name, of in uses.items() if of and not layers[name].is_complete()}
         with (
             suspended(model, parts, lowered) as whole,
             training_norms(fitted, 0.0),  # normalises by each batch
@@ -218,34 +220,38 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     return copy.deepcopy(small) if best is small else best
 
 
-def losses_after_refit(model: nn.Module, parts: Sequence[Tensor]) -> dict[str, dict[int, float]]:
+def levels_of(name: str, layer: HarmonicLayer, moments: Moments, intercept: bool) -> dict[int, Tensor]:
+    """Returns the features that a layer keeps at each level, by their places."""
+    return {level: layer.columns_at(level) for level in layer.levels()}
+
+
+def losses_after_refit(
+    model: nn.Module, parts: Sequence[Tensor], choices: Callable[..., dict[int, Tensor]] = levels_of
+) -> dict[str, dict[int, float]]:
     """Returns the share of each harmonic layer's output that refitting leaves over at each level, on held-out images.
 
     Every layer gets its complete input. The mean squared error is divided by the output's variance and averaged over
     output channels. One run gives the sums for all levels. `parts` are images of `read_images`, see `refit` for the
-    memory; layers that none of them reaches are left out.
+    memory; layers that none of them reaches are left out. `choices` are other sets of features than levels.
     """
-    layers, found = harmonic_layers(model), {}
+    layers = harmonic_layers(model)
+    found: dict[str, dict[int, float]] = {}
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
         reached = {name: len(of) for name, of in uses.items() if of}
         with suspended(model, parts, reached) as runs:
-            for name in reached:
-                samples = _samples(name, layers[name], uses[name], parts, zip(runs))
-                intercept = layers[name].bias is not None or name in norms
-                found[name] = _losses_of(layers[name], samples, intercept)
+            for name in progress(reached, desc='weigh', unit='layer', leave=False):
+                layer, present = layers[name], by_group(layers[name].weight, layers[name].groups)
+                samples = _samples(name, layer, uses[name], parts, zip(runs))
+                intercept = layer.bias is not None or name in norms
+                found[name] = {}
+                for choice, places in choices(name, layer, samples.fit, intercept).items():
+                    fit, test = samples.fit.of(places), samples.test.of(places)
+                    solution = fit.solve(present[:, places.to(present.device)], _RIDGE, intercept)
+                    found[name][choice] = (
+                        min(1.0, _relative(test, *solution)) if len(places) < present.shape[1] else 0.0
+                    )
     return found
-
-
-def _losses_of(layer: HarmonicLayer, samples: Samples, intercept: bool) -> dict[int, float]:
-    channels, lost = layer.in_channels // layer.groups, {layer.level: 0.0}
-    for level in layer.levels()[1:]:
-        kept = torch.tensor(layer.kept_at(level)[0])
-        places = (len(layer.basis) * torch.arange(channels)[:, None] + kept).flatten()
-        start = by_group(layer.weight[:, :, kept.to(layer.weight.device)], layer.groups)
-        fit, test = samples.fit.of(places), samples.test.of(places)
-        lost[level] = min(1.0, _relative(test, *fit.solve(start, _RIDGE, intercept)))
-    return lost
 
 
 def _samples(
@@ -353,10 +359,8 @@ def _check_pair(model: nn.Module, small: nn.Module) -> None:
             raise InputError(
                 f'{name} of the truncated network has no equal in the complete one: pass the same network.'
             )
-        if isinstance(other, HarmonicLayer) and other.level < layer.level:
-            raise InputError(
-                f'{name} keeps fewer frequencies in the complete network than in the truncated one: swap them.'
-            )
+        if isinstance(other, HarmonicLayer) and other.weight.numel() < layer.weight.numel():
+            raise InputError(f'{name} keeps less in the complete network than in the truncated one: swap them.')
         if not owns_weight(layer):
             raise InputError(f'cannot refit {name}: {COMPUTED}.')
     first, second = (next(network.parameters()) for network in (model, small))

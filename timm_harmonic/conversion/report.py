@@ -30,7 +30,7 @@ class Convolution:
     kernel_size: tuple[int, ...]
     groups: int
     level: int | None = None  # the paper's lambda, 2k - 1 for all frequencies
-    kept: int | None = None  # number of frequencies kept
+    kept: float | None = None  # number of frequencies kept, the mean over input channels
     frequencies: int | None = None  # number of all frequencies
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
@@ -111,7 +111,7 @@ def _cells(conv: Convolution) -> dict[str, str]:
         ' x '.join(map(str, conv.kernel_size)),
         str(conv.groups),
         str(conv.level) if harmonic else '',
-        f'{conv.kept} / {conv.frequencies}' if harmonic else '',
+        f'{conv.kept:.3g} / {conv.frequencies}' if harmonic else '',
         f'{conv.parameters:,}',
         f'{conv.parameters_before:,}' if harmonic else '',
         kept if harmonic else '',
@@ -148,9 +148,10 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
         about: dict[str, Any] = dict(name=name, kernel_size=tuple(module.kernel_size), groups=module.groups)
         about |= dict(parameters_before=size, parameters=size, reason=reasons.get(name, ''))
         if name in layers:
-            kept, frequencies = module.weight.shape[2], module.kernel_size[0] ** 2
+            channels, frequencies = module.in_channels // module.groups, module.kernel_size[0] ** 2
+            kept, before = size / (module.out_channels * channels), module.out_channels * channels * frequencies
             about |= dict(level=module.level, kept=kept, frequencies=frequencies, energy_kept=module.energy_kept)
-            about |= dict(parameters_before=size // kept * frequencies, basis=module.named_basis(), form=module.form)
+            about |= dict(parameters_before=before, basis=module.named_basis(), form=module.form)
             if name in positions:
                 forms = ('dense', module.form)
                 before, now = (multiply_adds(module, module.level, form, positions[name]) for form in forms)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..common import InputError, explained, require
 from ..common.onnx import onnx_session, write_onnx
-from ..layers import RepeatChannels
+from ..layers import Gather, RepeatChannels
 
 RUNTIMES = ('torch', 'onnxruntime')
 
@@ -84,6 +84,9 @@ def layer_in_onnx(layer: nn.Module, x: Tensor) -> bytes:
         options: dict[str, Any] = dict(axis=1)
         if isinstance(module, RepeatChannels):
             inputs *= module.times
+        elif isinstance(module, Gather):
+            kind, inputs = 'Gather', [name, f'{place}.places']
+            weights.append(numpy_helper.from_array(module.places.cpu().numpy(), inputs[1]))
         else:
             conv: Any = module
             kind, options = 'Conv', dict(strides=conv.stride, dilations=conv.dilation, group=conv.groups)

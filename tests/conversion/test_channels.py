@@ -1,0 +1,232 @@
+"""truncate(per='channel'): elimination against brute force, budgets, fall-back, and what is saved."""
+
+import copy
+import itertools
+import json
+
+import numpy as np
+import pytest
+import reference
+import timm
+import torch
+from timm.models import reparameterize_model, save_for_hf
+from torch import nn
+
+from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, deploy, harmonic_report, harmonize, truncate
+from timm_harmonic.common import InputError
+from timm_harmonic.conversion import timing
+from timm_harmonic.conversion import truncate as module
+from timm_harmonic.conversion.channels import eliminate, sizes_of
+from timm_harmonic.conversion.costs import count_macs
+from timm_harmonic.conversion.refit import Moments, estimate_statistics, output_error
+from timm_harmonic.conversion.running import read_images
+from timm_harmonic.conversion.swap import harmonic_layers
+from timm_harmonic.models.checkpoints import CheckpointError
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SMALL = dict(num_classes=10, layers=(1, 1, 1, 1), channels=(16, 32, 32, 48))
+
+
+@pytest.fixture(scope='module')
+def images():
+    """Smooth ones, as photographs are: many functions matter little."""
+    small = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(small, size=(48, 48), mode='bicubic', align_corners=False)
+
+
+@pytest.fixture(scope='module')
+def network(images):
+    """A network whose statistics are those of the images."""
+    torch.manual_seed(0)
+    model = harmonize(reference.randomize_batch_norm(timm.create_model('resnet18', **SMALL)).eval())
+    estimate_statistics(model, [images])
+    return model
+
+
+def moments_of(features, outputs):
+    size = features.shape[1] + outputs.shape[1] + 1
+    moments = Moments(features.shape[1], torch.zeros(1, size, size, dtype=torch.float64))
+    moments.add(features[None], outputs[None])
+    return moments
+
+
+def shares_left(features, outputs, places):
+    """By numpy: the share of each output's variance that least squares on some features leaves over, summed."""
+    x, y = (v.numpy() - v.numpy().mean(0) for v in (features[:, list(places)], outputs))
+    left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    return float((left**2).sum(0) @ (1 / (y**2).sum(0)))
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_elimination_is_near_brute_force(seed):
+    """Correlated features: the sets of two to five are nearly the best of all sets of that size, and better by far
+    than those of the largest weights."""
+    torch.manual_seed(seed)
+    features = torch.randn(400, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    features *= 10.0 ** torch.randint(-2, 3, (8,))  # scales do not matter
+    weight = torch.randn(8, 3, dtype=torch.float64) / features.std(0)[:, None]
+    outputs = features @ weight + 0.1 * torch.randn(400, 3, dtype=torch.float64) + 5
+    sizes = [8, 7, 6, 5, 4, 3, 2]
+    found = eliminate(moments_of(features, outputs), sizes)
+    assert torch.equal(found[8], torch.arange(8))
+    for size in sizes[3:]:
+        left = [shares_left(features, outputs, of) for of in itertools.combinations(range(8), size)]
+        ours = shares_left(features, outputs, found[size].tolist())
+        assert ours <= 2 * min(left) + 0.1
+        assert ours <= np.quantile(left, 0.15)
+        assert set(found[size].tolist()) <= set(found[size + 1].tolist())
+
+
+def test_elimination_of_features_and_outputs_that_are_constant():
+    torch.manual_seed(0)
+    features = torch.randn(200, 6, dtype=torch.float64)
+    features[:, 2], features[:, 4] = 0, 3
+    outputs = torch.cat([features[:, [0, 5]], torch.zeros(200, 1)], 1)
+    found = eliminate(moments_of(features, outputs), [4, 2])
+    assert {2, 4}.isdisjoint(found[4].tolist())
+    assert found[2].tolist() == [0, 5]
+
+
+def sizes(model):
+    return {name: layer.weight.shape[1] for name, layer in harmonic_layers(model).items() if layer.kept is not None}
+
+
+@pytest.mark.parametrize('cost', ['parameters', 'macs'])
+def test_budget_is_kept(network, images, cost):
+    ratio = dict(parameters=0.5, macs=0.85)[cost]  # the stem has most of the multiply-adds
+    options = dict(ratio=ratio, exclude='conv1', cost=cost, data=[images], refit=True)
+    options |= {} if cost == 'parameters' else dict(images=images[:1])
+    small = truncate(network, per='channel', **options)
+    if cost == 'parameters':
+        before, after = (sum(p.numel() for p in model.parameters()) for model in (network, small))
+    else:
+        before, after = (count_macs(reparameterize_model(model), images[:1]) for model in (network, small))
+    assert 0.9 * ratio * before < after <= ratio * before
+    assert sizes(small)
+    assert all(size % 16 == 0 for size in sizes(small).values())
+    assert small.conv1.kept is None  # timm adapts its input channels
+    parts = read_images([images], images)
+    assert output_error(network, small, parts) < output_error(network, truncate(network, **options), parts)
+    report = harmonic_report(small, images[:1])
+    assert {conv.name: conv.kept for conv in report.convolutions if conv.name in sizes(small)} == {
+        name: pytest.approx(size / harmonic_layers(small)[name].in_channels) for name, size in sizes(small).items()
+    }
+    assert report.parameters_before == sum(p.numel() for p in network.parameters())
+    for form in ('auto', 'separable'):
+        plain = deploy(small, form=form)
+        torch.testing.assert_close(plain(images), small(images), rtol=1e-3, atol=1e-4)
+        assert not harmonic_layers(plain)
+
+
+def test_a_budget_of_time(network, images, monkeypatch):
+    """By times that are made up: those of a size are its share of the dense one's."""
+
+    def times(runs, x):
+        sizes = {name: float(name.partition(' ')[2] or 0) / 1000 for name in runs}
+        return {name: [dict(dense=1.0, network=20.0).get(name, sizes[name])] * 9 for name in runs}
+
+    monkeypatch.setattr(timing, 'times_of', times)
+    small = truncate(network, ratio=0.8, per='channel', include='layer*', cost='time', images=images[:1])
+    chosen = {name: layer for name, layer in harmonic_layers(small).items() if layer.kept is not None}
+    assert chosen
+    for layer in chosen.values():
+        assert layer.milliseconds == dict(dense=1.0, separable=layer.weight.shape[1] / 1000)
+        assert layer.form == 'separable'
+
+
+def test_never_further_than_levels(network, images, monkeypatch):
+    """Levels are taken if they come nearer, and a warning says so."""
+    errors = iter([0.4, 0.2])
+    monkeypatch.setattr(module, 'output_error', lambda *_: next(errors))
+    with pytest.warns(UserWarning, match='levels come nearer'):
+        small = truncate(network, ratio=0.6, per='channel', data=[images], refit=True)
+    assert not sizes(small)
+    assert sum(p.numel() for p in small.parameters()) <= 0.6 * sum(p.numel() for p in network.parameters())
+
+
+def test_what_need_not_be_dropped_stays(network, images):
+    unchanged = truncate(network, ratio=1, per='channel', data=[images], refit=True)
+    assert not sizes(unchanged)
+    assert torch.equal(unchanged(images), network(images))
+
+
+def test_channels_within_levels_and_selections(network, images):
+    """A level by hand first, then channels of some layers within it; in place."""
+    low = truncate(network, level=2)
+    chosen = dict(include=['layer*'], exclude='layer1.*', per='channel', energy=0.7)
+    small = truncate(low, **chosen, data=[images])
+    changed = {name for name, layer in harmonic_layers(small).items() if layer.kept is not None}
+    assert changed
+    assert all(name.startswith('layer') and not name.startswith('layer1.') for name in changed)
+    for name, layer in harmonic_layers(small).items():
+        assert layer.level <= 2
+        assert name in changed or torch.equal(layer.weight, low.get_submodule(name).weight)
+    # Without images, those of most energy.
+    by_filters, own = truncate(low, **chosen), copy.deepcopy(low)
+    name = next(iter(sizes(by_filters)))
+    expected = low.get_submodule(name).at_pairs(sizes(by_filters)[name])
+    assert torch.equal(by_filters.get_submodule(name).weight, expected.weight)
+    assert truncate(own, **chosen, inplace=True) is own
+    assert torch.equal(own(images), by_filters(images))
+    # Levels and channels go further from there.
+    again = truncate(by_filters, ratio=0.8, data=[images], refit=True)
+    assert sum(p.numel() for p in again.parameters()) <= 0.8 * sum(p.numel() for p in by_filters.parameters())
+
+
+def test_layers_that_stay_with_levels():
+    assert not sizes_of(HarmonicConv2d(64, 64, 3, groups=2))
+    assert not sizes_of(HarmonicBlock2d(64, 64, 3))
+    assert not sizes_of(HarmonicConv2d(3, 64, 7))
+    found = sizes_of(HarmonicConv2d(512, 8, 3))
+    assert len(found) == 13
+    assert found[0] == 4608
+    assert all(0.76 < small / large < 0.81 for large, small in itertools.pairwise(found))
+
+
+def saved(model, folder):
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return json.loads((folder / 'config.json').read_text())['model_args']
+
+
+def test_saved_by_timm_and_loaded(network, images, tmp_path, hub):
+    small = truncate(network, ratio=0.5, per='channel', data=[images], refit=True)
+    options = saved(small, tmp_path)
+    assert options['pairs'] == sizes(small)
+    hub.add('org/small', {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    for name in (f'local-dir:{tmp_path}', 'hf-hub:org/small'):
+        model = timm.create_model(name, pretrained=True).eval()
+        assert torch.equal(model(images), small(images))
+    # Another number of pairs, none, and a plain checkpoint do not fit.
+    name, number = next(iter(options['pairs'].items()))
+    state, filters = small.state_dict(), deploy(small, form='dense').state_dict()
+    for pairs, weights in [({name: number - 16}, state), ({}, state), (options['pairs'], filters)]:
+        changed = {key: value for key, value in options.items() if key != 'pairs'} | dict(pairs=pairs)
+        overlay = dict(state_dict=weights, num_classes=10)
+        with pytest.raises((CheckpointError, RuntimeError), match=r'keeps other functions|missing: .*kept'):
+            timm.create_model('harmonized', pretrained=True, pretrained_cfg_overlay=overlay, **changed)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (dict(per='filter', ratio=0.5), "per must be one of.*'filter'"),
+        (dict(per='channel', level=2), "'channel' with energy or ratio"),
+        (dict(per='channel', ratio=0.01), 'is the least'),
+        (dict(ratio=0.5, include='head.*'), 'matches none'),
+        (dict(ratio=0.5, exclude='*'), 'leave none'),
+        (dict(per='channel', ratio=0.5, data=[torch.full((8, 3, 48, 48), float('nan'))]), 'not finite'),
+        (dict(per='channel', ratio=0.5, data=[torch.zeros(0, 3, 48, 48)]), 'must be images'),
+        (dict(per='channel', ratio=0.5, data=[torch.zeros(4, 3, 48, 48)]), 'at least 8'),
+    ],
+)
+def test_bad_options_change_nothing(network, options, words):
+    before = copy.deepcopy(network)
+    with pytest.raises(InputError, match=words):
+        truncate(network, inplace=True, **options)
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+    for name in ('conv2', 'fc'):
+        with pytest.raises(InputError, match=f"pairs: '{name}'"):
+            harmonize(network, pairs={name: 16})
