@@ -19,7 +19,7 @@ from timm_harmonic import HarmonicBlock2d, HarmonicConv2d
 pytestmark = pytest.mark.slow
 
 BATCHES = (1, 5)
-FEW_CASES = ('resnet_levels', 'vgg_bn')
+FEW_CASES = ('resnet_levels', 'vgg_bn', 'pairs')
 
 
 class Export(NamedTuple):
@@ -58,6 +58,7 @@ CASES = {
     'resnet_levels': ('harm_resnet50_avgpool', dict(levels=(None, None, 3, 2), smoothness=0.5), ANY_SIZE),
     'seresnext': ('harm_seresnext50_32x4d', {}, MULTIPLES_OF_4),
     'vgg_bn': ('harm_vgg11_bn', {}, FIXED),
+    'pairs': ('harmonized', dict(pairs={'layer1.0.conv2': 50, 'layer3.0.conv1': 100}), ANY_SIZE),
     'wrn': ('harm_wrn16_8', {}, ANY_SIZE),
 }
 each_form = pytest.mark.parametrize('form', ['unfused', 'fused'])

@@ -62,7 +62,7 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         layers=_layers(model),
         separable=sum(layer.form == 'separable' for layer in layers),
         kept=sum(layer.weight.numel() for layer in layers),
-        full=sum(layer.weight.numel() // len(layer.basis) * layer.basis[0].numel() for layer in layers),
+        full=sum(x.out_channels * x.in_channels // x.groups * x.basis[0].numel() for x in layers),
         parameters=sum(p.numel() for p in model.parameters()),
         macs=count_macs(fused, torch.empty(1, *cfg['input_size'], device='meta')),
         classes=model.num_classes,

@@ -136,7 +136,7 @@ def convert_state_dict(
         if attribute == 'dct' and name in layers:
             _check_basis(key, value, layers[name])
             continue
-        if attribute == 'weight' and name in layers:
+        if attribute == 'weight' and name in layers and layers[name].kept is None:
             value = _coefficients_4d(value, layers[name].basis.shape[0])
         elif attribute == 'weight' and value.ndim == 2 and key in target and value.numel() == target[key].numel():
             value = value.reshape(target[key].shape)  # a linear layer of the authors, a 1 x 1 or 7 x 7 convolution here

@@ -57,6 +57,7 @@ def _create(
     normalization: str = 'l1',
     smoothness: float | None = None,
     form: Form | None = None,
+    pairs: dict[str, int] | None = None,
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -77,8 +78,8 @@ def _create(
     def make(**kwargs: Any) -> nn.Module:
         of_base.update(kwargs)
         model: Any = create_base(cache_dir=cache_dir, pretrained=pretrained and not named, **kwargs)
-        chosen: dict[str, Any] = dict(level=level, levels=levels, include=include, exclude=exclude, form=form)
-        model = harmonize(model, **chosen, **basis, inplace=True)
+        chosen: dict[str, Any] = dict(level=level, levels=levels, include=include, exclude=exclude)
+        model = harmonize(model, **chosen, **basis, form=form, pairs=pairs, inplace=True)
         model._model_args = {}  # timm notes the options of the whole
         return model
 
@@ -157,11 +158,13 @@ def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
         weight = state.get(f'{name}.weight')
         if weight is None or not isinstance(layer, HarmonicConv2d) or weight.ndim != 4 or weight.shape[3] != 1:
             continue
-        if weight.shape[2] != layer.weight.shape[2]:
+        pairs = layer.kept is not None or f'{name}.kept' in state
+        ours, theirs = (x.shape[1:] if pairs else x.shape[2:] for x in (layer.weight, weight))
+        if ours != theirs:
             raise CheckpointError(
-                f'{name}.weight of the checkpoint has {weight.shape[2]} coefficients per filter, the network '
-                f'{layer.weight.shape[2]} (level {layer.level}): build the network with the level or levels of the '
-                'checkpoint, as a folder that was saved with it does, then truncate it.'
+                f'{name}.weight of the checkpoint is {tuple(weight.shape)}, the network keeps other functions: '
+                f'{tuple(layer.weight.shape)} (level {layer.level}). Build the network with the level, levels and '
+                'pairs of the checkpoint, as a folder that was saved with it does, then truncate it.'
             )
     check_fit(state, model, cfg.get('classifier'), get_model_traits(model).get('first_conv', cfg.get('first_conv')))
     return state
