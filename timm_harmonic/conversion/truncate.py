@@ -63,8 +63,8 @@ def truncate(
     (see `eliminate`), those last whose absence the others cannot make up for. Pass `data` and refit=True: without data,
     pairs of little energy go, which loses far more than levels do, and without refitting nothing is gained. Some layers
     keep to levels: see `sizes_of`. If levels alone, at the same budget, come nearer to the complete network on held-out
-    images, the result has levels, with a warning. A layer of 512 channels takes sums of 4608 features, 170 MB, four
-    times at most.
+    images, the result has levels, with a warning. The images stay in memory, and one layer at a time takes the sums of
+    `refit`, 400 MiB for 512 channels (4608 features), with about four matrices of 8 F^2 bytes to eliminate pairs.
 
     With 'macs' or 'time' as the cost, each layer counts in its cheaper form, and takes that form: timm's
     `reparameterize_model` then makes the network of that cost. `deploy` chooses forms again.
