@@ -151,8 +151,8 @@ def table(report: dict[str, Any]) -> str:
         '',
         f'Measured on {env["processor"]}, {env["threads"]} threads, torch {env["torch"]}, timm {env["timm"]}, '
         f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. "Plain again" '
-        'times plain against plain: the noise. "0.5 of the time" is truncated to that share in this setting (in '
-        '8 bits: of the time of floats); an empty cell means that no choice of levels reaches it. The stem stays as it '
+        'times plain against plain: the noise. "0.5 of the time" is truncated to that share in this setting '
+        f'({report.get("shares", "in ONNX Runtime: of the time in torch")}); an empty cell means that no choice of levels reaches it. The stem stays as it '
         'is. Slow rows have batch 1 only. Rows that were not measured again may be some days older than the date.',
         '',
         f'| network | in | batch | plain, ms | {" | ".join(columns)} |',
@@ -212,7 +212,9 @@ def main() -> None:
         if in_onnx := [key for key in settings if key in ONNX]:
             jobs.append((in_onnx_runtime, (name, in_onnx, batches, args.size)))
     torch.set_num_threads(args.threads)  # here for the environment's sake
-    report: dict[str, Any] = dict(environment=environment(args.device), rows=[])
+    report: dict[str, Any] = dict(
+        environment=environment(args.device), shares='in 8 bits: of the time of floats', rows=[]
+    )
     with fresh_processes(args.threads) as fresh:
         for function, options in tqdm(jobs):
             report['rows'] += fresh.apply(function, options)

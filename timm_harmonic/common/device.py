@@ -45,7 +45,7 @@ def float64_device(device: torch.device) -> torch.device:
 def dot_products() -> bool | None:
     """Tells whether the processor has 8-bit dot products (VNNI, AMX, ARM's dotprod), None where Linux does not say."""
     with suppress(OSError):
-        words = set(Path('/proc/cpuinfo').read_text().split())
+        words = set(Path('/proc/cpuinfo').read_text(encoding='utf-8').split())
         if words & {'flags', 'Features'}:
             return bool(words & {'avx512_vnni', 'avx_vnni', 'amx_int8', 'asimddp'})
     return None
