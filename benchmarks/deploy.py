@@ -153,7 +153,8 @@ def table(report: dict[str, Any]) -> str:
         f'{env["date"]}. Ratios of time to the plain network of the same round: median [quartiles]. "Plain again" '
         'times plain against plain: the noise. "0.5 of the time" is truncated to that share in this setting '
         f'({report.get("shares", "in ONNX Runtime: of the time in torch")}); an empty cell means that no choice of '
-        'levels reaches it. The stem stays as it is. Slow rows have batch 1 only. Rows that were not measured again may be some days older than the date.',
+        'levels reaches it. The stem stays as it is. Slow rows have batch 1 only. Rows that were not measured again '
+        'may be some days older than the date.',
         '',
         f'| network | in | batch | plain, ms | {" | ".join(columns)} |',
         '|---' * (4 + len(columns)) + '|',
