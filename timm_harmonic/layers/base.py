@@ -181,6 +181,8 @@ class HarmonicLayer(nn.Module):
             self.basis_code = None if code is None else code.to(self.basis.device)
             if self.kept is not None:
                 self.pairs = _pairs_of(self.kept, self.weight.shape[1])
+        # The absent ones come last: torch.export of the layer alone numbers buffers as if all were there.
+        self._buffers = dict(sorted(self._buffers.items(), key=lambda item: item[1] is None))
         for key in [key for key, hook in self._forward_pre_hooks.items() if hook is _complete]:
             del self._forward_pre_hooks[key]
         if self.basis.is_meta or like.is_meta:  # what says which coefficients are kept may come with them
