@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     amount('--level', type=positive, metavar='L', help='keep the frequencies with i + j < L in every layer')
     amount('--energy', type=share, metavar='E', help='keep this share of the energy of each layer')
     amount('--ratio', type=share, metavar='R', help='keep this share of the parameters, or of what --cost names')
+    per = 'choose a level for each layer, or functions for each input channel, with --data and --refit (default: layer)'
+    add('--per', choices=('layer', 'channel'), default='layer', help=per)
     costs = 'what --ratio counts: parameters, multiply-adds, or the time of one image here (default: parameters)'
     add('--cost', choices=('parameters', 'macs', 'time'), default='parameters', help=costs)
     data = 'image folder (labels are ignored): weigh frequencies by how much they change the outputs on its images'
@@ -92,6 +94,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.conversion.costs import forms_by_time, set_forms
     from timm_harmonic.conversion.harmonize import record_options
     from timm_harmonic.conversion.report import draw_truncation
+    from timm_harmonic.conversion.swap import harmonic_layers
     from timm_harmonic.conversion.timing import check_runtime
     from timm_harmonic.export.folder import STEPS, load_network, next_step, write_folder
     from timm_harmonic.export.onnx import export_onnx, measured
@@ -105,7 +108,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
 
     def draw(folder: Path, small: Any) -> None:
-        if importlib.util.find_spec('matplotlib') is not None:
+        by_levels = all(layer.kept is None for layer in harmonic_layers(small).values())  # what the picture shows
+        if by_levels and importlib.util.find_spec('matplotlib') is not None:
             with explained(f'matplotlib cannot draw {_PICTURE}', Exception):
                 draw_truncation(folder / _PICTURE, whole, small, args.refit)
 
@@ -157,7 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         images = progress(data, desc='weigh', unit='batch', leave=False) if weighs else None
         counted = None if args.cost == 'parameters' else example
         extra = dict(parameters=[], macs=['cost'], time=['cost', 'runtime'])[args.cost]
-        chosen = ('level', 'energy', 'ratio', *extra)
+        chosen = ('level', 'energy', 'ratio', *(['per'] if args.per == 'channel' else []), *extra)
         amount: dict[str, Any] = {key: value for key in chosen if (value := getattr(args, key)) is not None}
         small = truncate(whole, **amount, images=counted, data=images, refit=args.refit and weighs)
         if args.deploy and args.cost != 'time':  # by time, truncate has chosen the forms
@@ -231,6 +235,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError('--int8 needs --deploy, and --data, an image folder, for the ranges. Labels are ignored.')
     if args.level is not None and args.data is not None and not (args.refit or args.int8):
         raise InputError('--data is for --refit, --int8, --energy and --ratio: with --level nothing is chosen.')
+    if args.per == 'channel' and (args.level is not None or not args.refit):
+        raise InputError('--per channel needs --ratio or --energy, and --data with --refit: else it loses much.')
     if args.cost != 'parameters' and args.ratio is None:
         raise InputError('--cost needs --ratio, the share of the cost to keep.')
     if (args.model_kwargs or {}).get('features_only'):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,17 @@ def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path, monke
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
+def test_functions_for_each_channel(checkpoint, pictures, tmp_path):
+    """The folder has them, or levels if those came nearer; the report says which."""
+    options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, img_size=32, batch_size=8, batches=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'levels come nearer')
+        record = compress(NAME, tmp_path / 'out', ratio=0.6, per='channel', refit=True, data=pictures, **options)
+    assert record['options'] == dict(ratio=0.6, per='channel', refit=True)
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (build(), loaded(tmp_path / 'out'))]
+    assert sizes[1] <= 0.6 * sizes[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('ratio', [0.6, 1.0])
 def test_eight_bits(checkpoint, pictures, tmp_path, ratio):
@@ -264,6 +276,8 @@ def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
         (dict(level=2, int8=True, data=Path()), InputError, '--int8 needs --deploy'),
         (dict(ratio=1.0, int8=True, deploy=True), InputError, '--int8 needs --deploy, and --data'),
         (dict(level=2, cost='time'), InputError, '--cost needs --ratio'),
+        (dict(ratio=0.5, per='channel'), InputError, '--per channel needs --ratio or --energy, and --data with'),
+        (dict(level=2, per='channel', refit=True, data=Path()), InputError, '--per channel needs --ratio'),
         (dict(level=2, device='nowhere'), ValueError, "device 'nowhere' cannot be used here"),
         (dict(level=2, mean=[1, 2]), ValueError, 'mean has 2 values, the network takes 3 channels'),
         (dict(level=2, model='maxvit_rmlp_pico_rw_256', img_size=72), InputError, r'model requires \(256, 256\)'),
