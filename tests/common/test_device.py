@@ -55,7 +55,7 @@ def test_a_layer_without_float64(cls, monkeypatch):
     ],
 )
 def test_processors_that_have_dot_products(text, expected, monkeypatch):
-    def read(path):
+    def read(path, encoding):
         if text is None:
             raise FileNotFoundError(path)
         return text
