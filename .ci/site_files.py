@@ -8,7 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-OUTSIDE = ('*.md', 'LICENSE', 'benchmarks/results/**/*.*', 'tests/data/README.md', 'train_configs/*')
+OUTSIDE = ('*.md', 'LICENSE', 'benchmarks/*.md', 'benchmarks/results/**/*.*', 'tests/data/README.md', 'train_configs/*')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -85,6 +85,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     'harm': ({}, {}),
     'smoothness 0': (dict(smoothness=0), {}),
     'smoothness 0.5': (dict(smoothness=0.5), {}),
+    'smoothness 0.5, long and heavy': (dict(smoothness=0.5), dict(heavy=True)),
     'smoothness 1': (dict(smoothness=1), {}),
     'stem 1, blocks 0.5': (dict(smoothness=0.5), dict(stem=1.0)),
     'smoothness 0.5, floor 0.2': (dict(smoothness=0.5), dict(floor=0.2)),
@@ -163,6 +164,8 @@ _SOME, _LARGER = ('icons', 'surfaces'), ('plain', 'harm', 'smoothness 0.5', 'aut
 def _evaluation() -> Iterator[Unit]:
     for task, of in EVALUATION.items():
         yield from (Unit(task, of.counts[0], 'small', 'adamw', variant) for variant in _CONTENDERS)
+    for task, of in EVALUATION.items():  # see the plan: it was added later
+        yield Unit(task, of.counts[0], 'small', 'adamw', 'smoothness 0.5, long and heavy')
     for task in _SOME:
         count = EVALUATION[task].counts[0]
         yield from (Unit(task, count, 'small', 'momentum', variant) for variant in _CONTENDERS)

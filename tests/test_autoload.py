@@ -156,7 +156,7 @@ def test_an_old_timm_beside_a_script_is_named(tmp_path):
     (tmp_path / 'train.py').write_text('import torch, timm; print(timm.__version__)')
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONSAFEPATH'}
     command = [sys.executable, str(tmp_path / 'train.py')]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=True)
     assert done.stdout == '0.9.2\n'
     assert f'Python took timm 0.9.2 from {tmp_path / "timm"}. ' in done.stderr
     assert 'set PYTHONSAFEPATH=1' in done.stderr
@@ -287,5 +287,5 @@ def test_script_with_the_models(tmp_path):
     script.write_text(f'import sys, beside\n{KNOWN}\nprint(__name__, sys.argv[0] == {str(script)!r}, sys.argv[1:])')
     command = [sys.executable, '-m', 'timm_harmonic', str(script), '--model', 'harm_resnet50']
     env = dict(os.environ, TIMM_HARMONIC_AUTOLOAD='0')
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.stdout == "__main__ True ['--model', 'harm_resnet50']\n", done.stderr

@@ -104,7 +104,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys):
     """One network on small images, in a process of its own. Then the table again, without a measurement."""
     options = '--device cpu --models harm_resnet18 --settings 1 --eval-batch 1 --train-batch 2 --size 64 --budget 0'
     options += f' --threads 1 --no-growth --out {tmp_path}'
-    subprocess.run([sys.executable, '-m', 'benchmarks', *options.split()], cwd=ROOT, timeout=300, check=True)
+    subprocess.run([sys.executable, '-m', 'benchmarks', *options.split()], cwd=ROOT, timeout=900, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {'cpu.json', 'cpu.md', 'cpu.png'}
     monkeypatch.setattr(sys, 'argv', ['benchmarks', '--show', str(tmp_path / 'cpu.json')])
     command.main()

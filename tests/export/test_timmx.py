@@ -10,6 +10,7 @@ import torch
 from timm.models import reparameterize_model
 
 from timm_harmonic import harmonize, truncate
+from timm_harmonic.layers import RepeatChannels
 
 pytest.importorskip('timmx', reason='timmx is not installed; it needs Python 3.11')
 onnx = pytest.importorskip('onnx', reason='onnx is not installed')
@@ -38,8 +39,8 @@ def test_onnx_of_a_compressed_folder(tmp_path):
     assert all(node.input[1] in stored for node in convolutions)
     plain = reparameterize_model(model)
     assert len(convolutions) == sum(isinstance(module, torch.nn.Conv2d) for module in plain.modules())
-    pools = [node for node in graph.node if node.op_type == 'AveragePool']
-    assert len(pools) == sum(isinstance(module, torch.nn.AvgPool2d) for module in plain.modules()) == 2
+    repeated = [node for node in graph.node if node.op_type == 'Concat']
+    assert len(repeated) == sum(isinstance(module, RepeatChannels) for module in plain.modules()) == 1
 
     x = torch.randn(1, 3, 64, 64)
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
