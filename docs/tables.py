@@ -20,7 +20,6 @@ from timm.models import get_pretrained_cfg  # noqa: E402
 
 from benchmarks import compression, sizes  # noqa: E402
 from benchmarks.measure import Setting  # noqa: E402
-from benchmarks.small_data import gains, over_tasks  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
 from timm_harmonic.small_data.results import interval  # noqa: E402
 from timm_harmonic.small_data.training import MEANINGS  # noqa: E402
@@ -247,20 +246,6 @@ def quickstart() -> str:
         rows.append([titles[name], *cells, gain, f'{of["parameters"]:,}'])
     header = ['model', 'test accuracy, %', 'as trained, %', 'fused, %', 'minus plain (95 % interval)', 'parameters']
     return markdown(header, rows)
-
-
-def small_data() -> str:
-    """The small network of the evaluation with AdamW: differences to plain, over tasks and the worst one."""
-    report = json.loads((RESULTS / 'small_data_evaluation.json').read_text())
-    rows = [row for row in report['rows'] if (row['group'], row['opt']) == ('small', 'adamw')]
-    found, tasks = gains(rows), list(dict.fromkeys(row['task'] for row in rows))
-    lines = []
-    for name in dict.fromkeys(variant for variant, _ in found):
-        worst = min(tasks, key=lambda task: found[name, task]['mean'])
-        wins = sum(found[name, task]['mean'] > 0 for task in tasks)
-        lowest = f'{found[name, worst]["mean"]:+.1f} ({worst})'
-        lines.append([name, interval(over_tasks(found, name, tasks)), f'{wins} of {len(tasks)}', lowest])
-    return markdown(['network', 'mean over tasks', 'tasks above plain', 'worst task'], lines)
 
 
 _ALL = (

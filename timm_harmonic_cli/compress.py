@@ -194,11 +194,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 try:
                     export(name, fast, folder)
                     rows = measured(files, networks | {name: fast}, example, held_out)
-                    for row, when in zip(networks | {name: fast}, accuracy, strict=False):
-                        rows[row]['top1'] = accuracy[when]['top1']
-                    for row in [row for row in files if accuracy and row not in networks]:
-                        with onnx_session(files[row]) as session:
-                            rows[row]['top1'] = _evaluate(session, whole.num_classes, loader, 'cpu')['top1']
+                    if accuracy:
+                        rows['plain']['top1'], rows[name]['top1'] = (accuracy[k]['top1'] for k in ('before', 'after'))
+                        for row in files.keys() - {'plain', name}:
+                            with onnx_session(files[row]) as session:
+                                rows[row]['top1'] = _evaluate(session, whole.num_classes, loader, 'cpu')['top1']
                     record['deployed'] = rows
                 except Exception as error:  # the rest took minutes and is worth keeping
                     for file in (_ONNX, _INT8):

@@ -204,9 +204,9 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         ):
             for name in progress(lowered, desc='refit', unit='layer', leave=False):
                 samples = _samples(name, layers[name], uses[name], parts, zip(whole, cut, strict=True))
-                solved = _solve(layers[name], samples, name in norms[0])
-                for network, of, solution in zip((fitted, final), norms, solved, strict=False):
-                    _set_weights(network.get_submodule(name), of.get(name), *solution)
+                if solved := _solve(layers[name], samples, name in norms[0]):
+                    for network, of, solution in zip((fitted, final), norms, solved, strict=True):
+                        _set_weights(network.get_submodule(name), of.get(name), *solution)
         for network in (fitted, counted):
             # One image has no statistics.
             estimate_statistics(network, [images for images, _ in _split(parts) if len(images) > 1])

@@ -354,10 +354,8 @@ def write_folder(
 
 def _save(model: nn.Module, folder: Path, model_config: dict[str, Any], images: dict[str, Any], own: bool) -> None:
     scale = images.pop('scale', None)
-    for tensor in (
-        *model.parameters(),
-        *model.buffers(),
-    ):  # as safetensors needs; .to(memory_format=...) leaves (O, I, P, 1) as it is
+    # As safetensors needs; .to(memory_format=...) leaves (O, I, P, 1) as it is.
+    for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.contiguous()
     full_disk = explained(f'the weights cannot be written to {folder.parent}', SafetensorError)
     with full_disk, explained('the network cannot be saved for such images', TypeError, ValueError, AssertionError):

@@ -27,9 +27,9 @@ from .dct import (
 )
 from .separable import Gather, RepeatChannels, check_form, gather, mixing, responding
 
+# Leaves of torch.fx: a trace would freeze their branches.
+torch.fx.wrap('basis_for_product')
 torch.fx.wrap('gather')
-
-torch.fx.wrap('basis_for_product')  # a leaf: a trace would freeze its branches
 
 IntPair = int | tuple[int, int]
 
