@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.common.progress import progress
     from timm_harmonic.small_data import protocol, results, tasks, training
 
-    require(matplotlib='matplotlib', scipy='scipy')
+    require(matplotlib='matplotlib')
     given = [training.network(text) for text in dict.fromkeys(args.models)]
     place = usable_device(args.device)
     if args.keep is not None:

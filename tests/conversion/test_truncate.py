@@ -8,7 +8,6 @@ import pytest
 import reference
 import timm
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from timm.layers import set_fused_attn
 from timm.models import reparameterize_model
 from torch import nn
@@ -116,14 +115,17 @@ def total(harms, chosen):
 
 
 def exact(harms, costs, budget):
-    """The least harm within a budget, by integer programming."""
-    places = [(name, level) for name, of in harms.items() for level in of]
-    rows = [[float(name == of) for of, _ in places] for name in harms]
-    cost = [costs.of[name][level].cost / (budget - costs.rest) for name, level in places]
-    limits = LinearConstraint([*rows, cost], [1] * len(harms) + [-np.inf], [1] * len(harms) + [1])
-    harm = [harms[name][level] for name, level in places]
-    options = dict(mip_rel_gap=1e-6)
-    return milp(harm, constraints=limits, integrality=np.ones(len(places)), bounds=Bounds(0, 1), options=options).fun
+    """The least harm within a budget, by dynamic programming over whole units of cost."""
+    unit = np.gcd.reduce([round(of.cost) for by_level in costs.of.values() for of in by_level.values()])
+    room = int((budget - costs.rest) / unit + 1e-9)
+    best = np.zeros(room + 1)
+    for name, of in harms.items():
+        longer = np.full(room + 1, np.inf)
+        for level, harm in of.items():
+            cost = round(costs.of[name][level].cost) // unit
+            longer[cost:] = np.minimum(longer[cost:], best[: max(0, room + 1 - cost)] + harm)
+        best = longer
+    return best[-1]
 
 
 def check_choice(losses, costs, budget):
