@@ -121,11 +121,14 @@ def test_script_trace_compile_export(form, memory_format, tmp_path):
         torch.fx.symbolic_trace(layer.fuse()),
         torch.jit.script(layer.fuse()),
         torch.export.export(layer, (x,)).module(),
-        torch.compile(layer, fullgraph=True, backend='eager'),
+        compiled := torch.compile(copy.deepcopy(layer).train(), fullgraph=True, backend='aot_eager'),
     ]
     with onnx_session(path) as in_onnx:
         for way in (*ways, in_onnx):
             torch.testing.assert_close(way(x), layer(x), rtol=1e-4, atol=1e-5)
+    for module in (layer, compiled):
+        module(x).square().sum().backward()
+    torch.testing.assert_close(compiled.weight.grad, layer.weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def by_meta(layer):
