@@ -234,12 +234,20 @@ def test_pairs_within_levels_and_within_pairs():
         (dict(level=2), 13, 'from 1 to 12'),
         ({}, True, 'booleans'),
         ({}, '7', 'booleans'),
-        (dict(groups=2), 4, 'groups.*Lower its level'),
+        (dict(groups=2), 4, 'groups.*lower its level'),
     ],
 )
 def test_wrong_pairs(options, kept, words):
     with pytest.raises(InputError, match=words):
         HarmonicConv2d(4, 6, 3, **options).at_pairs(kept)
+
+
+def test_levels_that_leave_no_pairs():
+    layer = HarmonicConv2d(4, 6, 3).at_pairs(torch.arange(9).expand(4, 9) == 8)
+    with pytest.raises(InputError, match=r'level 4 leaves no pairs of HarmonicConv2d\(4, 6, .*pairs=4\)\.'):
+        layer.at_level(4)
+    with pytest.raises(InputError, match='to tell: it is on meta'):
+        copy.deepcopy(layer).to('meta').at_level(4)
 
 
 @pytest.mark.parametrize('form', ['dense', 'separable'])
