@@ -215,6 +215,36 @@ def test_layers_that_stay_with_levels():
     assert all(0.76 < small / large < 0.81 for large, small in itertools.pairwise(found))
 
 
+class Mixed(nn.Module):
+    """A frozen layer that is used twice, one with groups, one that no image reaches, and one whose inputs are zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = HarmonicConv2d(3, 16, 3)
+        self.twice = self.again = HarmonicConv2d(16, 16, 3, padding=1, bias=False).requires_grad_(False)
+        self.grouped, self.unused = HarmonicConv2d(16, 16, 3, groups=4), HarmonicConv2d(16, 16, 3)
+        self.dead, self.point = HarmonicConv2d(16, 16, 3), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.grouped(self.again(self.twice(self.stem(x)).relu()).relu())
+        return self.point(x[..., 2:, 2:] + self.dead(x.clamp_max(0).relu()))
+
+
+def test_unusual_layers(images):
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    small = truncate(model, ratio=0.4, per='channel', data=[images[..., :16, :16]], refit=True)
+    assert small.twice is small.again
+    assert small.twice.kept is not None
+    assert not small.twice.weight.requires_grad
+    assert small.dead.weight.requires_grad
+    assert small.stem.kept is small.grouped.kept is None
+    assert small.unused.kept is not None
+    assert output_error(model, small, [images[..., :16, :16]]) < 0.5
+    for form in ('dense', 'separable'):
+        torch.testing.assert_close(deploy(small, form=form)(images), small(images), rtol=1e-4, atol=1e-4)
+
+
 def saved(model, folder):
     save_for_hf(model, str(folder), safe_serialization=True)
     return json.loads((folder / 'config.json').read_text())['model_args']
