@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import reference
 import timm
@@ -23,6 +24,7 @@ import timm_harmonic
 PROCESSES = 2
 STEPS = 3
 ARGS = dict(layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), num_classes=5, smoothness=1, dtype=torch.float64)
+PAIRS = {'layer1.0.conv2': 30, 'layer3.0.conv1': 60}  # of channel and function, in layers that keep these
 CONVERSIONS = {
     'torch': nn.SyncBatchNorm.convert_sync_batchnorm,
     'timm': timm.layers.convert_sync_batchnorm,
@@ -32,10 +34,18 @@ TIMEOUT = datetime.timedelta(seconds=60)  # for one collective: a process whose 
 Batch = tuple[Tensor, Tensor]
 
 
+def make(**options: Any) -> nn.Module:
+    """A new network. One layer with pairs computes in separable form."""
+    model = timm.create_model('harm_resnet18', **ARGS, **options)
+    model = timm_harmonic.harmonize(model, pairs=PAIRS, inplace=True)
+    model.layer3[0].conv1.form = 'separable'
+    return model.train()
+
+
 def build() -> nn.Module:
     """The same network in every process. No gradient is zero: a new ResNet would have zero scales."""
     torch.manual_seed(0)
-    return reference.randomize_batch_norm(timm.create_model('harm_resnet18', **ARGS)).train()
+    return reference.randomize_batch_norm(make())
 
 
 def batches() -> list[Batch]:
@@ -152,7 +162,7 @@ def statistics(rank: int) -> dict:
 
 
 def sharded(rank: int) -> dict:
-    """FSDP2, on a network in memory, and on one that gets storage and weights after it was sharded."""
+    """FSDP2, on a network in memory, on one that gets storage and then weights once it is sharded, or both at once."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -160,13 +170,14 @@ def sharded(rank: int) -> dict:
     mesh = init_device_mesh('cpu', (PROCESSES,))
     whole = StateDictOptions(full_state_dict=True)
     found = {}
-    for start in ('in memory', 'on meta'):
-        model = build() if start == 'in memory' else timm.create_model('harm_resnet18', device='meta', **ARGS)
+    for start in ('in memory', 'on meta', 'assigned'):
+        model = build() if start == 'in memory' else make(device='meta')
         explicit = count_explicit(model.conv1)
         for module in (model.conv1, *model.layer1, *model.layer2, *model.layer3, *model.layer4, model):
             fully_shard(module, mesh=mesh)
         if start == 'on meta':
             model.to_empty(device='cpu')
+        if start != 'in memory':
             set_model_state_dict(model, build().state_dict(), options=whole)
         shards = {key: tuple(parameter.to_local().shape) for key, parameter in model.named_parameters()}
         gradients = []

@@ -94,7 +94,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.conversion.costs import forms_by_time, set_forms
     from timm_harmonic.conversion.harmonize import record_options
     from timm_harmonic.conversion.report import draw_truncation
-    from timm_harmonic.conversion.swap import harmonic_layers
     from timm_harmonic.conversion.timing import check_runtime
     from timm_harmonic.export.folder import STEPS, load_network, next_step, write_folder
     from timm_harmonic.export.onnx import export_onnx, measured
@@ -108,8 +107,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
 
     def draw(folder: Path, small: Any) -> None:
-        by_levels = all(layer.kept is None for layer in harmonic_layers(small).values())  # what the picture shows
-        if by_levels and importlib.util.find_spec('matplotlib') is not None:
+        if importlib.util.find_spec('matplotlib') is not None:
             with explained(f'matplotlib cannot draw {_PICTURE}', Exception):
                 draw_truncation(folder / _PICTURE, whole, small, args.refit)
 

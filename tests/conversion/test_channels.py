@@ -9,6 +9,8 @@ import pytest
 import reference
 import timm
 import torch
+from matplotlib.axes import Axes
+from PIL import Image
 from timm.models import reparameterize_model, save_for_hf
 from torch import nn
 
@@ -19,6 +21,7 @@ from timm_harmonic.conversion import truncate as module
 from timm_harmonic.conversion.channels import eliminate, sizes_of
 from timm_harmonic.conversion.costs import count_macs
 from timm_harmonic.conversion.refit import Moments, estimate_statistics, output_error
+from timm_harmonic.conversion.report import draw_truncation
 from timm_harmonic.conversion.running import read_images
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.models.checkpoints import CheckpointError
@@ -174,6 +177,34 @@ def test_channels_within_levels_and_selections(network, images):
     assert sum(p.numel() for p in again.parameters()) <= 0.8 * sum(p.numel() for p in by_filters.parameters())
 
 
+def test_report_and_picture(network, tmp_path, monkeypatch):
+    """Functions by number of channels, and the share of the channels that keeps each function."""
+    kept = torch.zeros(16, 9, dtype=torch.bool)
+    kept[:, 0] = kept[0] = kept[:4, 5] = True
+    kept[12:] = False
+    own = network.get_submodule('layer1.0.conv2').at_pairs(kept)
+    small = copy.deepcopy(network)
+    small.set_submodule('layer1.0.conv2', own)
+    small.set_submodule('layer1.0.conv1', network.get_submodule('layer1.0.conv1').at_level(2))
+    report = harmonic_report(small)
+    row = next(conv for conv in report.to_dict()['convolutions'] if conv['name'] == 'layer1.0.conv2')
+    assert (row['kept'], row['channels']) == (23 / 16, [4, 8, 3, 0, 0, 0, 0, 0, 0, 1])
+    words = 'functions of their own keep 1.44 on average: 4 keep 0, 8 keep 1, 3 keep 2, 1 keep 9.'
+    assert all(words in text for text in (report.summary(), report.to_markdown(), str(report)))
+    assert 'on average' not in harmonic_report(network).summary()
+    assert 'on average' not in harmonic_report(copy.deepcopy(small).to('meta')).summary()
+    shown, imshow = [], Axes.imshow
+    monkeypatch.setattr(Axes, 'imshow', lambda axes, of, **style: shown.append(of) or imshow(axes, of, **style))
+    draw_truncation(tmp_path / 'drawn.png', network, small)
+    with Image.open(tmp_path / 'drawn.png') as picture:
+        assert picture.width == 1040
+    by_name = dict(zip(harmonic_layers(small), shown, strict=True))
+    assert by_name['conv1'].shape == (7, 7)
+    assert (by_name['conv1'] == 100).all()
+    assert by_name['layer1.0.conv1'].tolist() == [[100, 100, 0], [100, 0, 0], [0, 0, 0]]
+    assert (by_name['layer1.0.conv2'] * 16 / 100).tolist() == [[12, 1, 1], [1, 1, 4], [1, 1, 1]]
+
+
 def test_layers_that_stay_with_levels():
     assert not sizes_of(HarmonicConv2d(64, 64, 3, groups=2))
     assert not sizes_of(HarmonicBlock2d(64, 64, 3))
@@ -182,6 +213,36 @@ def test_layers_that_stay_with_levels():
     assert len(found) == 13
     assert found[0] == 4608
     assert all(0.76 < small / large < 0.81 for large, small in itertools.pairwise(found))
+
+
+class Mixed(nn.Module):
+    """A frozen layer that is used twice, one with groups, one that no image reaches, and one whose inputs are zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = HarmonicConv2d(3, 16, 3)
+        self.twice = self.again = HarmonicConv2d(16, 16, 3, padding=1, bias=False).requires_grad_(False)
+        self.grouped, self.unused = HarmonicConv2d(16, 16, 3, groups=4), HarmonicConv2d(16, 16, 3)
+        self.dead, self.point = HarmonicConv2d(16, 16, 3), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.grouped(self.again(self.twice(self.stem(x)).relu()).relu())
+        return self.point(x[..., 2:, 2:] + self.dead(x.clamp_max(0).relu()))
+
+
+def test_unusual_layers(images):
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    small = truncate(model, ratio=0.4, per='channel', data=[images[..., :16, :16]], refit=True)
+    assert small.twice is small.again
+    assert small.twice.kept is not None
+    assert not small.twice.weight.requires_grad
+    assert small.dead.weight.requires_grad
+    assert small.stem.kept is small.grouped.kept is None
+    assert small.unused.kept is not None
+    assert output_error(model, small, [images[..., :16, :16]]) < 0.5
+    for form in ('dense', 'separable'):
+        torch.testing.assert_close(deploy(small, form=form)(images), small(images), rtol=1e-4, atol=1e-4)
 
 
 def saved(model, folder):

@@ -164,13 +164,15 @@ def test_refit_by_multiply_adds_and_deploy(checkpoint, pictures, tmp_path, monke
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
-def test_functions_for_each_channel(checkpoint, pictures, tmp_path):
-    """The folder has them, or levels if those came nearer; the report says which."""
+def test_functions_for_each_channel(checkpoint, pictures, tmp_path, monkeypatch):
+    """The folder has them, or levels if those came nearer; the report says which, and the picture shows it."""
+    monkeypatch.setattr(report, 'draw_truncation', DRAW)
     options = dict(checkpoint=checkpoint, model_kwargs=KWARGS, img_size=32, batch_size=8, batches=2)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'levels come nearer')
         record = compress(NAME, tmp_path / 'out', ratio=0.6, per='channel', refit=True, data=pictures, **options)
     assert record['options'] == dict(ratio=0.6, per='channel', refit=True)
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == FILES
     sizes = [sum(p.numel() for p in model.parameters()) for model in (build(), loaded(tmp_path / 'out'))]
     assert sizes[1] <= 0.6 * sizes[0]
 

@@ -142,7 +142,7 @@ def compiler():
 @pytest.mark.usefixtures('compiler')
 @pytest.mark.parametrize('precision', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('way', ['CPU', 'CUDA'])
-@pytest.mark.parametrize('cls', [HarmonicConv2d, HarmonicBlock2d])
+@pytest.mark.parametrize('cls', [HarmonicConv2d, HarmonicBlock2d, lambda *args: HarmonicConv2d(*args).at_pairs(90)])
 def test_compiled_gradients_are_not_rounded(cls, way, precision, monkeypatch):
     """Compiled, the backward pass runs under autocast: its error is that of the eager one. There is no graph break."""
     if way == 'CUDA':

@@ -9,7 +9,11 @@ from torch import nn
 
 from timm_harmonic.conversion.swap import harmonic_layers
 
-MODELS = [('harm_resnet18', dict(smoothness=1)), ('harmonized', dict(base_model='resnet18'))]
+PAIRS = dict(pairs={'layer1.0.conv2': 50, 'layer3.0.conv1': 100}, form={'layer3.*': 'separable'})
+MODELS = [
+    ('harm_resnet18', dict(reference.RESNET, smoothness=1)),
+    ('harmonized', dict(reference.FAMILIES['harmonized'], **PAIRS)),
+]
 
 
 @contextmanager

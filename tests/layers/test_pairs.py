@@ -121,11 +121,14 @@ def test_script_trace_compile_export(form, memory_format, tmp_path):
         torch.fx.symbolic_trace(layer.fuse()),
         torch.jit.script(layer.fuse()),
         torch.export.export(layer, (x,)).module(),
-        torch.compile(layer, fullgraph=True, backend='eager'),
+        compiled := torch.compile(copy.deepcopy(layer).train(), fullgraph=True, backend='aot_eager'),
     ]
     with onnx_session(path) as in_onnx:
         for way in (*ways, in_onnx):
             torch.testing.assert_close(way(x), layer(x), rtol=1e-4, atol=1e-5)
+    for module in (layer, compiled):
+        module(x).square().sum().backward()
+    torch.testing.assert_close(compiled.weight.grad, layer.weight.grad, rtol=1e-4, atol=1e-4)
 
 
 def by_meta(layer):
@@ -231,12 +234,20 @@ def test_pairs_within_levels_and_within_pairs():
         (dict(level=2), 13, 'from 1 to 12'),
         ({}, True, 'booleans'),
         ({}, '7', 'booleans'),
-        (dict(groups=2), 4, 'groups.*Lower its level'),
+        (dict(groups=2), 4, 'groups.*lower its level'),
     ],
 )
 def test_wrong_pairs(options, kept, words):
     with pytest.raises(InputError, match=words):
         HarmonicConv2d(4, 6, 3, **options).at_pairs(kept)
+
+
+def test_levels_that_leave_no_pairs():
+    layer = HarmonicConv2d(4, 6, 3).at_pairs(torch.arange(9).expand(4, 9) == 8)
+    with pytest.raises(InputError, match=r'level 4 leaves no pairs of HarmonicConv2d\(4, 6, .*pairs=4\)\.'):
+        layer.at_level(4)
+    with pytest.raises(InputError, match='to tell: it is on meta'):
+        copy.deepcopy(layer).to('meta').at_level(4)
 
 
 @pytest.mark.parametrize('form', ['dense', 'separable'])

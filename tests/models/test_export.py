@@ -53,12 +53,13 @@ if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 13):
     ANY_SIZE = MULTIPLES_OF_4 = Export((128, 160), (64, 32), ((96, 128),))
 # timm's VGG pools to 7 x 7 if the features are smaller, which no program can leave open.
 FIXED = Export((96, 160), None, ((96, 160),))
+SEPARABLE = {'layer3.0.conv1': 'separable'}
 CASES = {
     'resnet_stride_4': ('harm_resnet18', {}, ANY_SIZE),
     'resnet_levels': ('harm_resnet50_avgpool', dict(levels=(None, None, 3, 2), smoothness=0.5), ANY_SIZE),
     'seresnext': ('harm_seresnext50_32x4d', {}, MULTIPLES_OF_4),
     'vgg_bn': ('harm_vgg11_bn', {}, FIXED),
-    'pairs': ('harmonized', dict(pairs={'layer1.0.conv2': 50, 'layer3.0.conv1': 100}), ANY_SIZE),
+    'pairs': ('harmonized', dict(pairs={'layer1.0.conv2': 50, 'layer3.0.conv1': 100}, form=SEPARABLE), ANY_SIZE),
     'wrn': ('harm_wrn16_8', {}, ANY_SIZE),
 }
 each_form = pytest.mark.parametrize('form', ['unfused', 'fused'])
@@ -210,7 +211,13 @@ def graph_of_onnx(model):
 
 
 def convolutions_of(model):
-    return sum(isinstance(m, (nn.Conv2d, HarmonicBlock2d, HarmonicConv2d)) for m in model.modules())
+    found = [m for m in model.modules() if isinstance(m, (nn.Conv2d, HarmonicBlock2d, HarmonicConv2d))]
+    return len(found) + separable_of(model)
+
+
+def separable_of(model):
+    """How many layers respond and mix by a convolution each, instead of composing filters."""
+    return sum(getattr(m, 'form', 'dense') == 'separable' for m in model.modules())
 
 
 def linear_layers_of(model):
@@ -227,7 +234,7 @@ def test_program_computes_weights_only_unfused(case):
         assert (layers > 0) is (form == 'unfused')
         assert graph.convolutions == convolutions_of(model)
         assert len(graph.computed) == layers
-        assert graph.products == layers + linear_layers_of(model)
+        assert graph.products == layers - separable_of(model) + linear_layers_of(model)
 
 
 @pytest.fixture(scope='module')
@@ -293,8 +300,9 @@ def test_torchscript_trace(case):
 
 
 @pytest.mark.skipif(shutil.which('g++') is None and shutil.which('c++') is None, reason='needs a C++ compiler')
-def test_aot_inductor(tmp_path):
+@pytest.mark.parametrize('case', ['resnet_levels', 'pairs'])
+def test_aot_inductor(case, tmp_path):
     """One compiled package for every batch and size."""
-    program = exported('resnet_levels', 'unfused')
+    program = exported(case, 'unfused')
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
-    compare(torch._inductor.aoti_load_package(path), 'resnet_levels')
+    compare(torch._inductor.aoti_load_package(path), case)

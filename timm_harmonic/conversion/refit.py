@@ -246,11 +246,11 @@ def losses_after_refit(
                 intercept = layer.bias is not None or name in norms
                 found[name] = {}
                 for choice, places in choices(name, layer, samples.fit, intercept).items():
-                    fit, test = samples.fit.of(places), samples.test.of(places)
-                    solution = fit.solve(present[:, places.to(present.device)], _RIDGE, intercept)
-                    found[name][choice] = (
-                        min(1.0, _relative(test, *solution)) if len(places) < present.shape[1] else 0.0
-                    )
+                    found[name][choice] = 0.0
+                    if len(places) < present.shape[1]:
+                        fit, test = samples.fit.of(places), samples.test.of(places)
+                        solution = fit.solve(present[:, places.to(present.device)], _RIDGE, intercept)
+                        found[name][choice] = min(1.0, _relative(test, *solution))
     return found
 
 

@@ -2,12 +2,16 @@
 
 import dataclasses
 import io
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from timm.models import get_model_args
 from torch import Tensor, nn
 
+from ..layers import HarmonicLayer, dct_frequencies
 from .costs import multiply_adds
 from .running import uses_of
 from .swap import harmonic_layers, reasons_to_skip
@@ -19,6 +23,10 @@ _CAPTION = (
 )
 _CUT = 'Dark cells right of the line cost little.'
 _REFITTED = '\nWhat is left of the line was then fitted to outputs on images, to compensate for what is right of it.'
+_CAPTION_OF_MAPS = (
+    'One map for each layer: row i and column j stand for the DCT function with i sign changes down and j across, the\n'
+    'colour says how many input channels keep it. Below the name: functions that a channel keeps, on average.'
+)
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
 
 
@@ -32,6 +40,7 @@ class Convolution:
     level: int | None = None  # the paper's lambda, 2k - 1 for all frequencies
     kept: float | None = None  # number of frequencies kept, the mean over input channels
     frequencies: int | None = None  # number of all frequencies
+    channels: list[int] | None = None  # how many keep 0, 1, ... frequencies; None if all keep the same
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
     energy_kept: float | None = None  # share of the filters' energy that truncation left; None if loaded at a level
@@ -68,11 +77,14 @@ class HarmonicReport:
         """Returns how much is harmonic, the parameters, and what a question mark in the table means."""
         harmonic = sum(conv.level is not None for conv in self.convolutions)
         unknown = any(conv.level is not None and conv.energy_kept is None for conv in self.convolutions)
+        keeping = sum((Counter(dict(enumerate(conv.channels or ()))) for conv in self.convolutions), Counter[int]())
+        mean = sum(n * count for n, count in keeping.items()) / max(1, keeping.total())
+        counts = ', '.join(f'{count:,} keep {n}' for n, count in sorted(keeping.items()))
         return (
             f'{self.model}: {harmonic} of {len(self.convolutions)} convolutions are harmonic, {self.parameters:,} of '
             f'{self.parameters_before:,} parameters ({self.parameters / max(1, self.parameters_before):.1%}).'
-            + ' The energy kept is unknown (?) for coefficients loaded or initialised at a level.'
-            * unknown
+            + f' Input channels with functions of their own keep {mean:.3g} on average: {counts}.' * bool(keeping)
+            + ' The energy kept is unknown (?) for coefficients loaded or initialised at a level.' * unknown
         )
 
     def _lines(self, box: str = '', **style: Any) -> list[str]:
@@ -152,6 +164,8 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
             kept, before = size / (module.out_channels * channels), module.out_channels * channels * frequencies
             about |= dict(level=module.level, kept=kept, frequencies=frequencies, energy_kept=module.energy_kept)
             about |= dict(parameters_before=before, basis=module.named_basis(), form=module.form)
+            if module.kept is not None and not module.kept.is_meta:
+                about |= dict(channels=module.kept.sum(2).flatten().bincount(minlength=frequencies + 1).tolist())
             if name in positions:
                 forms = ('dense', module.form)
                 before, now = (multiply_adds(module, module.level, form, positions[name]) for form in forms)
@@ -167,34 +181,65 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
 
 
 def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool = False) -> None:
-    """Draws a PNG of a truncation, refitted or not: the energy of each layer by frequency, and the level it keeps."""
+    """Draws a PNG of a truncation, refitted or not: what each layer keeps, as levels or as functions of its channels.
+
+    With levels alone it shows the energy by frequency, too.
+    """
     import matplotlib
-    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    losses, report = losses_by_filters(model), harmonic_report(small)
-    levels = {name: layer.level for name, layer in harmonic_layers(small).items()}
+    layers, report = harmonic_layers(small), harmonic_report(small)
+    maps = any(layer.kept is not None for layer in layers.values())
+    with matplotlib.rc_context(_FONTS):
+        figure = Figure(figsize=(8, 8), layout='constrained')
+        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
+        axes = figure.subplots()
+        height, image, label, caption = _draw_maps(axes, layers) if maps else _draw_levels(axes, layers, model, refit)
+        figure.set_figheight(height := max(4.2, height))
+        axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
+        figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.02, aspect=4 * height)
+        figure.supxlabel(caption, x=0.01, ha='left', fontsize=8, color='0.35')
+        figure.savefig(path, format='png', dpi=130)
+
+
+def _draw_levels(axes: Any, layers: dict[str, HarmonicLayer], model: nn.Module, refit: bool) -> Any:
+    """Draws energy by frequency, and levels. Returns the height in inches, the image, what it shows, and a caption."""
+    from matplotlib.colors import LogNorm
+
+    losses = losses_by_filters(model)
     names, top = list(losses), max(max(of) for of in losses.values())
     shares = np.full((len(names), top), np.nan)
     for row, name in enumerate(names):
         lost = [losses[name].get(level, 1.0) for level in range(max(losses[name]) + 1)]
         shares[row, : len(lost) - 1] = -100 * np.diff(lost)
-    with matplotlib.rc_context(_FONTS):
-        figure = Figure(figsize=(8, max(4.2, 1.9 + 0.16 * len(names))), layout='constrained')  # room for every name
-        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
-        axes = figure.subplots()
-        norm = LogNorm(vmin=0.05, vmax=100, clip=True)
-        image = axes.imshow(shares, aspect='auto', cmap='viridis', norm=norm, interpolation='nearest')
-        edges = np.array([levels[name] - 0.5 for name in names])
-        axes.step([*edges, edges[-1]], np.arange(len(names) + 1) - 0.5, where='pre', color='#D55E00', linewidth=2)
-        axes.set_yticks(range(len(names)), [f'{name}  L={levels[name]}' for name in names])
-        axes.set_xticks(range(top))
-        axes.tick_params(length=2)
-        axes.set_xlabel('frequency i + j')
-        axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
-        figure.colorbar(image, ax=axes, label="share of the energy of a layer's filters (%)", shrink=0.8, pad=0.02)
-        caption = _CAPTION + (_REFITTED if refit else _CUT)
-        figure.supxlabel(caption, x=0.01, ha='left', fontsize=8, color='0.35')
-        figure.savefig(path, format='png', dpi=130)
+    norm = LogNorm(vmin=0.05, vmax=100, clip=True)
+    image = axes.imshow(shares, aspect='auto', cmap='viridis', norm=norm, interpolation='nearest')
+    edges = np.array([layers[name].level - 0.5 for name in names])
+    axes.step([*edges, edges[-1]], np.arange(len(names) + 1) - 0.5, where='pre', color='#D55E00', linewidth=2)
+    axes.set_yticks(range(len(names)), [f'{name}  L={layers[name].level}' for name in names])
+    axes.set_xticks(range(top))
+    axes.tick_params(length=2)
+    axes.set_xlabel('frequency i + j')
+    height = 1.9 + 0.16 * len(names)  # room for every name
+    return height, image, "share of the energy of a layer's filters (%)", _CAPTION + (_REFITTED if refit else _CUT)
+
+
+def _draw_maps(axes: Any, layers: dict[str, HarmonicLayer]) -> Any:
+    """Draws which share of the channels keeps each function, by layer. Returns the same as `_draw_levels`."""
+    columns = min(max(4, math.isqrt(2 * len(layers))), 6)
+    room = 0.06 * columns  # for the text, where a map and its margin are 1 wide
+    for number, (name, layer) in enumerate(layers.items()):
+        side, (row, column) = layer.kernel_size[0], divmod(number, columns)
+        shares = np.zeros((side, side))
+        places = tuple(zip(*dct_frequencies(side, layer.level, layer.dc), strict=True))
+        shares[places] = 100 if layer.kept is None else 100 * layer.kept[0, :, :, 0].double().mean(0).cpu().numpy()
+        left, top = column + 0.08, (0.95 + room) * row + room
+        image = axes.imshow(shares, cmap='viridis', vmin=0, vmax=100, extent=(left, left + 0.84, top + 0.84, top))
+        longest = 114 // columns  # characters that fit
+        title = name if len(name) <= longest else f'...{name[3 - longest :]}'
+        axes.text(left, top - 0.04, f'{title}\n{shares.sum() / 100:.3g} of {side**2}', fontsize=7, va='bottom')
+    height = (0.95 + room) * (row + 1)
+    axes.set(xlim=(0, columns), ylim=(height, 0))
+    axes.axis('off')
+    return 1.2 + 6.7 * height / columns, image, 'share of input channels that keep a function (%)', _CAPTION_OF_MAPS

@@ -114,8 +114,8 @@ class HarmonicConv2d(HarmonicLayer):
             InputError: If the layer has groups, its weight is computed, or `kept` leaves no pair or does not fit.
         """
         if self.groups > 1 or not owns_weight(self):
-            reason = COMPUTED if self.groups == 1 else 'it has groups, whose channels keep the same functions'
-            raise InputError(f'cannot choose pairs for {self}: {reason}. Lower its level instead.')
+            reason = 'it has groups, whose channels keep the same functions: lower its level instead'
+            raise InputError(f'cannot choose pairs for {self}: {reason if self.groups > 1 else COMPUTED}.')
         shape, number = (self.in_channels, len(self.basis)), self.weight[0].numel()
         if isinstance(kept, int) and not isinstance(kept, bool) and 1 <= kept <= number:
             if kept == number:
