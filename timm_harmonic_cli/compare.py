@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_models, add_scale, positive, show
+from . import add_models, add_shared, positive, show
 
 MODELS = ('harm0', 'harm', 'smooth')
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--trials', type=positive, default=8, metavar='N', help='settings tried for each network (default: 8)')
     add('--seeds', type=positive, default=5, metavar='N', help='runs of each network with its best one (default: 5)')
     add('--epochs', type=positive, default=60, metavar='N', help='epochs per run (default: 60)')
-    add_batch_size(parser)
+    add_shared(parser, '--batch-size', '--scale', '--skip-bad')
     augment = (
         'shift by an eighth, zoom (crops of 40 to 100 %% of the area), none, or strong: both, with light, cutout, '
         'mixup and label smoothing, for 150 --epochs or more (default: shift)'
@@ -43,13 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--augment', choices=('shift', 'zoom', 'none', 'strong'), default='shift', help=augment)
     add('--no-flip', dest='flip', action='store_false', help='do not mirror images (digits, text)')
     add('--opt', choices=('adamw', 'momentum'), default='adamw', help="optimizer, by timm's name (default: adamw)")
-    size = "side of the images (default: the images' own, at most 64)"
-    add('--img-size', type=positive, metavar='N', help=size)
-    add_scale(parser)
+    add('--img-size', type=positive, metavar='N', help="side of the images (default: the images' own, at most 64)")
     keep = 'folder to write the best network to, new or empty; test images have no part in the choice'
     add('--keep', type=Path, metavar='FOLDER', help=keep)
     add('--device', default='cpu', help='device to train on (default: cpu)')
-    add('--skip-bad', action='store_true', help='leave out unreadable files')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,21 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import add_batch_size, add_class_names, add_preparation, add_weights, positive, preparation, show
+from . import PREPARATION, add_shared, add_weights, positive, preparation, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     add = parser.add_argument
     add('images', nargs='+', type=Path, metavar='IMAGES', help='files, or folders of files')
-    add_class_names(parser)
     add('--topk', type=positive, default=5, metavar='K', help='classes shown for each image (default: 5)')
     add('--format', choices=('table', 'csv', 'json'), default='table', help='output format (default: table)')
     add('--out', type=Path, metavar='FILE', help='file to write (default: the terminal)')
-    add_preparation(parser)
-    add_batch_size(parser)
     add('--device', metavar='DEVICE', help='device to run on (default: cuda if available)')
-    add('--skip-bad', action='store_true', help='leave out unreadable files')
+    add_shared(parser, '--class-names', *PREPARATION, '--batch-size', '--skip-bad')
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
