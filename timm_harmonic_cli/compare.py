@@ -81,74 +81,43 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     baseline = training.baseline(networks, len(task.classes), channels, size)
     results.open_folder(args.out)
     with progress(unit='epoch', smoothing=0.05) as bar:
-        comparison = protocol.Protocol(
-            draw,
-            networks,
-            task.classes,
-            recipe,
-            args.trials,
-            args.seeds,
-            store,
-            place,
-            validation=task.validation,
-            nested=nested,
-            describe=bar.set_description,
-            after_epoch=lambda epoch: bar.update(),
-        )
+        amounts, of_task = (args.trials, args.seeds), dict(validation=task.validation, nested=nested)
+        comparison = protocol.Protocol(draw, networks, task.classes, recipe, *amounts, store, place, bar=bar, **of_task)
         bar.reset(comparison.epochs_left + (args.epochs if args.keep is not None else 0))
         runs = comparison.run_all()
-        best = comparison.winner()
-        kept = None if args.keep is None else comparison.keep(best, task.train)
-    chosen = {net.name: comparison.chosen(net) for net in networks}
-    ranges: dict[str, Any] = protocol.RANGES[args.opt]
-    inner = f'{protocol.INNER_SPLITS} inner splits of the training images'
-    inner = 'one inner split of the training images of each seed' if nested else inner
-    overlap, covers = 0.0, 'training noise; the one over images covers the choice of test images (paired bootstrap)'
+        kept = None if args.keep is None else comparison.keep(task.train)
+    covers = 'training noise; the one over images covers the choice of test images (paired bootstrap)'
     if nested:
-        overlap = len(test) / len(train)
         covers = 'training noise and the choice of images: each seed has its own split (Nadeau and Bengio 2003)'
     found = results.report(
         comparison,
         runs,
         baseline,
+        overlap=len(test) / len(train) if nested else 0.0,
+        same_test=not nested,
+        covers=covers,
         folder=str(args.folder),
-        search=dict(
-            ranges=ranges,
-            at_edge=results.edges([choice for of in chosen.values() for choice in of['chosen']], ranges),
-            judged_by=inner if task.validation is None else 'validation/',
-            trials=args.trials,
-            seeds=args.seeds,
-        ),
+        search=dict(ranges=protocol.RANGES[args.opt], trials=args.trials, seeds=args.seeds),
         data=dict(
             train=len(train),
             test=len(test),
-            channels=channels,
             img_size=size,
             chance=100 * max(test.labels.bincount().tolist()) / len(test),
             classes=task.classes,
-            mean=task.config['mean'],
-            std=task.config['std'],
-            scale=task.config['scale'],
             notes=task.notes,
             skipped=task.skipped,
+            **{key: task.config[key] for key in ('mean', 'std', 'scale')},
         ),
-        covers=covers,
-        overlap=overlap,
-        same_test=not nested,
     )
-    for net in networks:
-        found['networks'][net.name] |= dict(model=net.model, options=net.options, **chosen[net.name])
     _print(found)
     title = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
-    results.write_results(
-        args.out, 'compare.png', found, lambda path: results.draw(found, title, path, differences=True)
-    )
+    results.write_results(args.out, 'compare.png', found, lambda path: results.draw(found, title, path, True))
     if kept is not None:
-        _keep(kept, best.name, task, args.keep)
+        _keep(*kept, task, args.keep)
     return found
 
 
-def _keep(model: Any, name: str, task: Any, out: Path) -> None:
+def _keep(name: str, model: Any, task: Any, out: Path) -> None:
     from timm_harmonic.common.progress import progress
     from timm_harmonic.export.folder import STEPS, Provenance, write_folder
 
@@ -174,12 +143,7 @@ def _print(found: dict[str, Any]) -> None:
         f'are the best of {search["trials"]} for each network'
     )
     show(table(found, title, caption))
-    preparation = [f'--img-size {data["img_size"]}', *(f'--{key} {_values(data[key])}' for key in ('mean', 'std'))]
-    if data['scale'] is not None:
-        preparation.append(f'--scale {data["scale"]:g}')
-    for line in (f'Images: {" ".join(preparation)}.', *data['notes'], *advice(found, search['ranges'])):
-        print(line)
-
-
-def _values(numbers: list[float]) -> str:
-    return ' '.join(f'{number:.4g}' for number in numbers)
+    mean, std = (' '.join(f'{value:.4g}' for value in data[key]) for key in ('mean', 'std'))
+    scale = '' if data['scale'] is None else f' --scale {data["scale"]:g}'
+    images = f'Images: --img-size {data["img_size"]} --mean {mean} --std {std}{scale}.'
+    print('\n'.join([images, *data['notes'], *advice(found)]))

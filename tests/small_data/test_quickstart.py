@@ -110,12 +110,10 @@ def test_run_writes_what_it_prints(run_cli, capfd):
     rows = [[cell.strip() for cell in line.split('│')[1:-1]] for line in printed.splitlines() if '│' in line]
     networks = results['networks']
     assert [row[0] for row in rows] == list(networks) == ['harm0', 'harm1', 'harm', 'smooth']
-    for name, accuracy, as_trained, fused, gain, parameters in rows:
+    for name, accuracy, as_trained, gain, parameters in rows:
         model = networks[name]
         assert float(accuracy) == pytest.approx(model['accuracy'][0], abs=0.051)
         assert float(as_trained) == pytest.approx(model['accuracy_as_trained'][0], abs=0.051)
-        assert float(fused) == pytest.approx(model['fused_accuracy'][0], abs=0.051)
-        assert model['fused_accuracy'] == model['accuracy']
         assert int(parameters.replace(',', '')) == model['parameters'] == networks['harm0']['parameters']
         assert model['accuracy'][0] == model['accuracy_mean'] == model['curves'][0][-1]
         if name != 'harm0':

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import random
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -179,8 +178,8 @@ def fit(
     recipe: Recipe,
     seed: int,
     after_epoch: Callable[[int], object] = lambda epoch: None,
-) -> float:
-    """Trains a network in place. Returns the seconds it took, without those of `after_epoch`.
+) -> None:
+    """Trains a network in place.
 
     `after_epoch` is called with the number of each epoch, from 1. The seed determines order, augmentation and dropout.
     """
@@ -192,9 +191,8 @@ def fit(
     scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', **warmup, **steps)
     smoothing = SMOOTHING if recipe.augment == 'strong' else 0.0
     random_seed(seed)  # again, as each network has drawn a different number of initial weights
-    seconds, updates = 0.0, 0
+    updates = 0
     for epoch in range(1, recipe.epochs + 1):
-        start = time.perf_counter()
         model.train()
         for pixels, labels in batches(train, recipe, seed, epoch):
             scheduler.step_update(updates)
@@ -203,9 +201,7 @@ def fit(
             loss.backward()
             optimizer.step()
             updates += 1
-        seconds += time.perf_counter() - start
         after_epoch(epoch)
-    return seconds
 
 
 def settled(model: nn.Module, train: Images, recipe: Recipe, seed: int, passes: int = _PASSES) -> nn.Module:
