@@ -287,7 +287,7 @@ def spoil(folder, what):
         ('bands', r'same number of channels: .* has 3, .* has 13'),
         ('one image', r'class cat has 1 image to learn from: at least two'),
         ('class only in test', r'train of .* has no images of new'),
-        ('one class', r'has 1 class with images: two are needed'),
+        ('one class', r'has images of fewer than two classes'),
         ('no test', r'has train/, but neither validation/ nor test/'),
         ('constant', r'channel 0 is constant'),
     ],
@@ -346,7 +346,7 @@ def test_images_are_prepared_as_the_kept_network_says(tmp_path):
         prepare = Preparation(task.config)
         for path in tmp_path.rglob('*.png'):
             assert (task.train.pixels - prepare.read(path)).abs().amax((1, 2, 3)).min() < 1e-5
-        shrunk = 'Images were shrunk from 75 (median of the shorter side) to 64 pixels: see --img-size.'
+        shrunk = 'Images were shrunk from 75 to 64 pixels (median shorter side): see --img-size.'
         assert task.notes == ([shrunk] if size is None else [])
     assert task.config['scale'] is None
     small = make(tmp_path / 'small', 3, size=20)

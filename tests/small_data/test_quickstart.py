@@ -85,10 +85,10 @@ def test_choice_of_patches_follows_the_seed(few):
 
 
 def test_export_is_what_timm_reads(few, tmp_path):
-    counts = export_patches(tmp_path / 'new', few, train_per_class=3, test_per_class=2, seed=1)
-    assert counts == {'train': 9, 'validation': 6}
+    counts = export_patches(tmp_path / 'new', few, train_per_class=3)
+    assert counts == {'train': 9, 'validation': 72}
     assert sorted(os.listdir(tmp_path / 'new')) == ['train', 'validation']
-    for split, each in (('train', 3), ('validation', 2)):
+    for split, each in (('train', 3), ('validation', 24)):
         dataset = create_dataset('', tmp_path / 'new', split=split, input_img_mode='L')
         assert [dataset[i][1] for i in range(len(dataset))] == [0] * each + [1] * each + [2] * each
         assert dataset[0][0].size == (PATCH_SIZE, PATCH_SIZE)

@@ -67,7 +67,7 @@ class Network:
     def at(self, place: float) -> 'Network':
         """The network with the smoothness at a place, from 0 to below 1, among those that are tried if it is 'auto'."""
         value = dict(smoothness=SMOOTHNESS[int(place * len(SMOOTHNESS))]) if self.auto else {}
-        return dataclasses.replace(self, options={**self.options, **value})
+        return dataclasses.replace(self, options=self.options | value)
 
     def build(self, num_classes: int, in_chans: int, seed: int) -> nn.Module:
         """Builds a new network. The seed determines its initial weights."""
@@ -76,8 +76,7 @@ class Network:
 
     def check(self, num_classes: int, in_chans: int, size: int) -> nn.Module:
         """Builds the network and runs it on a blank image of this size. Raises InputError if that fails."""
-        problem = f'{self.name} cannot be used on images of {size} x {size} pixels'
-        with explained(problem, Exception):  # any network of timm, with any options
+        with explained(f'{self.name} cannot be used on images of {size} x {size} pixels', Exception):
             model = self.at(0).build(num_classes, in_chans, 0).eval()
             with torch.no_grad():
                 output = model(torch.zeros(1, in_chans, size, size))
@@ -129,8 +128,7 @@ def augmentation(augment: str, flip: bool, size: int, interpolation: str = 'bicu
 
     'shift' moves an image by up to an eighth of its side, with reflected borders. 'zoom' crops 40 to 100 % of its area,
     with an aspect ratio from 3 / 4 to 4 / 3, and resizes the crop. 'none' does neither. 'strong' does both, changes
-    brightness and contrast, and cuts out a rectangle; mixup and label smoothing belong to it too, see `batches` and
-    `fit`. Raises InputError for another name.
+    brightness and contrast, and cuts out a rectangle; `batches` adds mixup, `fit` label smoothing.
     """
     if augment not in AUGMENTATIONS:
         raise InputError(f'augment must be one of {AUGMENTATIONS}, got {augment!r}.')
@@ -185,10 +183,9 @@ def fit(
     """
     options: dict[str, Any] = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9)
     optimizer = create_optimizer_v2(model, **options, fused=True)  # a tenth less time on a CPU
-    updates_per_epoch = max(1, len(train) // recipe.batch_size)
     warmup = dict(warmup_epochs=recipe.warmup_share * recipe.epochs, warmup_lr=0.0)
-    steps = dict(num_epochs=recipe.epochs, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
-    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', **warmup, **steps)
+    steps = dict(step_on_epochs=False, updates_per_epoch=max(1, len(train) // recipe.batch_size))
+    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=recipe.epochs, **warmup, **steps)
     smoothing = SMOOTHING if recipe.augment == 'strong' else 0.0
     random_seed(seed)  # again, as each network has drawn a different number of initial weights
     updates = 0
