@@ -55,7 +55,7 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     from timm_harmonic.common import InputError
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.folders import image_files
-    from timm_harmonic.common.images import DepthError, Preparation, unreadable
+    from timm_harmonic.common.images import Preparation, unreadable
     from timm_harmonic.common.progress import progress
     from timm_harmonic.export.folder import load_network
 
@@ -81,8 +81,6 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row)
         try:
             waiting.append((row, prepare.read(path)))
-        except DepthError:
-            raise
         except InputError as error:
             row['error'] = str(error)
         if len(waiting) == args.batch_size or (waiting and path is files[-1]):

@@ -19,7 +19,7 @@ from timm.data import create_dataset
 
 import timm_harmonic_cli as cli
 from timm_harmonic.common import InputError
-from timm_harmonic.common.images import Preparation
+from timm_harmonic.common.images import DepthError, Preparation
 from timm_harmonic.small_data import results, tasks
 from timm_harmonic.small_data.protocol import RANGES, Protocol, Store, run
 from timm_harmonic.small_data.tasks import Images, read_folder
@@ -391,7 +391,7 @@ def test_sixteen_bits_beside_eight_are_an_error(tmp_path):
     folder = make(tmp_path / 'images', 3, channels=1)
     for path in folder.glob('*/dog/*'):
         Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
-    with pytest.raises(InputError, match=r'cat/0\.png holds uint8, .*dog/0\.png holds uint16'):
+    with pytest.raises(DepthError, match=r'cat/0\.png holds uint8, .*dog/0\.png holds uint16'):
         read_folder(folder, skip_bad=True)
 
 
@@ -400,7 +400,7 @@ def test_a_kept_network_predicts_as_it_was_trained(tmp_path, capsys):
     folder = make(tmp_path / 'images', 8, suffix='.npy', channels=13)
     for path in folder.rglob('*.npy'):
         np.save(path, (np.load(path) * 30).astype(np.float32))
-    with pytest.raises(InputError, match=r'0\.npy holds float32, whose largest value says nothing: .* --scale'):
+    with pytest.raises(DepthError, match=r'0\.npy holds float32, whose largest value says nothing: .* --scale'):
         compare(folder, tmp_path / 'out', ['harm0'], **FAST)
     options = dict(FAST, epochs=25, img_size=24, scale=7650.0, keep=tmp_path / 'kept')
     found = compare(folder, tmp_path / 'out', ['harm0', 'smooth'], **options)

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from . import InputError, explained
+from . import InputError, TimmHarmonicError, explained
 from .folders import classes_of, image_files, split_folder
 from .readers import READABLE, read_image
 
@@ -22,8 +22,8 @@ _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in gray, as in Pillow
 _FAR, _FLAT = 5.0, 0.02  # deviations of training: a larger mean or deviation, or a smaller deviation, is strange
 
 
-class DepthError(InputError):
-    """Images of different depths, or of a depth without a known scale: leaving files out would not help."""
+class DepthError(TimmHarmonicError, ValueError):
+    """Images of different depths, or of a depth without a known scale. No InputError: it is not of one file alone."""
 
 
 def unreadable(bad: Sequence[str]) -> InputError:
@@ -168,29 +168,25 @@ class Preparation:
                 "the scale of its images, and timm's scripts read 8 bits alone: state it by --scale.",
                 stacklevel=2,
             )
-        if self._warns and far_from_training(image):
-            self._warns = False
-            warn_of(path, image, self.config, scale_of(array.dtype, self.scale))
+        if self._warns:
+            self._warns = not warned(path, image, self.config, scale_of(array.dtype, self.scale))
         return image
 
 
-def far_from_training(image: Tensor) -> bool:
-    """Tells whether a normalised image (C, H, W) has a mean or deviation that training images hardly have."""
+def warned(path: Path, image: Tensor, config: dict[str, Any], scale: float) -> bool:
+    """Warns if a normalised image (C, H, W) has a mean or deviation that training images hardly have; returns if so."""
     means, deviations = image.mean((1, 2)), image.std((1, 2), correction=0)
-    return bool(means.abs().max() > _FAR or deviations.max() > _FAR or deviations.max() < _FLAT)
-
-
-def warn_of(path: Path, image: Tensor, config: dict[str, Any], scale: float) -> None:
-    """Warns that a normalised image is not like those of training, and says what was divided by what."""
-    means = image.mean((1, 2))
+    if max(means.abs().max(), deviations.max()) <= _FAR and deviations.max() >= _FLAT:
+        return False
     worst = int(means.abs().argmax())
     mean, std = (f'{config[key][worst]:.4g}' for key in ('mean', 'std'))
     warnings.warn(
         f'{path} is not like the training images: divided by {scale:g}, less the mean {mean}, divided by the deviation '
-        f'{std}, channel {worst} has a mean of {means[worst]:.2g} and a deviation of {image[worst].std():.2g} instead '
+        f'{std}, channel {worst} has a mean of {means[worst]:.2g} and a deviation of {deviations[worst]:.2g} instead '
         'of about 0 and 1. Are scale, mean and deviation those of training?',
         stacklevel=2,
     )
+    return True
 
 
 class ImageFolder(Dataset):
@@ -213,8 +209,6 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             return self.prepare.read(self.files[index]), self.labels[index]
-        except DepthError:
-            raise
         except InputError as error:
             raise InputError(f'{self.files[index]}: {error}') from error
 

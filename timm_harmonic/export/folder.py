@@ -38,20 +38,17 @@ from ..models.checkpoints import (
     read_checkpoint,
     unwrap,
 )
-from ..models.weights import ORGANISATION, TAG, WEIGHTS_NAME, pinned_sha256, released_digits, sha256_of
+from ..models.weights import ORGANISATION, TAG, pinned_sha256, released_digits, sha256_of
 from .card import Provenance, model_card
 
 LICENSE = 'bsd-3-clause'  # of what the authors released
 
 _OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # their names in a run and in a folder
-# Only after compression.
-_COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deployed.onnx', 'deployed-int8.onnx')
-FILES = (WEIGHTS_NAME, 'config.json', 'README.md', *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 
-# Options of timm's train.py that it passes to create_model: under their own names, and under others.
-_OF_NETWORK = ('num_classes', 'in_chans', 'bn_eps', 'bn_momentum')
-_RENAMED = dict(global_pool='gp', drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block')
+# Options of create_model, and their names in timm's train.py.
+_OF_NETWORK = {key: key for key in ('num_classes', 'in_chans', 'bn_eps', 'bn_momentum')}
+_OF_NETWORK |= dict(global_pool='gp', drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block')
 # What a config says about the weights that it came with.
 _CLAIMS = ('license', 'origin_url', 'url', 'hf_hub_id', 'tag', 'paper_ids', 'paper_name', 'description', 'notes')
 
@@ -71,9 +68,8 @@ def load_network(
     """Loads a network for a command: its provenance and the network, in evaluation mode.
 
     `model_name` is a name of timm (hf-hub: and local-dir: included) or the path of a folder. Its weights are those of a
-    checkpoint (averaged ones with `use_ema`), of the folder or repository, or timm's if `pretrained`; `random_weights`
-    allows none, with a warning.
-    Raises InputError if the network has no weights or cannot be built, CheckpointError if its weights do not fit.
+    checkpoint (averaged ones with `use_ema`), of the folder or repository, or timm's if `pretrained`. `random_weights`
+    allows none, with a warning; otherwise that is an InputError. Raises InputError and CheckpointError.
     """
     kwargs = model_kwargs or {}
     if Path(model_name).is_dir() and not timm.is_model(model_name):
@@ -108,8 +104,8 @@ def key_names(model_name: str) -> dict[str, str] | None:
 def read_source(path: Path, model_name: str, use_ema: bool = False) -> tuple[Provenance, StateDict]:
     """Returns the provenance of a checkpoint, and its state dict.
 
-    A released file is recognised by its hash; otherwise the run that the file lies in is described. Raises
-    CheckpointError if the file cannot be read, InputError if it belongs to another architecture.
+    A released file is recognised by its hash; otherwise the run that the file lies in is described. Raises InputError
+    if it belongs to another architecture.
     """
     content = read_checkpoint(path)
     state = unwrap(content, use_ema)
@@ -162,9 +158,9 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
 
 def options_of_run(source: Provenance) -> dict[str, Any]:
     """The options with which a training run built its network, without those that name the weights it started from."""
-    run, names = source.run, dict(zip(_OF_NETWORK, _OF_NETWORK, strict=True)) | _RENAMED
+    run = source.run
     options = dict(bn_eps=1e-3, bn_momentum=0.01) if run.get('bn_tf') else {}  # of older versions of timm
-    options |= {key: run[name] for key, name in names.items() if run.get(name) is not None}
+    options |= {key: run[name] for key, name in _OF_NETWORK.items() if run.get(name) is not None}
     options |= run.get('model_kwargs') or {}
     return {key: value for key, value in options.items() if not str(key).startswith(_SOURCES)}
 
@@ -197,8 +193,7 @@ def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
 def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
     """Builds a network and loads parameters into it. Their shapes give its classes and channels.
 
-    `model_kwargs` replace the options of the training run in `source`. Raises CheckpointError if the parameters do not
-    fit, InputError if options contradict them or the network cannot be built.
+    `model_kwargs` replace the options of the training run in `source`. Raises CheckpointError and InputError.
     """
     if given := [key for key in model_kwargs if key.startswith(_SOURCES)]:
         raise InputError(f'{given[0]} is not an option of a network: the weights are those of {source.file}.')
@@ -265,9 +260,8 @@ def convert(
     """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
 
     The options are those of `timm-harmonic convert`: `data_config` has mean, std, img_size, scale and crop_pct, which
-    is 1 if others are given and there is no run, and `about` repo_id, class_names, license and dataset. Returns the
-    files. Raises InputError if options contradict each other or the outputs differ, CheckpointError if the checkpoint
-    cannot be read or does not fit.
+    is 1 if others are given and there is no run; `about` is for `write_folder`. Returns the files. Raises InputError
+    and CheckpointError.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
@@ -281,7 +275,7 @@ def convert(
             theirs = dict(repo_id=repo_id, license=LICENSE, dataset='imagenet-1k')
             about = {key: about.get(key) or value for key, value in theirs.items()}
             about['class_names'] = ImageNetInfo().label_names()
-        given = {key: value for key, value in (data_config or {}).items() if value is not None}
+        given = data_config or {}
         if given and not source.run:  # a loop of one's own hardly crops
             given = dict(crop_pct=1.0) | given
         images = {**source.run, **(dict(input_size=None) if 'img_size' in given else {}), **given}
@@ -320,10 +314,9 @@ def write_folder(
     """Writes the folder of a Hub repository from a network, loads it again, compares the outputs; returns the files.
 
     `out` must be new or empty, and is written as a whole or not at all. `steps` is a progress bar that moves by three.
-    `data_config` tells how to prepare images, with their scale; by default the options of the training run do. Without
-    a licence, the config's origin and paper are left out: they are about other weights. `add` writes more files.
-    Without `keep`, all is done but nothing stays. Raises InputError if an argument is invalid, the network cannot run
-    on such images, or the folder does not give the network's outputs.
+    `data_config` tells how to prepare images; by default the options of the training run do. Without a licence, the
+    config's origin and paper are left out: they are about other weights. `add` writes more files. Without `keep`, all
+    is done but nothing stays. Raises InputError.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
@@ -346,8 +339,6 @@ def write_folder(
         _compare(model, loaded)
         place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
         write_text(folder / 'README.md', str(model_card(loaded, place, source, license, dataset)))
-        if strange := [path.name for path in sorted(folder.iterdir()) if path.name not in FILES or path.is_symlink()]:
-            raise InputError(f'the folder is not fit for the Hub: files {strange}.')
         steps.update()
     return sorted(out.iterdir()) if keep else []
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common import InputError
 from ..common.files import new_folder
 from ..common.folders import classes_of, image_files, natural_order, split_folders
-from ..common.images import Preparation, far_from_training, scale_of, unreadable, warn_of
+from ..common.images import Preparation, scale_of, unreadable, warned
 from ..common.progress import progress
 from ..common.readers import READABLE, read_image
 
@@ -247,11 +247,8 @@ def read_folder(
     how |= dict(mean=mean.tolist(), std=std.tolist())
     if dtype != np.uint8:
         how['scale'] = scale_of(dtype, scale)  # networks that do not state one have seen 8 bits
-    for split, of_part in ready.items():
-        for path, image in zip(paths[split], of_part.pixels, strict=True):
-            if far_from_training(image):
-                warn_of(path, image, how, scale_of(dtype, scale))
-                break
+    for split, of_part in ready.items():  # at most one warning for each
+        any(warned(*of, how, scale_of(dtype, scale)) for of in zip(paths[split], of_part.pixels, strict=True))
     task = Task(classes, ready['train'], ready.get('test'), ready.get('validation'), how, bad, notes)
     if task.validation is None:
         stratified(task.draw(0)[0].labels, _TEST_SHARE, 0, classes)  # the search will split them: fail early
