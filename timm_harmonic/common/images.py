@@ -54,10 +54,7 @@ def check_scale(scale: float) -> float:
 
 
 def scale_of(dtype: np.dtype, scale: float | None = None) -> float:
-    """The value of images that stands for 1: the stated scale, or else the maximum of an integer of up to 16 bits.
-
-    Raises DepthError for other types without a stated scale.
-    """
+    """The value of images that stands for 1: as stated, else the largest of 8 or 16 bits. Or raises DepthError."""
     if scale is not None:
         return check_scale(scale)
     if dtype.kind in 'iu' and dtype.itemsize <= 2:
@@ -71,9 +68,8 @@ def scale_of(dtype: np.dtype, scale: float | None = None) -> float:
 def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """timm's data config of a network, with a mean and deviation for each of its channels, and its `scale`.
 
-    `given` has options by timm's names (img_size, mean, std, ...), for instance a training run's, and the scale, see
-    `scale_of`. If the network's config has a mean and deviation for another number of channels, every channel gets
-    their average. Raises InputError if the given ones make no sense or do not fit the channels.
+    `given` has options by timm's names, for instance a training run's, and the scale. A mean for another number of
+    channels is averaged. Raises InputError if the given values make no sense or do not fit the channels.
     """
     for key, bound in (('mean', -np.inf), ('std', 0)):
         if (values := given.get(key)) is None:
@@ -100,10 +96,9 @@ class Preparation:
     """Prepares images as a network's validation does: scale, resize, crop, normalise.
 
     8-bit gray and colour images for networks of one or three channels go through timm's transform. All others are
-    scaled (`scale_of`), then every channel goes through timm's resizing and cropping, and is normalised. Instead of a
-    network and options that replace those of its config, a config of `data_config` will do. All images have to be of
-    one depth. With `warns`, the first one that differs a lot from what training had is a warning, and so is one of more
-    than 8 bits if no scale is stated. Raises InputError if the config makes no sense.
+    scaled (`scale_of`), then every channel goes through timm's resizing and cropping, and is normalised. All have one
+    depth. Instead of a network and options that replace those of its config, a `data_config` will do. With
+    `warns`, the first image that is unlike training or deeper than 8 bits without a stated scale is a warning.
     """
 
     def __init__(
@@ -190,10 +185,7 @@ def warned(path: Path, image: Tensor, config: dict[str, Any], scale: float) -> b
 
 
 class ImageFolder(Dataset):
-    """Prepared images of one split of a folder, with their class numbers: timm's files, classes and order.
-
-    An image's class is the name of the folder that holds it; `classes` are the names in order.
-    """
+    """Prepared images of one split of a folder, with their class numbers: timm's files, classes and order."""
 
     def __init__(self, folder: Path, split: str, prepare: Preparation) -> None:
         root = split_folder(folder, split)

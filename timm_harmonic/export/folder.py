@@ -65,11 +65,11 @@ def load_network(
     use_ema: bool = False,
     random_weights: bool = False,
 ) -> tuple[Provenance, nn.Module]:
-    """Loads a network for a command: its provenance and the network, in evaluation mode.
+    """Loads a network for a command, in evaluation mode, with its provenance.
 
-    `model_name` is a name of timm (hf-hub: and local-dir: included) or the path of a folder. Its weights are those of a
-    checkpoint (averaged ones with `use_ema`), of the folder or repository, or timm's if `pretrained`. `random_weights`
-    allows none, with a warning; otherwise that is an InputError. Raises InputError and CheckpointError.
+    `model_name` is a name of timm (hf-hub: and local-dir: included) or the path of a folder. Weights are those of a
+    checkpoint (averaged ones with `use_ema`), of the folder or repository, or timm's if `pretrained`; `random_weights`
+    allows none, with a warning. Raises InputError and CheckpointError.
     """
     kwargs = model_kwargs or {}
     if Path(model_name).is_dir() and not timm.is_model(model_name):
@@ -102,11 +102,7 @@ def key_names(model_name: str) -> dict[str, str] | None:
 
 
 def read_source(path: Path, model_name: str, use_ema: bool = False) -> tuple[Provenance, StateDict]:
-    """Returns the provenance of a checkpoint, and its state dict.
-
-    A released file is recognised by its hash; otherwise the run that the file lies in is described. Raises InputError
-    if it belongs to another architecture.
-    """
+    """The provenance of a checkpoint and its state dict: released files are known by hash, others by their run."""
     content = read_checkpoint(path)
     state = unwrap(content, use_ema)
     digest = sha256_of(path)
@@ -191,10 +187,7 @@ def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
 
 
 def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
-    """Builds a network and loads parameters into it. Their shapes give its classes and channels.
-
-    `model_kwargs` replace the options of the training run in `source`. Raises CheckpointError and InputError.
-    """
+    """Builds a network with options and parameters of a run, whose shapes tell classes and channels."""
     if given := [key for key in model_kwargs if key.startswith(_SOURCES)]:
         raise InputError(f'{given[0]} is not an option of a network: the weights are those of {source.file}.')
     names = key_names(model_name) or {}
@@ -257,11 +250,10 @@ def convert(
     data_config: dict[str, Any] | None = None,
     **about: Any,
 ) -> list[Path]:
-    """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
+    """Writes the folder of a Hub repository from a checkpoint, with the options of `timm-harmonic convert`.
 
-    The options are those of `timm-harmonic convert`: `data_config` has mean, std, img_size, scale and crop_pct, which
-    is 1 if others are given and there is no run; `about` is for `write_folder`. Returns the files. Raises InputError
-    and CheckpointError.
+    `data_config` tells how to prepare images, uncropped if there is no run; `about` is for `write_folder`. Returns the
+    files. Raises InputError and CheckpointError.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')

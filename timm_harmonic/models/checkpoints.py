@@ -40,10 +40,7 @@ class CheckpointError(TimmHarmonicError):
 
 
 def read_checkpoint(path: str | os.PathLike) -> StateDict:
-    """Reads a file of safetensors or torch.save onto the CPU: tensors and plain Python values, never code.
-
-    Raises CheckpointError if the file is missing, damaged, not a checkpoint, or would run code.
-    """
+    """Reads a file of safetensors or torch.save onto the CPU: tensors and plain Python values, never code."""
     path = os.fspath(path)
     try:
         with open(path, 'rb') as file:
@@ -81,8 +78,8 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
 def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     """The state dict in what a training script saved, without the prefixes of wrapped modules.
 
-    `use_ema` tells whether to take averaged parameters; None takes them if they exist, as timm does. Raises
-    CheckpointError if the parameters do not exist or are ambiguous, or a key or value is not a parameter's.
+    Averaged parameters are taken by `use_ema`; None takes them if they exist, as timm does. Raises CheckpointError if
+    they do not exist, the choice is ambiguous, or a key or value is not a parameter's.
     """
     held = [k for k, v in checkpoint.items() if isinstance(v, dict) and any(isinstance(i, Tensor) for i in v.values())]
     averaged, last = ([key for key in keys if key in held] for keys in (_AVERAGED, _LAST))
@@ -148,10 +145,7 @@ def convert_state_dict(
 
 
 def fit_keys(state: StateDict, model: nn.Module, names: dict[str, str]) -> StateDict:
-    """Renames keys to a network's: the authors' by `names`, see `rename_keys`, and others without their prefixes.
-
-    Prefixes such as `model.` are left out if all keys have them and none fits with them.
-    """
+    """Renames the authors' keys by `names`, and drops a prefix such as `model.` if all keys have it and none fits."""
     own, bare = model.state_dict().keys(), state
     while not own & (renamed := rename_keys(bare, names)).keys():
         first = {key.partition('.')[0] for key in bare}

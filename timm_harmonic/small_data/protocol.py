@@ -143,10 +143,7 @@ def place(trial: int) -> tuple[float, float, float]:
 
 
 def setting(recipe: Recipe, trial: int, ranges: Ranges | None = None) -> Recipe:
-    """The recipe of a trial: the recipe itself in the first, then fixed learning rates and weight decays.
-
-    They depend on the trial and the ranges alone (RANGES by default), so that all networks try the same settings.
-    """
+    """The recipe of a trial: itself first, then fixed learning rates and weight decays, the same for all networks."""
     if trial == 0:
         return recipe
     found = zip(place(trial)[:2], (ranges or RANGES[recipe.opt]).items(), strict=True)

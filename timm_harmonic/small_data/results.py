@@ -50,9 +50,9 @@ def difference(values: Sequence[float], baseline: Sequence[float], overlap: floa
 
 
 def over_images(correct: Sequence[str], baseline: Sequence[str]) -> list[float]:
-    """95 % interval of the mean difference over other test images like these, by a paired bootstrap over images.
+    """95 % interval of the mean difference over other test images like these, by a paired bootstrap.
 
-    `correct` and `baseline` have a digit for each test image, a text for each seed. The trained networks stay the same.
+    `correct` and `baseline` have a digit for each test image, a text for each seed.
     """
     ours, theirs = (np.mean([list(map(int, of)) for of in texts], 0) for texts in (correct, baseline))
     drawn = np.random.default_rng(0).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), _RESAMPLES)
@@ -61,10 +61,7 @@ def over_images(correct: Sequence[str], baseline: Sequence[str]) -> list[float]:
 
 
 def summarise(runs: Runs, baseline: Runs, overlap: float = 0.0, same_test: bool = False) -> dict[str, Any]:
-    """Statistics of a network's runs, one per seed, with differences to the baseline's runs of the same seeds.
-
-    `overlap` is that of `difference`; `same_test` says that all seeds have the same test images, see `over_images`.
-    """
+    """Statistics of a network's runs, one per seed, paired with the baseline's; `same_test`: see `over_images`."""
     kinds = ('accuracy', 'accuracy_as_trained', 'correct')
     accuracy, as_trained, correct = ([measured[key] for measured in runs] for key in kinds)
     images = dict(over_images=over_images(correct, [of['correct'] for of in baseline])) if same_test else {}

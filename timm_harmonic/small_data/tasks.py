@@ -59,10 +59,7 @@ class Images:
 
 
 def normalised(splits: dict[str, Images]) -> tuple[dict[str, Images], Tensor, Tensor]:
-    """Normalises all splits by the training images. Also returns their mean and standard deviation (C,).
-
-    Raises InputError if a channel of the training images is constant.
-    """
+    """Splits normalised by the training images, whose mean and deviation (C,) follow. No channel may be constant."""
     wide = splits['train'].pixels.double()  # large values overflow float32 when summed
     mean, std = wide.mean((0, 2, 3)).float(), wide.std((0, 2, 3)).float()
     if (std == 0).any():
@@ -74,8 +71,7 @@ def normalised(splits: dict[str, Images]) -> tuple[dict[str, Images], Tensor, Te
 def load_photographs() -> dict[str, np.ndarray]:
     """Reads the photographs as gray levels (H, W), uint8, by class name in alphabetical order.
 
-    Several photographs are gray, so in colour the others would be too easy to tell apart. Raises InputError naming a
-    package or a picture that is missing.
+    In colour some would be too easy to tell apart. Raises InputError naming a package or a picture that is missing.
     """
     paths = {Path(path).stem: path_of(package, path) for package, path in PHOTOGRAPHS}
     if missing := [str(path) for path in paths.values() if not path.is_file()]:
@@ -115,10 +111,9 @@ def cut(picture: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
 def draw_patches(
     photographs: dict[str, np.ndarray], split: str, count: int, seed: int = 0
 ) -> dict[str, list[tuple[int, int]]]:
-    """Chooses `count` disjoint patches of each picture at random, and returns their corners (top, left) in pixels.
+    """Draws `count` disjoint patches of each picture at random; returns their corners (top, left) in pixels.
 
-    The split is 'train' (left halves) or 'validation' (right halves). Each class is drawn independently of the others.
-    Raises InputError if a picture has fewer than `count` patches.
+    The split is 'train' (left halves) or 'validation' (right halves). Raises InputError if a picture has too few.
     """
     chosen = {}
     for name, picture in photographs.items():
@@ -134,11 +129,7 @@ def draw_patches(
 
 
 def export_patches(folder: Path, photographs: dict[str, np.ndarray], train_per_class: int) -> dict[str, int]:
-    """Writes the patches of seed 0 as train/<class>/*.png and validation/<class>/*.png. Returns their numbers by split.
-
-    Files are named by corner, <top>_<left>.png. Raises InputError if the folder is not empty or cannot be written, or a
-    picture has too few patches.
-    """
+    """Writes the patches of seed 0 as SPLIT/CLASS/TOP_LEFT.png in a new folder. Returns their numbers by split."""
     counts = dict(train=train_per_class, validation=TEST_PER_CLASS)
     with new_folder(folder) as partial:
         for split, count in counts.items():
@@ -177,10 +168,7 @@ class Task:
     notes: list[str]  # what was done to images that a reader of the results should know
 
     def draw(self, seed: int) -> tuple[Images, Images]:
-        """Training and test images of a seed. Without a test split, a quarter of each class, drawn anew, is the test.
-
-        Raises InputError if a class has too few images.
-        """
+        """Training and test images of a seed, which without a test split holds out its own quarter of each class."""
         if self.test is not None:
             return self.train, self.test
         kept, out = stratified(self.train.labels, _TEST_SHARE, seed, self.classes)
@@ -297,10 +285,7 @@ def _labelled(root: Path, but: Path | None) -> dict[Path, str]:
 
 
 def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Splits each class at random: indices of the larger part, and of about `share` of its images, at least one.
-
-    Raises InputError if a class has a single image.
-    """
+    """Splits each class at random: indices of most images, and of about `share` of them, at least one of two."""
     random = np.random.default_rng(seed)
     parts: Any = ([], [])
     for label, name in enumerate(classes):

@@ -86,10 +86,7 @@ class Network:
 
 
 def network(text: str) -> Network:
-    """The network that a name in NAMED or of timm stands for, with options as in `harm_resnet18:smoothness=1,levels=3`.
-
-    Raises InputError if timm has no such model, or an option is not NAME=VALUE.
-    """
+    """The network of a name in NAMED or of timm, with options as in `harm_resnet18:smoothness=1,levels=3`."""
     model, _, options = text.partition(':')
     given = dict(map(parse_option, re.split(r',(?=\w+=)', options))) if options else {}  # commas are in values too
     if model in NAMED:
@@ -100,10 +97,7 @@ def network(text: str) -> Network:
 
 
 def baseline(networks: Sequence[Network], num_classes: int, in_chans: int, size: int) -> str:
-    """Checks all networks, and names the one to compare the others with: the first plain one, or else the first.
-
-    Raises InputError if one of them cannot run on images of this size.
-    """
+    """Checks all networks, and names the one to compare others with: the first plain one, or else the first."""
     plain = [net.name for net in networks if not harmonic_layers(net.check(num_classes, in_chans, size))]
     return (plain or [networks[0].name])[0]
 
@@ -177,10 +171,7 @@ def fit(
     seed: int,
     after_epoch: Callable[[int], object] = lambda epoch: None,
 ) -> None:
-    """Trains a network in place.
-
-    `after_epoch` is called with the number of each epoch, from 1. The seed determines order, augmentation and dropout.
-    """
+    """Trains a network in place. The seed determines order, augmentation and dropout; epochs count from 1."""
     options: dict[str, Any] = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9)
     optimizer = create_optimizer_v2(model, **options, fused=True)  # a tenth less time on a CPU
     warmup = dict(warmup_epochs=recipe.warmup_share * recipe.epochs, warmup_lr=0.0)
@@ -204,9 +195,8 @@ def fit(
 def settled(model: nn.Module, train: Images, recipe: Recipe, seed: int, passes: int = _PASSES) -> nn.Module:
     """Returns a copy of a network whose batch-norm statistics, stems included, are re-estimated on training images.
 
-    After few updates the running ones have not arrived: they start at 0 and 1, and move by a tenth of the way each
-    time. Images are augmented as in the epochs that would follow, but not mixed, as test images are not; they are
-    `passes` times all, or about 1,000 if those are fewer.
+    After few updates the running ones have not arrived: they start at 0 and 1. Images are augmented as in the epochs
+    that would follow, but not mixed; they are `passes` times all, or about 1,000 if those are fewer.
     """
     copied, epochs = copy.deepcopy(model), range(recipe.epochs + 1, recipe.epochs + 1 + passes)
     parts = (pixels for epoch in epochs for pixels, _ in batches(train, recipe, seed, epoch, mixed=False))
@@ -227,10 +217,7 @@ def evaluate(model: nn.Module, images: Images) -> tuple[float, float, Tensor]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Limits torch to one thread, so that results do not depend on the number of cores. Restores all global state.
-
-    Small networks gain little from more threads, and lose much when other programs need the cores.
-    """
+    """One thread for torch, so that results do not depend on the number of cores. Restores all global state."""
     before, state, np_state = torch.get_num_threads(), random.getstate(), np.random.get_state()
     torch.set_num_threads(1)
     try:
