@@ -68,13 +68,9 @@ def split_folders(folder: Path) -> dict[str, Path]:
         found = named if len(named) == len(here) else [(split, path) for split, path in named if _folders(path)]
     if len(named) - len(found) > 1:
         raise InputError(f'{str(folder)!r} has {", ".join(f"{path.name}/" for _, path in named)} beside classes.')
-    for i, (split, path) in enumerate(found):
-        for other, second in found[i + 1 :]:
-            if other == split:
-                raise InputError(
-                    f'{str(folder)!r} has {path.name}/ and {second.name}/, both could be its {split} images: '
-                    'remove or rename one.'
-                )
+    for (split, path), (other, second) in itertools.combinations(found, 2):
+        if other == split:
+            raise InputError(f'{str(folder)!r} has {path.name}/ and {second.name}/, both could be its {split} images.')
     return dict(found)
 
 

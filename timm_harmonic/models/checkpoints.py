@@ -111,9 +111,7 @@ def _check_tensor(key: str, value: Any) -> None:
     if value.layout != torch.strided or value.is_quantized:
         raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
     if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:  # a small file that would fill the memory
-        raise CheckpointError(
-            f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save it with .contiguous().'
-        )
+        raise CheckpointError(f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save a copy.')
 
 
 def convert_state_dict(

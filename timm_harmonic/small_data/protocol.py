@@ -56,9 +56,7 @@ class Store:
         changed = [key for key in self.settings if before.get(key) != self.settings[key]]
         changed += [name for name, of in self.networks.items() if known.get(name, of) != of]
         if changed:
-            raise InputError(
-                f'{path} has runs with other settings ({", ".join(changed)}): choose another --out, or delete it.'
-            )
+            raise InputError(f'{path} has other settings ({", ".join(changed)}): choose another --out, or delete it.')
         self.networks = {**known, **self.networks}
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:

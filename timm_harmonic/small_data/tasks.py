@@ -75,10 +75,7 @@ def load_photographs() -> dict[str, np.ndarray]:
     """
     paths = {Path(path).stem: path_of(package, path) for package, path in PHOTOGRAPHS}
     if missing := [str(path) for path in paths.values() if not path.is_file()]:
-        raise InputError(
-            f'pictures are missing from the installed scikit-image or scikit-learn: {", ".join(missing)}. '
-            'scikit-image 0.26 and scikit-learn 1.9 have them.'
-        )
+        raise InputError(f'missing pictures, which scikit-image 0.26 and scikit-learn 1.9 have: {", ".join(missing)}')
     pictures = {}
     for name in sorted(paths):
         with Image.open(paths[name]) as image:
@@ -119,10 +116,7 @@ def draw_patches(
     for name, picture in photographs.items():
         corners = _grid(picture, split)
         if count > len(corners):
-            raise InputError(
-                f'{name} has only {len(corners)} {split} patches of {PATCH_SIZE} x {PATCH_SIZE} pixels, '
-                f'not {count}: lower --train-per-class.'
-            )
+            raise InputError(f'{name} has only {len(corners)} {split} patches, not {count}: lower --train-per-class.')
         order = np.random.default_rng([seed, *name.encode()]).permutation(len(corners))
         chosen[name] = [corners[i] for i in order[:count]]
     return chosen
