@@ -35,14 +35,11 @@ def positive(text: str) -> int:
 
 def above_zero(text: str, most: float = sys.float_info.max) -> float:
     """A number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= most:
-        limit = f' and at most {most:g}' if most < sys.float_info.max else ''
-        raise argparse.ArgumentTypeError(f'must be above 0{limit}, got {text!r}')
-    return number
+    with suppress(ValueError):
+        if 0 < float(text) <= most:
+            return float(text)
+    limit = f' and at most {most:g}' if most < sys.float_info.max else ''
+    raise argparse.ArgumentTypeError(f'must be above 0{limit}, got {text!r}')
 
 
 share = partial(above_zero, most=1.0)

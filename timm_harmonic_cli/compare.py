@@ -4,14 +4,11 @@ Every network gets the same images, the same number of epochs and the same searc
 learning rate and weight decay, then a fixed sequence that covers their ranges (adamw: 0.0002 to 0.05 and
 0.005 to 50; momentum: 0.002 to 0.5 and 0.00005 to 0.5), are tried on splits of the training images; for
 auto, with smoothness 0.5, 1 and 0. Then each network is trained --seeds times on all training images
-with its best setting. Batch-norm statistics are re-estimated on training images before every test; the
-accuracy as trained is shown too. Test images choose nothing: they are those of test/, else of
-validation/. Without these, each seed holds out its own quarter of each class, and has a search of its
-own on the other images: twice the time. If there are both, validation/ judges the settings. Reads
-whatever Pillow opens, TIFF with any bands or pages, and .npy (H, W, C). Prints a table, and writes
-results.json and compare.png. After an interruption the same command continues where it stopped; with
-other --models, networks are added to those in --out. --keep writes the network whose setting was judged
-best, trained on all training images, as a folder for predict and compress. Examples:
+with its best setting. Batch-norm statistics are re-estimated on training images before every test. Test
+images choose nothing: they are those of test/, else of validation/, which judges the settings if there are
+both. Without these, each seed holds out its own quarter of each class, and has a search of its own: twice
+the time. Reads whatever Pillow opens, TIFF with any bands or pages, and .npy (H, W, C). The same command
+continues after an interruption, and with other --models adds networks to those in --out. Examples:
 
   timm-harmonic compare images/ --augment zoom --keep FOLDER
   timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=0.5 --img-size 96
@@ -111,7 +108,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     _print(found)
     title = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
-    results.write_results(args.out, 'compare.png', found, lambda path: results.draw(found, title, path, True))
+    results.write_results(args.out, 'compare.png', found, title, differences=True)
     if kept is not None:
         _keep(*kept, task, args.keep)
     return found

@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 draw_truncation(folder / _PICTURE, whole, small, args.refit)
 
     with progress(total=9, desc='build', **STEPS) as steps, tempfile.TemporaryDirectory() as temporary:
-        weights = (args.model, args.checkpoint, args.pretrained, args.model_kwargs)
-        source, plain = load_network(*weights, use_ema=args.use_ema, random_weights=True)
+        weights = (args.model, args.checkpoint, args.pretrained, args.model_kwargs, args.use_ema)
+        source, plain = load_network(*weights, random_weights=True)
         next_step(steps, 'harmonize')
         basis = dict(normalization=args.normalization, smoothness=args.smoothness)
         whole = harmonize(plain, include=args.include, exclude=args.exclude, **basis)

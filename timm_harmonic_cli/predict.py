@@ -48,10 +48,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Classifies images. Returns a row for each: its file, and its likeliest classes with their probabilities.
-
-    With --skip-bad, the row of an unreadable file has an `error`. Raises InputError if a file or the network is unfit.
-    """
+    """Returns a row for each image: its file, and its likeliest classes with their probabilities, or an `error`."""
     from timm_harmonic.common import InputError
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.folders import image_files
@@ -59,16 +56,16 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     from timm_harmonic.common.progress import progress
     from timm_harmonic.export.folder import load_network
 
-    weights = (args.model, args.checkpoint, args.pretrained, args.model_kwargs)
-    source, network = load_network(*weights, use_ema=args.use_ema)
+    source, network = load_network(args.model, args.checkpoint, args.pretrained, args.model_kwargs, args.use_ema)
     classes = getattr(network, 'num_classes', 0)
     if not classes:
         raise InputError(f'{args.model} has no classifier.')
     names = list(args.class_names or _label_names(network) or map(str, range(classes)))
     if len(names) != classes:
         raise InputError(f'got {len(names)} class names for {classes} classes.')
-    if missing := [str(path) for path in args.images if not path.exists()]:
-        raise InputError(f'{missing[0]!r} does not exist.')
+    for path in args.images:
+        if not path.exists():
+            raise InputError(f'{str(path)!r} does not exist.')
     files = [file for path in args.images for file in (image_files(path) if path.is_dir() else [path])]
     if not files:
         raise InputError(f'no files in {", ".join(map(str, args.images))}.')
@@ -77,12 +74,11 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], Any]] = []
     for path in progress(files, unit='image', leave=False):
-        row: dict[str, Any] = dict(file=str(path))
-        rows.append(row)
+        rows.append(dict(file=str(path)))
         try:
-            waiting.append((row, prepare.read(path)))
+            waiting.append((rows[-1], prepare.read(path)))
         except InputError as error:
-            row['error'] = str(error)
+            rows[-1]['error'] = str(error)
         if len(waiting) == args.batch_size or (waiting and path is files[-1]):
             _classify(network, waiting, names, args.topk)
             waiting = []

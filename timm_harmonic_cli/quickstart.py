@@ -2,11 +2,10 @@
 
 Trains the same small ResNet as harm0 (nothing is harmonic), harm1 (only the stem is), harm (every
 k x k convolution is) and smooth (harm with smoothness 0.5) to tell which photograph a patch of 48 x 48
-gray pixels is from. The photographs come with the packages scikit-image and scikit-learn: nothing is
-downloaded. Training patches are from the left half of each photograph, test patches from the right half.
-Every seed draws new patches, new initial weights and a new order, the same for all networks. Batch-norm
-statistics are re-estimated on training patches before every test; the accuracy as trained is shown too.
-Prints a table, and writes results.json and quickstart.png. Takes two minutes on two CPU cores. Examples:
+gray pixels is from. The photographs come with scikit-image and scikit-learn: nothing is downloaded.
+Training patches are from the left half of each photograph, test patches from the right half. Every seed
+draws new patches, initial weights and order, the same for all networks. Batch-norm statistics are
+re-estimated on training patches before every test. Takes two minutes on two CPU cores. Examples:
 
   timm-harmonic quickstart
   timm-harmonic quickstart --export patches
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     )
     show(results.table(found, title, caption if args.seeds > 1 else 'one seed'))
     question = f'Which of {len(photographs)} photographs is a patch from?\n{counts}'
-    results.write_results(args.out, 'quickstart.png', found, lambda path: results.draw(found, question, path))
+    results.write_results(args.out, 'quickstart.png', found, question, differences=False)
     return found
 
 

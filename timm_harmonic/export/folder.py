@@ -61,7 +61,6 @@ def load_network(
     checkpoint: Path | None = None,
     pretrained: bool = False,
     model_kwargs: dict[str, Any] | None = None,
-    *,
     use_ema: bool = False,
     random_weights: bool = False,
 ) -> tuple[Provenance, nn.Module]:

@@ -24,7 +24,6 @@ from ..conversion.timing import times_of
 
 _TOLERANCE = 1e-3  # of the largest output, in float32
 _METHODS = ('MinMax', 'Percentile')  # of choosing the ranges of activations, by onnxruntime's names
-_PERCENTILE = 99.99
 _TOGETHER = 8  # images that run through ONNX Runtime together
 
 
@@ -115,7 +114,7 @@ def _quantize(file: Path, images: Tensor) -> Check:
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=quantization.CalibrationMethod[method],
-                extra_options=dict(CalibStridedMinMax=1, CalibPercentile=_PERCENTILE),
+                extra_options=dict(CalibStridedMinMax=1, CalibPercentile=99.99),
             )
             checks[quantized] = compared(logits_of(quantized, images[held_out]), expected)
         best = min(checks, key=lambda quantized: checks[quantized].error)

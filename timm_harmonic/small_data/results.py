@@ -7,7 +7,7 @@ import platform
 import statistics
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,8 @@ def difference(values: Sequence[float], baseline: Sequence[float], overlap: floa
     if len(pairs) > 1:
         from scipy.stats import t  # here, because it takes long to import
 
-        half = t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-        half *= (1 + overlap * len(pairs)) ** 0.5
-        low, high = mean - half, mean + half
+        error = statistics.stdev(pairs) * (1 / len(pairs) + overlap) ** 0.5
+        low, high = (mean + sign * error * t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1) for sign in (-1, 1))
     return dict(pairs=pairs, mean=mean, low=low, high=high)
 
 
@@ -161,14 +160,14 @@ def open_folder(folder: Path) -> None:
             pass
 
 
-def write_results(folder: Path, picture: str, results: dict[str, Any], draw: Callable[[Path], None]) -> None:
-    """Writes results.json and the picture that `draw` makes, and prints where they are."""
+def write_results(folder: Path, picture: str, results: dict[str, Any], title: str, differences: bool) -> None:
+    """Writes results.json and a picture, see `draw`, and prints where they are."""
     write_whole(folder / 'results.json', lambda path: write_text(path, json.dumps(results, indent=1) + '\n'))
-    write_whole(folder / picture, draw)
+    write_whole(folder / picture, lambda path: draw(results, title, path, differences))
     print(f'Wrote {folder / "results.json"} and {folder / picture}.')
 
 
-def draw(results: dict[str, Any], title: str, path: Path, differences: bool = False) -> None:
+def draw(results: dict[str, Any], title: str, path: Path, differences: bool) -> None:
     """Draws a comparison as a PNG: learning curves, optionally beside the differences paired by seed."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
