@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     baseline = training.baseline(networks, len(task.classes), channels, size)
     results.open_folder(args.out)
     with progress(unit='epoch', smoothing=0.05) as bar:
-        amounts, of_task = (args.trials, args.seeds), dict(validation=task.validation, nested=nested)
-        comparison = protocol.Protocol(draw, networks, task.classes, recipe, *amounts, store, place, bar=bar, **of_task)
+        how: Any = dict(trials=args.trials, seeds=args.seeds, store=store, device=place, bar=bar)
+        how |= dict(validation=task.validation, nested=nested)
+        comparison = protocol.Protocol(draw, networks, task.classes, recipe, **how)
         bar.reset(comparison.epochs_left + (args.epochs if args.keep is not None else 0))
         runs = comparison.run_all()
         kept = None if args.keep is None else comparison.keep(task.train)

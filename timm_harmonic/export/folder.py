@@ -257,10 +257,8 @@ def convert(
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
     check_new(out)
-    with progress(total=4, desc='read', **STEPS) as steps:
-        source, state = read_source(checkpoint, model_name, use_ema)
-        next_step(steps, 'build')
-        model = build_loaded(model_name, state, source, model_kwargs or {})
+    with progress(total=3, desc='read', **STEPS) as steps:
+        source, model = load_network(model_name, checkpoint, False, model_kwargs, use_ema)
         if source.url:
             repo_id = f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
             theirs = dict(repo_id=repo_id, license=LICENSE, dataset='imagenet-1k')
