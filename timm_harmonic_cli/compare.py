@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import check_new
     from timm_harmonic.common.progress import progress
+    from timm_harmonic.export.folder import STEPS, Provenance, write_folder
     from timm_harmonic.small_data import protocol, results, tasks, training
 
     require(matplotlib='matplotlib', scipy='scipy')
@@ -111,18 +112,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     title = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
     results.write_results(args.out, 'compare.png', found, title, differences=True)
     if kept is not None:
-        _keep(*kept, task, args.keep)
+        name, network = kept
+        source = Provenance(base=f'{name}, trained on {len(task.train)} images by timm-harmonic compare')
+        with progress(total=3, **STEPS) as steps:
+            write_folder(network.cpu(), args.keep, source, steps, class_names=task.classes, data_config=task.config)
+        print(f'Wrote {name}, which the search judged best, to {args.keep}. To use it:')
+        print(f'timm-harmonic predict {args.keep} IMAGES')
     return found
-
-
-def _keep(name: str, model: Any, task: Any, out: Path) -> None:
-    from timm_harmonic.common.progress import progress
-    from timm_harmonic.export.folder import STEPS, Provenance, write_folder
-
-    source = Provenance(base=f'{name}, trained on {len(task.train)} images by timm-harmonic compare')
-    with progress(total=3, **STEPS) as steps:
-        write_folder(model.cpu(), out, source, steps, class_names=task.classes, data_config=task.config)
-    print(f'Wrote {name}, which the search judged best, to {out}. To use it: timm-harmonic predict {out} IMAGES')
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -27,17 +27,7 @@ from ..common.images import data_config as config_of_images
 from ..common.images import noted_scale, scale_note
 from ..common.progress import progress
 from ..conversion.swap import harmonic_layers
-from ..models.checkpoints import (
-    CheckpointError,
-    StateDict,
-    basis_options,
-    check_fit,
-    fit_keys,
-    hint_of_prefix,
-    names_of,
-    read_checkpoint,
-    unwrap,
-)
+from ..models.checkpoints import StateDict, basis_options, check_fit, fit_keys, read_checkpoint, sizes_of, unwrap
 from ..models.weights import ORGANISATION, TAG, pinned_sha256, released_digits, sha256_of
 from .card import Provenance, model_card
 
@@ -200,15 +190,15 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     state = fit_keys(state, blank, names)
     if not harmonic_layers(blank):  # timm would say less about a misfit
         check_fit(state, blank, blank.pretrained_cfg['classifier'], blank.pretrained_cfg['first_conv'])
-    shapes = _shapes(blank, state, f'{source.file} has no {{}}: it is not a {model_name}.')
-    for key, value in shapes.items():
+    sizes = sizes_of(state, blank, f'{source.file} has no {{}}: it is not a {model_name}.')
+    for key, value in sizes.items():
         if kwargs.setdefault(key, value) != value:
             raise InputError(f'{source.file} has {key}={value}, not {kwargs[key]}.')
     overlay = dict(
         state_dict=state,
         source=None,
-        num_classes=shapes['num_classes'],
-        input_size=(shapes['in_chans'], *blank.pretrained_cfg['input_size'][1:]),
+        num_classes=sizes['num_classes'],
+        input_size=(sizes['in_chans'], *blank.pretrained_cfg['input_size'][1:]),
         label_offset=None,
         **(dict(notes=source.notes) if source.url else {}),
     )
@@ -217,26 +207,6 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     if not source.url:
         _own(model.pretrained_cfg)
     return model.eval()
-
-
-def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:
-    """Classes and input channels of parameters, by the first and the last layer of their network."""
-    first, last = (next(iter(names_of(blank.pretrained_cfg[key])), '') for key in ('first_conv', 'classifier'))
-    stem, classifier = blank.get_submodule(first), state.get(f'{last}.weight')
-    statistics, weight = state.get(f'{first}.bn.running_mean'), state.get(f'{first}.weight')
-    for key, value, least in ((f'{first}.weight', weight, 2), (f'{last}.weight', classifier, 1)):
-        if value is not None and value.ndim < least:
-            raise CheckpointError(f'{key} of the checkpoint has shape {tuple(value.shape)}.')
-    if statistics is not None and hasattr(stem, 'basis'):
-        channels = statistics.numel() // stem.basis.shape[0]
-    elif not first or isinstance(stem, nn.Linear):  # shapes do not tell
-        channels = blank.in_chans
-    elif weight is not None:
-        channels = weight.shape[1] * stem.groups
-    else:
-        known = [name for name, _ in blank.named_parameters() if not name.startswith(f'{last}.')]
-        raise CheckpointError(missing.format(f'{first}.weight') + hint_of_prefix(state, known))
-    return dict(num_classes=0 if classifier is None else len(classifier), in_chans=channels)
 
 
 def convert(

@@ -146,16 +146,14 @@ def measured(
     """Measures ONNX files: bytes, time, also of the first file's, and how logits compare with its on held-out images.
 
     Times are medians for the images in ONNX Runtime on the CPU and, for files whose network is given, in torch on the
-    images' device. Networks also tell their parameters and multiply-adds.
+    images' device. Networks also tell their multiply-adds.
     """
     found: dict[str, dict[str, Any]] = {name: dict(bytes=file.stat().st_size) for name, file in files.items()}
     for name, times in times_of(files, images.cpu().float().contiguous()).items():
         found[name]['onnx_ms'] = statistics.median(times)
         found[name]['of_plain'] = found[name]['onnx_ms'] / next(iter(found.values()))['onnx_ms']
     for name, times in times_of(networks, images).items():
-        parameters = sum(p.numel() for p in networks[name].parameters() if p.requires_grad)
-        macs = count_macs(networks[name], images)
-        found[name] |= dict(parameters=parameters, macs=macs, torch_ms=statistics.median(times))
+        found[name] |= dict(macs=count_macs(networks[name], images), torch_ms=statistics.median(times))
     if held_out is not None:
         expected = logits_of(next(iter(files.values())), held_out)
         for name, file in files.items():

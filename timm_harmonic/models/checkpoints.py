@@ -230,8 +230,8 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     Plain filters fit a harmonic convolution, which projects them when it loads them.
     """
     target, layers = model.state_dict(), harmonic_layers(model)
-    heads = {f'{name}.{what}' for name in names_of(classifiers) for what in ('weight', 'bias')}
-    first = {f'{name}.weight' for name in names_of(stems)}
+    heads = {f'{name}.{what}' for name in _names_of(classifiers) for what in ('weight', 'bias')}
+    first = {f'{name}.weight' for name in _names_of(stems)}
     modules = model.named_modules(remove_duplicate=False)  # a network may use one layer in several places
     sides = {f'{n}.weight': list(m.kernel_size) for n, m in modules if isinstance(m, HarmonicConv2d)}
     basis_keys = {f'{name}{_BASIS}' for name in layers}
@@ -269,11 +269,31 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
         hints = [hint for telltale, hint in _TELLTALES.items() if any(re.search(telltale, key) for key in state)]
-        hint = ' '.join(['', *hints]) or hint_of_prefix(state, problems['missing'])
+        hint = ' '.join(['', *hints]) or _hint_of_prefix(state, problems['missing'])
         raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.{hint}')
 
 
-def hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
+def sizes_of(state: StateDict, model: nn.Module, missing: str) -> dict[str, int]:
+    """Classes and input channels of a state dict, by the first and the last layer of its network."""
+    first, last = (next(iter(_names_of(model.pretrained_cfg[key])), '') for key in ('first_conv', 'classifier'))
+    stem, classifier = model.get_submodule(first), state.get(f'{last}.weight')
+    statistics, weight = state.get(f'{first}.bn.running_mean'), state.get(f'{first}.weight')
+    for key, value, least in ((f'{first}.weight', weight, 2), (f'{last}.weight', classifier, 1)):
+        if value is not None and value.ndim < least:
+            raise CheckpointError(f'{key} of the checkpoint has shape {tuple(value.shape)}.')
+    if statistics is not None and hasattr(stem, 'basis'):
+        channels = statistics.numel() // stem.basis.shape[0]
+    elif not first or isinstance(stem, nn.Linear):  # shapes do not tell
+        channels = model.in_chans
+    elif weight is not None:
+        channels = weight.shape[1] * stem.groups
+    else:
+        known = [name for name, _ in model.named_parameters() if not name.startswith(f'{last}.')]
+        raise CheckpointError(missing.format(f'{first}.weight') + _hint_of_prefix(state, known))
+    return dict(num_classes=0 if classifier is None else len(classifier), in_chans=channels)
+
+
+def _hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
     """What to do if a state dict has the missing keys with a prefix, besides other keys; otherwise ''."""
     prefixes = [key.removesuffix(missing[0]) for key in state if missing and key.endswith(f'.{missing[0]}')]
     found = [prefix for prefix in prefixes if all(f'{prefix}{key}' in state for key in missing)]
@@ -287,7 +307,7 @@ def basis_options(state: StateDict) -> dict[str, Any]:
     return found[0] if found and all(options == found[0] for options in found) else {}
 
 
-def names_of(names: Names) -> Sequence[str]:
+def _names_of(names: Names) -> Sequence[str]:
     """The names in an entry of timm's configs, which may be one name, several, or None."""
     return (names,) if isinstance(names, str) else names or ()
 
