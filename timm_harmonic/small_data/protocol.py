@@ -40,9 +40,7 @@ class Store:
     has other settings or another network of the same name, or cannot be written.
     """
 
-    def __init__(
-        self, path: Path | None = None, settings: dict[str, Any] | None = None, networks: Sequence[Network] = ()
-    ) -> None:
+    def __init__(self, path: Path | None = None, settings: Any = None, networks: Sequence[Network] = ()) -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings or {}))
         self.results: dict[str, Any] = {}
         self.networks = json.loads(json.dumps({net.name: [net.model, net.options] for net in networks}))

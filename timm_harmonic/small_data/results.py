@@ -24,7 +24,6 @@ from .training import MEANINGS
 _CONFIDENCE = 0.95
 _LAST, _RISE = 0.2, 2.0  # a curve still rises if this share of the epochs, the last ones, adds so many points
 _EDGE = 0.15  # share of a range, in logarithms, that is its edge: the outermost of eight trials are in it
-_RESAMPLES = 2000
 Runs = Sequence[dict[str, Any]]
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
 _COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -54,7 +53,7 @@ def over_images(correct: Sequence[str], baseline: Sequence[str]) -> list[float]:
     `correct` and `baseline` have a digit for each test image, a text for each seed.
     """
     ours, theirs = (np.mean([list(map(int, of)) for of in texts], 0) for texts in (correct, baseline))
-    drawn = np.random.default_rng(0).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), _RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), 2000)
     means = 100 * (drawn @ (ours - theirs)) / len(ours)
     return np.quantile(means, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]).tolist()
 
