@@ -31,31 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from timm_harmonic.common import InputError
-    from timm_harmonic.common.files import write_text, write_whole
-
-    out = args.out
-    if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
-        raise InputError(f'--out {out} must be a file in an existing folder.')
-    rows = predict(args)
-    if out is None:
-        write_predictions(rows, args.format, sys.stdout)
-    else:
-        text = io.StringIO()
-        write_predictions(rows, args.format, text)
-        write_whole(out, lambda path: write_text(path, text.getvalue()))
-    return rows
-
-
-def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns a row for each image: its file, and its likeliest classes with their probabilities, or an `error`."""
+    """Writes and returns a row for each image: its file and its likeliest classes with probabilities, or an `error`."""
     from timm_harmonic.common import InputError
     from timm_harmonic.common.device import usable_device
+    from timm_harmonic.common.files import write_text, write_whole
     from timm_harmonic.common.folders import image_files
     from timm_harmonic.common.images import Preparation, unreadable
     from timm_harmonic.common.progress import progress
     from timm_harmonic.export.folder import load_network
 
+    out = args.out
+    if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
+        raise InputError(f'--out {out} must be a file in an existing folder.')
     source, network = load_network(args.model, args.checkpoint, args.pretrained, args.model_kwargs, args.use_ema)
     classes = getattr(network, 'num_classes', 0)
     if not classes:
@@ -85,6 +72,12 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     bad = [f'{row["file"]}: {row["error"]}' for row in rows if 'error' in row]
     if bad and not args.skip_bad:
         raise unreadable(bad)
+    if out is None:
+        write_predictions(rows, args.format, sys.stdout)
+    else:
+        text = io.StringIO()
+        write_predictions(rows, args.format, text)
+        write_whole(out, lambda path: write_text(path, text.getvalue()))
     return rows
 
 

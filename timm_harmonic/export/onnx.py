@@ -58,8 +58,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, int8: Ite
 
     Raises:
         InputError: The network cannot be exported or quantized, its float32 file differs by more than 0.001 of the
-            largest output, the path cannot be written, a package is missing, or `int8` holds fewer than eight images or
-            unusable ones.
+            largest output, a package is missing, or `int8` holds fewer than eight images or unusable ones.
         TypeError: `int8` does not hold batches.
     """
     require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')

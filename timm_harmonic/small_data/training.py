@@ -74,16 +74,6 @@ class Network:
         random_seed(seed)
         return timm.create_model(self.model, num_classes=num_classes, in_chans=in_chans, **self.options)
 
-    def check(self, num_classes: int, in_chans: int, size: int) -> nn.Module:
-        """Builds the network and runs it on a blank image of this size. Raises InputError if that fails."""
-        with explained(f'{self.name} cannot be used on images of {size} x {size} pixels', Exception):
-            model = self.at(0).build(num_classes, in_chans, 0).eval()
-            with torch.no_grad():
-                output = model(torch.zeros(1, in_chans, size, size))
-            if getattr(output, 'shape', None) != (1, num_classes):
-                raise TypeError('it does not return logits of the classes')
-        return model
-
 
 def network(text: str) -> Network:
     """The network of a name in NAMED or of timm, with options as in `harm_resnet18:smoothness=1,levels=3`."""
@@ -97,8 +87,17 @@ def network(text: str) -> Network:
 
 
 def baseline(networks: Sequence[Network], num_classes: int, in_chans: int, size: int) -> str:
-    """Checks all networks, and names the one to compare others with: the first plain one, or else the first."""
-    plain = [net.name for net in networks if not harmonic_layers(net.check(num_classes, in_chans, size))]
+    """Runs all networks on a blank image, and names the one to compare with: the first plain one, or else the first."""
+    plain = []
+    for net in networks:
+        with explained(f'{net.name} cannot be used on images of {size} x {size} pixels', Exception):
+            model = net.at(0).build(num_classes, in_chans, 0).eval()
+            with torch.no_grad():
+                output = model(torch.zeros(1, in_chans, size, size))
+            if getattr(output, 'shape', None) != (1, num_classes):
+                raise TypeError('it does not return logits of the classes')
+        if not harmonic_layers(model):
+            plain.append(net.name)
     return (plain or [networks[0].name])[0]
 
 
