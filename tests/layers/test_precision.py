@@ -129,7 +129,8 @@ def test_gradients(name, mode):
         gradients[key] = model.weight.grad.double()
     gradients['plain'] = torch.einsum('oixy,nxy->oin', gradients['plain'], layer.basis)[..., None]
     errors = [(gradients[key] - gradients['exact']).square().mean().sqrt() for key in ('ours', 'plain')]
-    assert errors[0] <= (1.75 if mode == 'pure bf16' else 1.1) * errors[1]
+    # In float32 the product adds a rounding, which shows where convolutions round little: 1.10 with AVX-512.
+    assert errors[0] <= {'pure bf16': 1.75, 'fp32': 1.2}.get(mode, 1.1) * errors[1]
 
 
 @pytest.mark.slow
