@@ -6,7 +6,7 @@
 `design` is what the recommendation was chosen by, test images included, so its numbers are no evidence. `evaluation`
 runs all contenders on tasks that nothing was chosen on. Finished runs stay in --work and in the report in --out, which
 is written after every unit: after an interruption the same command continues. On two cores the studies take an hour
-and six: --only does a part, --show JSON writes the table and the picture of a saved report again.
+and three: --only does a part, --show JSON writes the table and the picture of a saved report again.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from timm.models import get_pretrained_cfg  # noqa: E402
 
 from benchmarks import compression, sizes  # noqa: E402
 from benchmarks.measure import Setting  # noqa: E402
+from benchmarks.small_data import gains, over_tasks  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
 from timm_harmonic.small_data.results import interval  # noqa: E402
 from timm_harmonic.small_data.training import MEANINGS  # noqa: E402
@@ -248,6 +249,20 @@ def quickstart() -> str:
     return markdown(header, rows)
 
 
+def small_data() -> str:
+    """The small network of the evaluation with AdamW: differences to plain, over tasks and on the worst one."""
+    report = json.loads((RESULTS / 'small_data_evaluation.json').read_text())
+    rows = [row for row in report['rows'] if (row['group'], row['opt']) == ('small', 'adamw')]
+    found, tasks = gains(rows), list(dict.fromkeys(row['task'] for row in rows))
+    lines = []
+    for name in dict.fromkeys(variant for variant, _ in found):
+        worst = min(tasks, key=lambda task: found[name, task]['mean'])
+        wins = sum(found[name, task]['mean'] > 0 for task in tasks)
+        lowest = f'{worst}, {interval(found[name, worst])}'
+        lines.append([name, interval(over_tasks(found, name, tasks)), f'{wins} of {len(tasks)}', lowest])
+    return markdown(['points above plain', 'mean of the tasks', 'tasks above plain', 'worst task'], lines)
+
+
 _ALL = (
     names,
     models,
@@ -263,7 +278,7 @@ _ALL = (
     deployed_in_short,
     file_sizes,
 )
-TABLES = {f.__name__: f for f in (*_ALL, quickstart)}
+TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data)}
 
 
 def fill(text: str) -> str:
