@@ -1,6 +1,7 @@
 """Channels pruned by Torch-Pruning (arXiv:2301.12900) to a budget of multiply-adds, and which of them are left."""
 
 import copy
+import gc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -86,4 +87,5 @@ def _pruned(marked: nn.Module, setting: tuple[str, str], share: float, images: T
         ignored_layers=[small.get_submodule(last)],
     )
     torch_pruning.pruner.BasePruner(small, images, **options).step()
+    gc.collect()  # its graphs refer to each other
     return small.eval()

@@ -433,6 +433,9 @@ def test_low_rank_filters():
 def test_the_detector_is_cut_and_timed(tmp_path, monkeypatch):
     """By every kind of method; ours is what truncate makes. Then the files are timed."""
     monkeypatch.setattr(detector, 'craft', small_craft)
+    monkeypatch.setattr(detector, 'SETTINGS', pruning.SETTINGS[1:3])
+    monkeypatch.setattr(detector, '_FITTED', 1)
+    monkeypatch.setattr(pruning, '_STEPS', 3)
     options = dict(calibration=8, ranges=8, test=2)
     whole, images = harmonize(small_craft(), normalization='ortho'), pages.pages('calibration', 8).pixels
     monkeypatch.setattr('timm_harmonic.conversion.truncate._nearer', lambda model, small, *args: small)
