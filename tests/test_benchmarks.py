@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import timm
@@ -18,9 +19,15 @@ from benchmarks import __main__ as command
 from benchmarks import (
     compression,
     conversion,
+    craft,
     deploy,
+    detector,
     forms,
     imports,
+    least_squares,
+    low_rank,
+    pages,
+    pruning,
     sizes,
     small_data,
     smaller,
@@ -31,7 +38,10 @@ from benchmarks.original import OriginalBlock, OriginalConv, original
 from benchmarks.report import plot, table
 from benchmarks.tasks import EVALUATION
 from benchmarks.tasks.base import packaged
+from timm_harmonic import harmonize, truncate
 from timm_harmonic.common import InputError
+from timm_harmonic.conversion.costs import count_macs
+from timm_harmonic.conversion.running import read_images
 from timm_harmonic.conversion.swap import harmonic_layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +53,7 @@ TABLES = dict(
     compression=compression.table,
     conversion=conversion.table,
     deploy=deploy.table,
+    detector=detector.table,
     forms=forms.table,
     **{'deploy-cuda': deploy.table, 'forms-cuda': forms.table},
     imports=imports.table,
@@ -323,3 +334,125 @@ def test_evaluation_tasks_are_as_planned(name):
             a, b = (of.pixels.flatten(1) for of in (train, test))
             a, b = (normalize(of - of.mean(1, keepdim=True)) for of in (a, b))
             assert (a @ b.T).max() < 0.998  # correlation of the nearest images
+
+
+def small_craft():
+    """An untrained detector with an eighth of the channels."""
+    torch.manual_seed(0)
+    model = craft.Craft(0.125).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def test_the_detector_is_the_released_one():
+    """Its keys and shapes: the weights load, and maps have half of the size."""
+    try:
+        model = craft.craft()
+    except InputError as error:
+        pytest.skip(str(error))
+    with torch.inference_mode():
+        assert model(torch.randn(1, 3, 32, 48)).shape == (1, 2, 16, 24)
+
+
+def test_words_of_score_maps():
+    """Characters linked by affinity are a word; faint and tiny ones are none."""
+    maps = torch.zeros(2, 40, 60)
+    maps[0, 10:15, 5:10] = maps[0, 10:15, 14:19] = maps[0, 30:35, 5:10] = 0.9
+    maps[1, 11:14, 10:14] = 0.6  # between the first two
+    maps[0, 30:35, 30:35] = 0.6
+    maps[0, 30:32, 50:52] = 0.9
+    found = craft.words(maps)
+    margin = 2 * 5 * craft.MARGIN
+    assert found.tolist() == [
+        [10 - margin, 20 - margin, 38 + margin, 30 + margin],
+        [10 - margin, 60 - margin, 20 + margin, 70 + margin],
+    ]
+    assert len(craft.words(0 * maps)) == 0
+    near, far = found + 1, found + 8
+    assert craft.f1([found], [near]) == 100
+    assert craft.f1([found, near[:1]], [near, np.empty((0, 4))]) == pytest.approx(200 * 2 / 5)
+    assert craft.f1([found], [far]) == 0
+
+
+def test_pages_of_both_splits_share_nothing():
+    sources = [pages.SPLITS[split] for split in ('calibration', 'test')]
+    for key in ('photographs', 'fonts', 'scan'):
+        first, second = (getattr(source, key).split() for source in sources)
+        assert not {*first} & {*second}
+    words = [pages._words(source.seed) for source in sources]
+    assert not {*words[0]} & {*words[1]}
+    assert min(map(len, words)) > 500
+    drawn = pages.pages('test', 4)
+    assert drawn.pixels.shape == (4, 3, pages.HEIGHT, pages.WIDTH)
+    assert torch.equal(drawn.pixels, pages.pages('test', 4).pixels)
+    boxes = np.concatenate(drawn.boxes)
+    assert len(boxes) > 20
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert (boxes >= 0).all()
+    assert (boxes <= (pages.WIDTH, pages.HEIGHT) * 2).all()
+
+
+def test_pruned_channels_are_known(monkeypatch):
+    """Filters that are left are the network's own."""
+    monkeypatch.setattr(pruning, '_STEPS', 3)
+    model, images = small_craft(), torch.randn(8, 3, 32, 32)
+    parts = read_images([images], next(model.parameters()))
+    for setting in (('group norm', 'same share'), ('Taylor', 'global')):
+        small, wanted = pruning.pruned_to(model, setting, parts, 0.5, model.head[-1])
+        assert count_macs(small, images) <= 0.5 * count_macs(model, images)
+        for before, name in (('trunk.0', 'trunk.3'), ('head.6', 'head.8')):
+            conv, whole = small.get_submodule(name), model.get_submodule(name)
+            outputs, inputs = wanted[name][1], wanted[before][1]
+            torch.testing.assert_close(conv.weight, whole.weight[outputs][:, inputs])
+            torch.testing.assert_close(conv.bias, whole.bias[outputs])
+    assert len(wanted['head.8'][1]) == 2
+
+
+def test_low_rank_filters():
+    """Filters of rank 16 are found at rank 16, in both orders, with stride and dilation."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 32, 20, 20)
+    for first, second in (((3, 1), (1, 3)), ((1, 3), (3, 1))):
+        filters = torch.einsum(
+            'orw,rch->ocwh' if first == (1, 3) else 'orw,rch->ochw', torch.randn(24, 16, 3), torch.randn(16, 32, 3)
+        )
+        conv = torch.nn.Conv2d(32, 24, 3, stride=2, padding=2, dilation=2)
+        conv.weight.data = filters
+        samples = least_squares.samples_of(conv, 8, [(x, conv(x).detach())])
+        found = low_rank._of_layer(conv, samples.fit, samples.test)
+        assert found[16].rest < 1e-8
+        pair = found[16].convolutions(conv)
+        assert [of.kernel_size for of in pair] == [first, second]
+        assert reference.relative_error(pair(x), conv(x)) < 1e-5
+
+
+@slow
+def test_the_detector_is_cut_and_timed(tmp_path, monkeypatch):
+    """By every kind of method; ours is what truncate makes. Then the files are timed."""
+    monkeypatch.setattr(detector, 'craft', small_craft)
+    monkeypatch.setattr(detector, 'SETTINGS', pruning.SETTINGS[1:3])
+    monkeypatch.setattr(detector, '_FITTED', 1)
+    monkeypatch.setattr(pruning, '_STEPS', 3)
+    options = dict(calibration=8, ranges=8, test=2)
+    whole, images = harmonize(small_craft(), normalization='ortho'), pages.pages('calibration', 8).pixels
+    monkeypatch.setattr('timm_harmonic.conversion.truncate._nearer', lambda model, small, *args: small)
+    cutting = detector.Cutting(tmp_path, options)
+    for method, per in (('levels', 'layer'), ('channels', 'channel')):
+        ours, _ = cutting.cut(method, 0.5)
+        arguments = dict(per=per, data=[images], refit=True, cost='macs', images=images[:1], ratio=0.5)
+        expected = truncate(whole, **arguments).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
+    units = [('none', None), ('channels', 0.5), ('pruned, fitted', 0.5), ('low rank', 0.7)]
+    rows = [detector.measure(*unit, tmp_path, options) for unit in units]
+    assert rows[0]['float']['error'] < 1e-3
+    assert all(row['macs'] <= (row['share'] or 1) for row in rows)
+    rows[1:2] = [detector.timed(rows[1], tmp_path, options)]
+    report = json.loads(json.dumps(dict(environment=command.environment(), options=options, rows=rows)))
+    text = detector.table(report)
+    assert '| 50% | functions of each channel, refitted |' in text
+    assert len(re.findall('(met|missed)[.]', text)) == 4
+    detector.plot(report, tmp_path / 'some.png')
+    assert (tmp_path / 'some.png').stat().st_size > 1e4

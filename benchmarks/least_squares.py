@@ -1,0 +1,113 @@
+"""Least squares behind other ways of cutting a network, by the sums and on the terms of `refit`."""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_harmonic.conversion.refit import Moments, Samples, by_group, estimate_statistics, output_error, training_norms
+from timm_harmonic.conversion.running import HELD_OUT, evaluating, suspended
+
+__all__ = ['fitted', 'rest_of', 'samples_of', 'with_statistics']
+
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+# Convolutions of a cut network, in the order in which they run -> the complete network's whose output they should have,
+# and which channels of that.
+Wanted = Mapping[str, tuple[str, Tensor]]
+
+
+class _Patches:
+    """A convolution without groups as `Samples` takes layers: its weights mix the patches of its input."""
+
+    groups = 1
+
+    def __init__(self, conv: Any) -> None:
+        self.weight, self.bias, self.out_channels = conv.weight, conv.bias, conv.out_channels
+        self._options = dict(
+            kernel_size=conv.kernel_size, dilation=conv.dilation, padding=conv.padding, stride=conv.stride
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        """Returns the patches (B, C k k, N)."""
+        return F.unfold(x, **self._options)
+
+
+def samples_of(conv: nn.Module, number: int, values: Iterable[tuple[Tensor, Tensor]]) -> Samples:
+    """Sums up inputs and wanted outputs of a convolution in each part of so many images, every fourth held out."""
+    samples: Any = None
+    for x, outputs in values:
+        if samples is None:
+            samples = Samples(_Patches(conv), number * outputs[0, 0].numel())
+        samples.add(x, outputs, _held_out(x))
+    return samples
+
+
+def _held_out(part: Tensor) -> Tensor:
+    """A mask (B,) of the images that are held out."""
+    return torch.arange(len(part)) % HELD_OUT == HELD_OUT - 1
+
+
+def rest_of(test: Moments, weight: Tensor, bias: Tensor) -> float:
+    """The squared error by the outputs' variance, averaged over the outputs that vary."""
+    variance = test.variance()
+    alive = variance > 1e-12 * variance.max()
+    return float((test.error(weight, bias)[alive] / variance[alive]).mean()) if alive.any() else 0.0
+
+
+def _solve(conv: nn.Conv2d, samples: Samples) -> list[tuple[Tensor, Tensor]]:
+    """Weights and biases without the held-out images, and with all; empty if the present ones are better on those."""
+    start = by_group(conv.weight, 1)
+    present = torch.zeros_like(start[:, 0]) if conv.bias is None else conv.bias.detach().to(start)[None]
+    errors = {ridge: rest_of(samples.test, *samples.fit.solve(start, ridge, True)) for ridge in _RIDGES}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    if errors[best] >= rest_of(samples.test, start, present):
+        return []
+    return [sums.solve(start, best, True) for sums in (samples.fit, samples.fit.plus(samples.test))]
+
+
+def fitted(model: nn.Module, small: nn.Module, wanted: Wanted, parts: Sequence[Tensor]) -> tuple[nn.Module, float]:
+    """Fits convolutions of a cut network, one after another, and re-estimates the statistics of batch normalisation.
+
+    Each gets the outputs of the complete network on the inputs that it has in the cut one. The ridge of each is chosen
+    on the held-out images, and so is whether anything but the statistics changes. All have a bias.
+
+    Returns:
+        The network, fitted to all images, and its root relative error on the held-out ones before it was fitted to
+        them.
+    """
+    judged, final = copy.deepcopy(small), copy.deepcopy(small)
+    number = sum(map(len, parts))
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        suspended(model, parts, dict.fromkeys((name for name, _ in wanted.values()), 1)) as whole,
+        training_norms(judged, 0.0),  # normalises by each batch
+        suspended(judged, parts, dict.fromkeys(wanted, 1), before=True) as cut,
+    ):
+        for name, (_, channels) in wanted.items():
+            visits = ((next(ours)[0][0], next(theirs)[0][1]) for ours, theirs in zip(cut, whole, strict=True))
+            samples = samples_of(judged.get_submodule(name), number, ((x, y[:, channels]) for x, y in visits))
+            for network, solution in zip((judged, final), _solve(judged.get_submodule(name), samples), strict=False):
+                conv: Any = network.get_submodule(name)
+                conv.weight.copy_(solution[0].transpose(1, 2).reshape(conv.weight.shape))
+                conv.bias.copy_(solution[1].flatten())
+    found = _with_statistics(model, judged, final, parts), with_statistics(model, small, parts)
+    return min(found, key=lambda network_and_error: network_and_error[1])
+
+
+def with_statistics(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> tuple[nn.Module, float]:
+    """Re-estimates the statistics of batch normalisation alone. Returns what `fitted` does."""
+    return _with_statistics(model, copy.deepcopy(small), copy.deepcopy(small), parts)
+
+
+def _with_statistics(
+    model: nn.Module, judged: nn.Module, final: nn.Module, parts: Sequence[Tensor]
+) -> tuple[nn.Module, float]:
+    estimate_statistics(judged, [part[~_held_out(part)] for part in parts])
+    estimate_statistics(final, parts)
+    return final, math.sqrt(output_error(model, judged, parts))
