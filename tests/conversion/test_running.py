@@ -86,8 +86,11 @@ def exit_():
 
 @pytest.mark.parametrize(('fail', 'kind'), [(interrupt, KeyboardInterrupt), (error, RuntimeError), (exit_, SystemExit)])
 @pytest.mark.parametrize('last', [1, 17, 25, 32, 60])
-def test_failures_change_nothing(fail, kind, last, monkeypatch):
+def test_failures_change_nothing(fail, kind, last, monkeypatch, request):
     """Before, during and after the suspended runs."""
+    # A shell lets what it runs in the background ignore the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     model, small, images = chains(3)
     model.train().layers[0].eval()
     before = copy.deepcopy(small)
