@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.export.folder import STEPS, Provenance, write_folder
     from timm_harmonic.small_data import protocol, results, tasks, training
 
-    require(matplotlib='matplotlib')
+    require(matplotlib='matplotlib', scipy='scipy')
     given = [training.network(text) for text in dict.fromkeys(args.models)]
     place = usable_device(args.device)
     if args.keep is not None:

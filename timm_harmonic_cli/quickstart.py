@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     from timm_harmonic.common.progress import progress
     from timm_harmonic.small_data import protocol, results, tasks, training
 
-    require(matplotlib='matplotlib', skimage='scikit-image', sklearn='scikit-learn')
+    require(matplotlib='matplotlib', scipy='scipy', skimage='scikit-image', sklearn='scikit-learn')
     networks = [training.network(name) for name in dict.fromkeys(args.models)]
     if searched := [net.name for net in networks if net.auto]:
         raise InputError(f'{searched[0]} needs a search, which the quickstart does not make: use compare.')
