@@ -31,7 +31,7 @@ from timm_harmonic import HarmonicBlock2d
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.layers import conv_args
 from timm_harmonic.small_data.protocol import INNER_SHARE, INNER_SPLITS, RANGES, USUAL, Protocol, Ranges, Store
-from timm_harmonic.small_data.results import accuracy, difference, edges, interval
+from timm_harmonic.small_data.results import accuracy, at_edge, difference, interval
 from timm_harmonic.small_data.training import NAMED, Network, Recipe, one_thread
 
 from .environment import environment
@@ -283,7 +283,7 @@ def table(report: dict[str, Any]) -> str:
         seeds = max(len(row['accuracy']) for row in rows)
         images = f', {count} training images of each class' if count else ''
         lines += [f'## {GROUPS[group][0]}, {OPTIMIZERS[opt]}, {seeds} seeds{images}', '']
-        shares = [edges([row], row['ranges']) for row in rows]
+        shares = [{key: at_edge(row[key], bounds) for key, bounds in row['ranges'].items()} for row in rows]
         at = ', '.join(f'{statistics.mean(of[key] for of in shares):.0%} of {key}' for key in shares[0])
         lines += [f'Choices at an edge of the search: {at}.', '']
         header = [

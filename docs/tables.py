@@ -240,11 +240,11 @@ def quickstart() -> str:
     titles = {name: f'{meaning} (`{name}`)' for name, meaning in MEANINGS.items()}
     rows = []
     for name, of in report['networks'].items():
-        kinds = ('accuracy', 'accuracy_as_trained', 'fused_accuracy')
+        kinds = ('accuracy', 'accuracy_as_trained')
         cells = [compression.cell(statistics.mean(of[kind]), statistics.stdev(of[kind])) for kind in kinds]
         gain = '' if name == 'harm0' else interval(of['difference'])
         rows.append([titles[name], *cells, gain, f'{of["parameters"]:,}'])
-    header = ['model', 'test accuracy, %', 'as trained, %', 'fused, %', 'minus plain (95 % interval)', 'parameters']
+    header = ['model', 'test accuracy, %', 'as trained, %', 'minus plain (95 % interval)', 'parameters']
     return markdown(header, rows)
 
 

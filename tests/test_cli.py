@@ -271,11 +271,11 @@ def test_class_names_are_read_from_any_editor(tmp_path):
         (b'\xef\xbb\xbf\r\n \r\n', r', line 1 has no name'),
         (b'a\r\n\r\nb', r', line 2 has no name'),
         (b'a\n \t\nb\n', r', line 2 has no name'),
-        (b'a\rb\rcaf\xe9', r', line 3 is not text in UTF-8 \(.*\): save the file as UTF-8'),
+        (b'a\rb\rcaf\xe9', r', line 3 is not text in UTF-8: save the file as UTF-8'),
         (b'\xef\xbb\xbfa\ncaf\xe9', r', line 2 is not text in UTF-8'),
         (b'a\nb\0\n', r', line 2 is not text in UTF-8: save'),
         ('a\nb'.encode('utf-16-le'), r', line 1 is not text in UTF-8: save'),
-        ('a\nb'.encode('utf-16') + b'x', r', line 2 is not text in UTF-8 \(truncated data\): save'),
+        ('a\nb'.encode('utf-16') + b'x', r', line 2 is not text in UTF-8: save'),
         ('a\nb'.encode('utf-32'), r', line 1 is not text in UTF-8: save'),
     ],
 )

@@ -10,16 +10,10 @@ from pathlib import Path
 
 from timm_harmonic_cli import main
 
-
-def run_script(argv: list[str]) -> None:
-    """Runs a script as `python SCRIPT ARGS...` would, with the models registered by the import above."""
-    sys.argv[:] = argv
-    sys.path[0] = str(Path(argv[0]).resolve().parent)
-    runpy.run_path(argv[0], run_name='__main__')
-
-
 if __name__ == '__main__':
-    if len(sys.argv) > 1 and sys.argv[1].endswith('.py'):
-        run_script(sys.argv[1:])
+    if len(sys.argv) > 1 and sys.argv[1].endswith('.py'):  # as `python SCRIPT ARGS...`, with the models registered
+        del sys.argv[0]
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+        runpy.run_path(sys.argv[0], run_name='__main__')
     else:
         sys.exit(main())

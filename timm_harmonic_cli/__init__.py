@@ -35,17 +35,40 @@ def positive(text: str) -> int:
 
 def above_zero(text: str, most: float = sys.float_info.max) -> float:
     """A number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= most:
-        limit = f' and at most {most:g}' if most < sys.float_info.max else ''
-        raise argparse.ArgumentTypeError(f'must be above 0{limit}, got {text!r}')
-    return number
+    with suppress(ValueError):
+        if 0 < float(text) <= most:
+            return float(text)
+    limit = f' and at most {most:g}' if most < sys.float_info.max else ''
+    raise argparse.ArgumentTypeError(f'must be above 0{limit}, got {text!r}')
 
 
 share = partial(above_zero, most=1.0)
+
+
+# Options that several commands have.
+SHARED: dict[str, dict[str, Any]] = {
+    '--use-ema': dict(action='store_true', help='use the averaged weights of the checkpoint'),
+    '--model-kwargs': dict(nargs='+', default=[], metavar='NAME=VALUE', help='arguments for timm.create_model'),
+    '--img-size': dict(type=positive, metavar='N', help="side of the images (default: the network's)"),
+    '--mean': dict(type=float, nargs='+', metavar='M', help='mean of the images, one for all channels or for each'),
+    '--std': dict(type=float, nargs='+', metavar='S', help='standard deviation of the images, in the same way'),
+    '--crop-pct': dict(type=share, metavar='C', help='share of the resized side that the crop keeps'),
+    '--scale': dict(
+        type=above_zero,
+        metavar='S',
+        help='value of the images that stands for 1 (default: the largest of their type, for 8 and 16 bits)',
+    ),
+    '--class-names': dict(type=Path, metavar='FILE', help="class names, one per line, in timm's order (a, B, c2, c10)"),
+    '--batch-size': dict(type=positive, default=32, metavar='N', help='images per batch (default: 32)'),
+    '--skip-bad': dict(action='store_true', help='leave out unreadable files'),
+}
+PREPARATION = ('--img-size', '--mean', '--std', '--crop-pct', '--scale')  # instead of what the network's config says
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds options that several commands have."""
+    for name in names:
+        parser.add_argument(name, **SHARED[name])
 
 
 def add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
@@ -61,52 +84,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights: .pth, .pth.tar or .safetensors')
     weights.add_argument('--pretrained', action='store_true', help="use timm's weights for this name")
-    add_use_ema(parser)
-    add_model_kwargs(parser)
-
-
-def add_use_ema(parser: argparse.ArgumentParser) -> None:
-    """Adds --use-ema."""
-    parser.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
-
-
-def add_model_kwargs(parser: argparse.ArgumentParser) -> None:
-    """Adds --model-kwargs."""
-    kwargs = 'arguments for timm.create_model'
-    parser.add_argument('--model-kwargs', nargs='+', default=[], metavar='NAME=VALUE', help=kwargs)
-
-
-def add_preparation(parser: argparse.ArgumentParser) -> None:
-    """Adds --img-size, --mean and more: how images are prepared, instead of as the network's config says."""
-    add = parser.add_argument
-    add('--img-size', type=positive, metavar='N', help="side of the images (default: the network's)")
-    add('--mean', type=float, nargs='+', metavar='M', help='mean of the images, one value for all channels or for each')
-    add('--std', type=float, nargs='+', metavar='S', help='standard deviation of the images, in the same way')
-    add('--crop-pct', type=share, metavar='C', help='share of the resized side that the crop keeps')
-    add_scale(parser)
-
-
-def add_scale(parser: argparse.ArgumentParser) -> None:
-    """Adds --scale."""
-    scale = 'value of the images that stands for 1 (default: the largest of their type, for 8 and 16 bits)'
-    parser.add_argument('--scale', type=above_zero, metavar='S', help=scale)
+    add_shared(parser, '--use-ema', '--model-kwargs')
 
 
 def preparation(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_preparation` that were given, by the names of `timm_harmonic.common.images.data_config`."""
-    names = ('img_size', 'mean', 'std', 'crop_pct', 'scale')
+    """Those of PREPARATION that were given, by the names of `timm_harmonic.common.images.data_config`."""
+    names = [option[2:].replace('-', '_') for option in PREPARATION]
     return {name: value for name in names if (value := getattr(args, name)) is not None}
-
-
-def add_class_names(parser: argparse.ArgumentParser) -> None:
-    """Adds --class-names."""
-    names = "names of the classes, one per line, in timm's order: natural (2 before 10), upper and lower case alike"
-    parser.add_argument('--class-names', type=Path, metavar='FILE', help=names)
-
-
-def add_batch_size(parser: argparse.ArgumentParser) -> None:
-    """Adds --batch-size."""
-    parser.add_argument('--batch-size', type=positive, default=32, metavar='N', help='images per batch (default: 32)')
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -127,14 +111,11 @@ def read_class_names(path: Path) -> list[str]:
     with explained(f'cannot read {path}', OSError):
         data = path.read_bytes()
     encoding = 'utf-16' if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else 'utf-8-sig'
-    try:
-        text, problem = data.decode(encoding).rstrip(), ''
-    except UnicodeDecodeError as error:
-        text, problem = error.object[: error.start].decode(encoding, 'ignore') + '\0', f' ({error.reason})'
+    text = data.decode(encoding, 'replace').rstrip()
     names = [line.strip() for line in re.split('\r\n?|\n', text)]
     for number, name in enumerate(names, start=1):
-        if '\0' in name:
-            raise InputError(f'{path}, line {number} is not text in UTF-8{problem}: save the file as UTF-8.')
+        if '\0' in name or '\ufffd' in name:  # the latter replaces what cannot be decoded
+            raise InputError(f'{path}, line {number} is not text in UTF-8: save the file as UTF-8.')
         if not name:
             raise InputError(f'{path}, line {number} has no name: write one name per line.')
     return names

@@ -4,14 +4,11 @@ Every network gets the same images, the same number of epochs and the same searc
 learning rate and weight decay, then a fixed sequence that covers their ranges (adamw: 0.0002 to 0.05 and
 0.005 to 50; momentum: 0.002 to 0.5 and 0.00005 to 0.5), are tried on splits of the training images; for
 auto, with smoothness 0.5, 1 and 0. Then each network is trained --seeds times on all training images
-with its best setting. Batch-norm statistics are re-estimated on training images before every test; the
-accuracy as trained is shown too. Test images choose nothing: they are those of test/, else of
-validation/. Without these, each seed holds out its own quarter of each class, and has a search of its
-own on the other images: twice the time. If there are both, validation/ judges the settings. Reads
-whatever Pillow opens, TIFF with any bands or pages, and .npy (H, W, C). Prints a table, and writes
-results.json and compare.png. After an interruption the same command continues where it stopped; with
-other --models, networks are added to those in --out. --keep writes the network whose setting was judged
-best, trained on all training images, as a folder for predict and compress. Examples:
+with its best setting. Batch-norm statistics are re-estimated on training images before every test. Test
+images choose nothing: they are those of test/, else of validation/, which judges the settings if there are
+both. Without these, each seed holds out its own quarter of each class, and has a search of its own: twice
+the time. Reads whatever Pillow opens, TIFF with any bands or pages, and .npy (H, W, C). The same command
+continues after an interruption, and with other --models adds networks to those in --out. Examples:
 
   timm-harmonic compare images/ --augment zoom --keep FOLDER
   timm-harmonic compare images/ --models resnet18 harm_resnet18:smoothness=0.5 --img-size 96
@@ -21,7 +18,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_models, add_scale, positive, show
+from . import add_models, add_shared, positive, show
 
 MODELS = ('harm0', 'harm', 'smooth')
 
@@ -35,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--trials', type=positive, default=8, metavar='N', help='settings tried for each network (default: 8)')
     add('--seeds', type=positive, default=5, metavar='N', help='runs of each network with its best one (default: 5)')
     add('--epochs', type=positive, default=60, metavar='N', help='epochs per run (default: 60)')
-    add_batch_size(parser)
+    add_shared(parser, '--batch-size', '--scale', '--skip-bad')
     augment = (
         'shift by an eighth, zoom (crops of 40 to 100 %% of the area), none, or strong: both, with light, cutout, '
         'mixup and label smoothing, for 150 --epochs or more (default: shift)'
@@ -43,13 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--augment', choices=('shift', 'zoom', 'none', 'strong'), default='shift', help=augment)
     add('--no-flip', dest='flip', action='store_false', help='do not mirror images (digits, text)')
     add('--opt', choices=('adamw', 'momentum'), default='adamw', help="optimizer, by timm's name (default: adamw)")
-    size = "side of the images (default: the images' own, at most 64)"
-    add('--img-size', type=positive, metavar='N', help=size)
-    add_scale(parser)
+    add('--img-size', type=positive, metavar='N', help="side of the images (default: the images' own, at most 64)")
     keep = 'folder to write the best network to, new or empty; test images have no part in the choice'
     add('--keep', type=Path, metavar='FOLDER', help=keep)
     add('--device', default='cpu', help='device to train on (default: cpu)')
-    add('--skip-bad', action='store_true', help='leave out unreadable files')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,6 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import check_new
     from timm_harmonic.common.progress import progress
+    from timm_harmonic.export.folder import STEPS, Provenance, write_folder
     from timm_harmonic.small_data import protocol, results, tasks, training
 
     require(matplotlib='matplotlib')
@@ -84,81 +79,46 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     baseline = training.baseline(networks, len(task.classes), channels, size)
     results.open_folder(args.out)
     with progress(unit='epoch', smoothing=0.05) as bar:
-        comparison = protocol.Protocol(
-            draw,
-            networks,
-            task.classes,
-            recipe,
-            args.trials,
-            args.seeds,
-            store,
-            place,
-            validation=task.validation,
-            nested=nested,
-            describe=bar.set_description,
-            after_epoch=lambda epoch: bar.update(),
-        )
+        how: Any = dict(trials=args.trials, seeds=args.seeds, store=store, device=place, bar=bar)
+        how |= dict(validation=task.validation, nested=nested)
+        comparison = protocol.Protocol(draw, networks, task.classes, recipe, **how)
         bar.reset(comparison.epochs_left + (args.epochs if args.keep is not None else 0))
         runs = comparison.run_all()
-        best = comparison.winner()
-        kept = None if args.keep is None else comparison.keep(best, task.train)
-    chosen = {net.name: comparison.chosen(net) for net in networks}
-    ranges: dict[str, Any] = protocol.RANGES[args.opt]
-    inner = f'{protocol.INNER_SPLITS} inner splits of the training images'
-    inner = 'one inner split of the training images of each seed' if nested else inner
-    overlap, covers = 0.0, 'training noise; the one over images covers the choice of test images (paired bootstrap)'
+        kept = None if args.keep is None else comparison.keep(task.train)
+    covers = 'training noise; the one over images covers the choice of test images (paired bootstrap)'
     if nested:
-        overlap = len(test) / len(train)
         covers = 'training noise and the choice of images: each seed has its own split (Nadeau and Bengio 2003)'
     found = results.report(
         comparison,
         runs,
         baseline,
+        overlap=len(test) / len(train) if nested else 0.0,
+        same_test=not nested,
+        covers=covers,
         folder=str(args.folder),
-        search=dict(
-            ranges=ranges,
-            at_edge=results.edges([choice for of in chosen.values() for choice in of['chosen']], ranges),
-            judged_by=inner if task.validation is None else 'validation/',
-            trials=args.trials,
-            seeds=args.seeds,
-        ),
+        search=dict(ranges=protocol.RANGES[args.opt], trials=args.trials, seeds=args.seeds),
         data=dict(
             train=len(train),
             test=len(test),
-            channels=channels,
             img_size=size,
             chance=100 * max(test.labels.bincount().tolist()) / len(test),
             classes=task.classes,
-            mean=task.config['mean'],
-            std=task.config['std'],
-            scale=task.config['scale'],
             notes=task.notes,
             skipped=task.skipped,
+            **{key: task.config[key] for key in ('mean', 'std', 'scale')},
         ),
-        covers=covers,
-        overlap=overlap,
-        same_test=not nested,
     )
-    for net in networks:
-        found['networks'][net.name] |= dict(model=net.model, options=net.options, **chosen[net.name])
     _print(found)
     title = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
-    results.write_results(
-        args.out, 'compare.png', found, lambda path: results.draw(found, title, path, differences=True)
-    )
+    results.write_results(args.out, 'compare.png', found, title, differences=True)
     if kept is not None:
-        _keep(kept, best.name, task, args.keep)
+        name, network = kept
+        source = Provenance(base=f'{name}, trained on {len(task.train)} images by timm-harmonic compare')
+        with progress(total=3, **STEPS) as steps:
+            write_folder(network.cpu(), args.keep, source, steps, class_names=task.classes, data_config=task.config)
+        print(f'Wrote {name}, which the search judged best, to {args.keep}. To use it:')
+        print(f'timm-harmonic predict {args.keep} IMAGES')
     return found
-
-
-def _keep(model: Any, name: str, task: Any, out: Path) -> None:
-    from timm_harmonic.common.progress import progress
-    from timm_harmonic.export.folder import STEPS, Provenance, write_folder
-
-    source = Provenance(base=f'{name}, trained on {len(task.train)} images by timm-harmonic compare')
-    with progress(total=3, **STEPS) as steps:
-        write_folder(model.cpu(), out, source, steps, class_names=task.classes, data_config=task.config)
-    print(f'Wrote {name}, which the search judged best, to {out}. To use it: timm-harmonic predict {out} IMAGES')
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -177,12 +137,7 @@ def _print(found: dict[str, Any]) -> None:
         f'are the best of {search["trials"]} for each network'
     )
     show(table(found, title, caption))
-    preparation = [f'--img-size {data["img_size"]}', *(f'--{key} {_values(data[key])}' for key in ('mean', 'std'))]
-    if data['scale'] is not None:
-        preparation.append(f'--scale {data["scale"]:g}')
-    for line in (f'Images: {" ".join(preparation)}.', *data['notes'], *advice(found, search['ranges'])):
-        print(line)
-
-
-def _values(numbers: list[float]) -> str:
-    return ' '.join(f'{number:.4g}' for number in numbers)
+    mean, std = (' '.join(f'{value:.4g}' for value in data[key]) for key in ('mean', 'std'))
+    scale = '' if data['scale'] is None else f' --scale {data["scale"]:g}'
+    images = f'Images: --img-size {data["img_size"]} --mean {mean} --std {std}{scale}.'
+    print('\n'.join([images, *data['notes'], *advice(found)]))

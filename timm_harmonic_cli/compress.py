@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from . import add_batch_size, add_preparation, add_weights, positive, preparation, share
+from . import PREPARATION, add_shared, add_weights, positive, preparation, share
 
 _ONNX, _INT8, _PICTURE = 'deployed.onnx', 'deployed-int8.onnx', 'compression.png'
 _COLUMNS = dict(  # of the table of ONNX files: title, factor and format
@@ -58,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--channels-last', action='store_true', help='run, time and deploy in this memory format')
     device = 'device to run on; times and forms are chosen for it (default: cuda if available)'
     add('--device', metavar='DEVICE', help=device)
-    add_batch_size(parser)
     include = "only these convolutions, as in 'layer3.*' (default: all that can be harmonic)"
     add('--include', nargs='+', metavar='PATTERN', help=include)
     add('--exclude', nargs='+', metavar='PATTERN', help='leave these convolutions plain')
@@ -67,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--smoothness', type=float, metavar='S', help=smoothness)
     add('--repo', default='', metavar='ORG/NAME', help='repository you will upload to, for the card')
     add('--license', default='', metavar='ID', help="of the weights (default: the network's)")
-    add_preparation(parser)
+    add_shared(parser, '--batch-size', *PREPARATION)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,8 +111,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 draw_truncation(folder / _PICTURE, whole, small, args.refit)
 
     with progress(total=9, desc='build', **STEPS) as steps, tempfile.TemporaryDirectory() as temporary:
-        weights = (args.model, args.checkpoint, args.pretrained, args.model_kwargs)
-        source, plain = load_network(*weights, use_ema=args.use_ema, random_weights=True)
+        weights = (args.model, args.checkpoint, args.pretrained, args.model_kwargs, args.use_ema)
+        source, plain = load_network(*weights, random_weights=True)
         next_step(steps, 'harmonize')
         basis = dict(normalization=args.normalization, smoothness=args.smoothness)
         whole = harmonize(plain, include=args.include, exclude=args.exclude, **basis)

@@ -15,7 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None: ...
 
 def run(args: argparse.Namespace) -> None:
     import timm
-    from rich.console import Console
     from rich.table import Table
     from timm.models import get_pretrained_cfg, list_pretrained
 
@@ -40,14 +39,14 @@ def run(args: argparse.Namespace) -> None:
             ' '.join(levels if len(set(levels)) > 1 else levels[:1]),
             ' '.join(weights.rpartition('.')[2] for weights in tagged),
         )
-        for weights, cfg in ((weights, get_pretrained_cfg(weights)) for weights in tagged):
-            place = f'{cfg.hf_hub_id} on the Hugging Face Hub' if cfg.hf_hub_id else cfg.url
-            sources.append(f'{weights}\n  {place}')
+        for weights in tagged:
+            cfg = get_pretrained_cfg(weights)
+            sources += [weights, f'  {cfg.hf_hub_id} on the Hugging Face Hub' if cfg.hf_hub_id else f'  {cfg.url}']
     show(table)
-    console = Console(highlight=False)
-    console.print(
+    print(
         '\nstem: kernel size/stride, pooling; "plain" if it does not normalise responses.\n'
         'levels: one per stage. Level L keeps the frequencies with i + j < L.\n'
-        'harmonized: any convolutional network of timm, with base_model=NAME and level= or levels=.\n'
+        'harmonized: any convolutional network of timm, with base_model=NAME and level= or levels=.\n',
+        *sources,
+        sep='\n',
     )
-    console.print('\n'.join(sources), soft_wrap=True)

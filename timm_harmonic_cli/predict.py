@@ -16,62 +16,43 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import add_batch_size, add_class_names, add_preparation, add_weights, positive, preparation, show
+from . import PREPARATION, add_shared, add_weights, positive, preparation, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_weights(parser)
     add = parser.add_argument
     add('images', nargs='+', type=Path, metavar='IMAGES', help='files, or folders of files')
-    add_class_names(parser)
     add('--topk', type=positive, default=5, metavar='K', help='classes shown for each image (default: 5)')
     add('--format', choices=('table', 'csv', 'json'), default='table', help='output format (default: table)')
     add('--out', type=Path, metavar='FILE', help='file to write (default: the terminal)')
-    add_preparation(parser)
-    add_batch_size(parser)
     add('--device', metavar='DEVICE', help='device to run on (default: cuda if available)')
-    add('--skip-bad', action='store_true', help='leave out unreadable files')
+    add_shared(parser, '--class-names', *PREPARATION, '--batch-size', '--skip-bad')
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Writes and returns a row for each image: its file and its likeliest classes with probabilities, or an `error`."""
     from timm_harmonic.common import InputError
+    from timm_harmonic.common.device import usable_device
     from timm_harmonic.common.files import write_text, write_whole
+    from timm_harmonic.common.folders import image_files
+    from timm_harmonic.common.images import Preparation, unreadable
+    from timm_harmonic.common.progress import progress
+    from timm_harmonic.export.folder import load_network
 
     out = args.out
     if out is not None and (out.is_dir() or not out.resolve().parent.is_dir()):
         raise InputError(f'--out {out} must be a file in an existing folder.')
-    rows = predict(args)
-    if out is None:
-        write_predictions(rows, args.format, sys.stdout)
-    else:
-        text = io.StringIO()
-        write_predictions(rows, args.format, text)
-        write_whole(out, lambda path: write_text(path, text.getvalue()))
-    return rows
-
-
-def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Classifies images. Returns a row for each: its file, and its likeliest classes with their probabilities.
-
-    With --skip-bad, the row of an unreadable file has an `error`. Raises InputError if a file or the network is unfit.
-    """
-    from timm_harmonic.common import InputError
-    from timm_harmonic.common.device import usable_device
-    from timm_harmonic.common.folders import image_files
-    from timm_harmonic.common.images import DepthError, Preparation, unreadable
-    from timm_harmonic.common.progress import progress
-    from timm_harmonic.export.folder import load_network
-
-    weights = (args.model, args.checkpoint, args.pretrained, args.model_kwargs)
-    source, network = load_network(*weights, use_ema=args.use_ema)
+    source, network = load_network(args.model, args.checkpoint, args.pretrained, args.model_kwargs, args.use_ema)
     classes = getattr(network, 'num_classes', 0)
     if not classes:
         raise InputError(f'{args.model} has no classifier.')
     names = list(args.class_names or _label_names(network) or map(str, range(classes)))
     if len(names) != classes:
         raise InputError(f'got {len(names)} class names for {classes} classes.')
-    if missing := [str(path) for path in args.images if not path.exists()]:
-        raise InputError(f'{missing[0]!r} does not exist.')
+    for path in args.images:
+        if not path.exists():
+            raise InputError(f'{str(path)!r} does not exist.')
     files = [file for path in args.images for file in (image_files(path) if path.is_dir() else [path])]
     if not files:
         raise InputError(f'no files in {", ".join(map(str, args.images))}.')
@@ -80,20 +61,23 @@ def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], Any]] = []
     for path in progress(files, unit='image', leave=False):
-        row: dict[str, Any] = dict(file=str(path))
-        rows.append(row)
+        rows.append(dict(file=str(path)))
         try:
-            waiting.append((row, prepare.read(path)))
-        except DepthError:
-            raise
+            waiting.append((rows[-1], prepare.read(path)))
         except InputError as error:
-            row['error'] = str(error)
+            rows[-1]['error'] = str(error)
         if len(waiting) == args.batch_size or (waiting and path is files[-1]):
             _classify(network, waiting, names, args.topk)
             waiting = []
     bad = [f'{row["file"]}: {row["error"]}' for row in rows if 'error' in row]
     if bad and not args.skip_bad:
         raise unreadable(bad)
+    if out is None:
+        write_predictions(rows, args.format, sys.stdout)
+    else:
+        text = io.StringIO()
+        write_predictions(rows, args.format, text)
+        write_whole(out, lambda path: write_text(path, text.getvalue()))
     return rows
 
 

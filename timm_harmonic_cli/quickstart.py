@@ -2,11 +2,10 @@
 
 Trains the same small ResNet as harm0 (nothing is harmonic), harm1 (only the stem is), harm (every
 k x k convolution is) and smooth (harm with smoothness 0.5) to tell which photograph a patch of 48 x 48
-gray pixels is from. The photographs come with the packages scikit-image and scikit-learn: nothing is
-downloaded. Training patches are from the left half of each photograph, test patches from the right half.
-Every seed draws new patches, new initial weights and a new order, the same for all networks. Batch-norm
-statistics are re-estimated on training patches before every test; the accuracy as trained is shown too.
-Prints a table, and writes results.json and quickstart.png. Takes two minutes on two CPU cores. Examples:
+gray pixels is from. The photographs come with scikit-image and scikit-learn: nothing is downloaded.
+Training patches are from the left half of each photograph, test patches from the right half. Every seed
+draws new patches, initial weights and order, the same for all networks. Batch-norm statistics are
+re-estimated on training patches before every test. Takes two minutes on two CPU cores. Examples:
 
   timm-harmonic quickstart
   timm-harmonic quickstart --export patches
@@ -62,30 +61,21 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     with training.one_thread(), progress(total=args.seeds * len(networks) * args.epochs, unit='epoch') as bar:
         baseline = training.baseline(networks, len(photographs), 1, tasks.PATCH_SIZE)
         results.open_folder(args.out)
-        comparison = protocol.Protocol(
-            draw,
-            networks,
-            list(photographs),
-            recipe,
-            trials=0,
-            seeds=args.seeds,
-            store=protocol.Store(None, {}),
-            describe=bar.set_description,
-            after_epoch=lambda epoch: bar.update(),
-        )
+        classes = list(photographs)
+        comparison = protocol.Protocol(draw, networks, classes, recipe, trials=0, seeds=args.seeds, bar=bar)
         runs = comparison.run_all()
-        data = dict(patch_size=tasks.PATCH_SIZE, chance=100 / len(photographs), train=len(train), test=len(test))
-        covers = 'training noise and the choice of patches, not of photographs'
-        found = results.report(comparison, runs, baseline, data=dict(data, classes=list(photographs)), covers=covers)
+    data = dict(classes=classes, chance=100 / len(classes), train=len(train), test=len(test))
+    covers = 'training noise and the choice of patches, not of photographs'
+    found = results.report(comparison, runs, baseline, data=data, covers=covers)
     counts = f'{len(train)} training and {len(test)} test patches'
-    title = f'Measured here: {args.seeds} seed{"s" * (args.seeds > 1)}, {counts}, chance {100 / len(photographs):.1f} %'
+    title = f'Measured here: {args.seeds} seed{"s" * (args.seeds > 1)}, {counts}, chance {data["chance"]:.1f} %'
     caption = (
         'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences are paired '
         f'by seed, with their 95 % interval, which covers {covers}'
     )
-    show(results.table(found, title, caption if args.seeds > 1 else 'one seed', fused=True))
+    show(results.table(found, title, caption if args.seeds > 1 else 'one seed'))
     question = f'Which of {len(photographs)} photographs is a patch from?\n{counts}'
-    results.write_results(args.out, 'quickstart.png', found, lambda path: results.draw(found, question, path))
+    results.write_results(args.out, 'quickstart.png', found, question, differences=False)
     return found
 
 

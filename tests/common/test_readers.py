@@ -119,7 +119,7 @@ COLOURS = {
 @pytest.mark.parametrize('name', COLOURS)
 def test_colour_of_16_bits_is_read_as_8_and_that_is_said(name, tmp_path):
     COLOURS[name](tmp_path / name)
-    with pytest.warns(UserWarning, match='Colour of 16 bits is read as 8 bits'):
+    with pytest.warns(UserWarning, match='16-bit colour is read as 8 bits'):
         found = read_image(tmp_path / name)
     assert np.abs(found * 257.0 - DEEP[..., :3]).max() < 257
 

@@ -49,10 +49,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def classes_of(files: Sequence[Path], root: Path) -> tuple[list[str], list[int]]:
-    """The classes of images below a folder, in timm's order, and the class number of each image.
-
-    An image's class is the name of the folder that holds it, '' directly in `root`, as in timm.
-    """
+    """The classes below a folder, in timm's order, and each image's class number, by the folder that holds it."""
     names = ['' if path.parent == root else path.parent.name for path in files]
     classes = sorted(set(names), key=natural_order)
     for first, second in itertools.pairwise(classes):
@@ -63,10 +60,7 @@ def classes_of(files: Sequence[Path], root: Path) -> tuple[list[str], list[int]]
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of the splits in a folder, by 'train', 'validation' and 'test'; empty if it has none.
-
-    Raises InputError if two folders could be the same split, or it cannot tell splits from classes.
-    """
+    """The folders of the splits, by 'train', 'validation' and 'test', or {}. Raises InputError if that is ambiguous."""
     with explained(f'cannot list {str(folder)!r}', OSError):
         here = _folders(folder)
         named = [(split, path) for split, names in SPLITS.items() for path in here if path.name.lower() in names]
@@ -74,13 +68,9 @@ def split_folders(folder: Path) -> dict[str, Path]:
         found = named if len(named) == len(here) else [(split, path) for split, path in named if _folders(path)]
     if len(named) - len(found) > 1:
         raise InputError(f'{str(folder)!r} has {", ".join(f"{path.name}/" for _, path in named)} beside classes.')
-    for i, (split, path) in enumerate(found):
-        for other, second in found[i + 1 :]:
-            if other == split:
-                raise InputError(
-                    f'{str(folder)!r} has {path.name}/ and {second.name}/, both could be its {split} images: '
-                    'remove or rename one.'
-                )
+    for (split, path), (other, second) in itertools.combinations(found, 2):
+        if other == split:
+            raise InputError(f'{str(folder)!r} has {path.name}/ and {second.name}/, both could be its {split} images.')
     return dict(found)
 
 

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from . import InputError, explained
+from . import InputError, TimmHarmonicError, explained
 from .folders import classes_of, image_files, split_folder
 from .readers import READABLE, read_image
 
@@ -22,8 +22,8 @@ _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in gray, as in Pillow
 _FAR, _FLAT = 5.0, 0.02  # deviations of training: a larger mean or deviation, or a smaller deviation, is strange
 
 
-class DepthError(InputError):
-    """Images of different depths, or of a depth without a known scale: leaving files out would not help."""
+class DepthError(TimmHarmonicError, ValueError):
+    """Images of different depths, or of a depth without a known scale. No InputError: it is not of one file alone."""
 
 
 def unreadable(bad: Sequence[str]) -> InputError:
@@ -54,26 +54,19 @@ def check_scale(scale: float) -> float:
 
 
 def scale_of(dtype: np.dtype, scale: float | None = None) -> float:
-    """The value of images that stands for 1: the stated scale, or else the maximum of an integer of up to 16 bits.
-
-    Raises DepthError for other types without a stated scale.
-    """
+    """The value of images that stands for 1: as stated, else the largest of 8 or 16 bits. Or raises DepthError."""
     if scale is not None:
         return check_scale(scale)
     if dtype.kind in 'iu' and dtype.itemsize <= 2:
         return float(np.iinfo(dtype).max)
-    raise DepthError(
-        f'holds {dtype}, whose largest value says nothing: state the value that stands for full scale by --scale, '
-        'for instance --scale 1 if values lie between 0 and 1.'
-    )
+    raise DepthError(f'holds {dtype}, whose largest value says nothing: state full scale, for instance by --scale 1.')
 
 
 def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     """timm's data config of a network, with a mean and deviation for each of its channels, and its `scale`.
 
-    `given` has options by timm's names (img_size, mean, std, ...), for instance a training run's, and the scale, see
-    `scale_of`. If the network's config has a mean and deviation for another number of channels, every channel gets
-    their average. Raises InputError if the given ones make no sense or do not fit the channels.
+    `given` has options by timm's names, for instance a training run's, and the scale. A mean for another number of
+    channels is averaged. Raises InputError if the given values make no sense or do not fit the channels.
     """
     for key, bound in (('mean', -np.inf), ('std', 0)):
         if (values := given.get(key)) is None:
@@ -81,10 +74,7 @@ def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         if not all(isinstance(value, (int, float)) and bound < value < np.inf for value in values):
             raise InputError(f'{key} must be finite numbers{" above 0" * (key == "std")}, got {values!r}.')
         if len(values) not in (1, model.in_chans):
-            raise InputError(
-                f'{key} has {len(values)} values, the network takes {model.in_chans} channels: give one value, or one '
-                'for each channel.'
-            )
+            raise InputError(f'{key} has {len(values)} values, the network takes {model.in_chans} channels.')
     with explained("the network's config does not say how to prepare images", Exception):
         config = resolve_data_config(dict(given, in_chans=model.in_chans), model=model)
         config['input_size'] = (model.in_chans, *config['input_size'][1:])
@@ -100,10 +90,9 @@ class Preparation:
     """Prepares images as a network's validation does: scale, resize, crop, normalise.
 
     8-bit gray and colour images for networks of one or three channels go through timm's transform. All others are
-    scaled (`scale_of`), then every channel goes through timm's resizing and cropping, and is normalised. Instead of a
-    network and options that replace those of its config, a config of `data_config` will do. All images have to be of
-    one depth. With `warns`, the first one that differs a lot from what training had is a warning, and so is one of more
-    than 8 bits if no scale is stated. Raises InputError if the config makes no sense.
+    scaled (`scale_of`), then every channel goes through timm's resizing and cropping, and is normalised. All have one
+    depth. Instead of a network and options that replace those of its config, a `data_config` will do. With
+    `warns`, the first image that is unlike training or deeper than 8 bits without a stated scale is a warning.
     """
 
     def __init__(
@@ -153,10 +142,7 @@ class Preparation:
         depth = 'floating point' if array.dtype.kind == 'f' else str(array.dtype)
         self._first = self._first or (depth, path)
         if depth != self._first[0]:
-            raise DepthError(
-                f'{self._first[1]} holds {self._first[0]}, {path} holds {depth}: images must have one depth. Store all '
-                'of them alike.'
-            )
+            raise DepthError(f'{self._first[1]} holds {self._first[0]}, {path} holds {depth}: images need one depth.')
         try:
             image = self(array)
         except DepthError as error:
@@ -168,36 +154,29 @@ class Preparation:
                 "the scale of its images, and timm's scripts read 8 bits alone: state it by --scale.",
                 stacklevel=2,
             )
-        if self._warns and far_from_training(image):
-            self._warns = False
-            warn_of(path, image, self.config, scale_of(array.dtype, self.scale))
+        if self._warns:
+            self._warns = not warned(path, image, self.config, scale_of(array.dtype, self.scale))
         return image
 
 
-def far_from_training(image: Tensor) -> bool:
-    """Tells whether a normalised image (C, H, W) has a mean or deviation that training images hardly have."""
+def warned(path: Path, image: Tensor, config: dict[str, Any], scale: float) -> bool:
+    """Warns if a normalised image (C, H, W) has a mean or deviation that training images hardly have; returns if so."""
     means, deviations = image.mean((1, 2)), image.std((1, 2), correction=0)
-    return bool(means.abs().max() > _FAR or deviations.max() > _FAR or deviations.max() < _FLAT)
-
-
-def warn_of(path: Path, image: Tensor, config: dict[str, Any], scale: float) -> None:
-    """Warns that a normalised image is not like those of training, and says what was divided by what."""
-    means = image.mean((1, 2))
+    if max(means.abs().max(), deviations.max()) <= _FAR and deviations.max() >= _FLAT:
+        return False
     worst = int(means.abs().argmax())
     mean, std = (f'{config[key][worst]:.4g}' for key in ('mean', 'std'))
     warnings.warn(
         f'{path} is not like the training images: divided by {scale:g}, less the mean {mean}, divided by the deviation '
-        f'{std}, channel {worst} has a mean of {means[worst]:.2g} and a deviation of {image[worst].std():.2g} instead '
+        f'{std}, channel {worst} has a mean of {means[worst]:.2g} and a deviation of {deviations[worst]:.2g} instead '
         'of about 0 and 1. Are scale, mean and deviation those of training?',
         stacklevel=2,
     )
+    return True
 
 
 class ImageFolder(Dataset):
-    """Prepared images of one split of a folder, with their class numbers: timm's files, classes and order.
-
-    An image's class is the name of the folder that holds it; `classes` are the names in order.
-    """
+    """Prepared images of one split of a folder, with their class numbers: timm's files, classes and order."""
 
     def __init__(self, folder: Path, split: str, prepare: Preparation) -> None:
         root = split_folder(folder, split)
@@ -213,8 +192,6 @@ class ImageFolder(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             return self.prepare.read(self.files[index]), self.labels[index]
-        except DepthError:
-            raise
         except InputError as error:
             raise InputError(f'{self.files[index]}: {error}') from error
 

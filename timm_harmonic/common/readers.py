@@ -12,8 +12,6 @@ from . import InputError
 
 _TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # how files begin
 READABLE = {'.npy', *Image.registered_extensions()}  # extensions that `read_image` knows
-_ORIENTATION = 274  # the tag of EXIF and TIFF
-_SIXTEEN = ('PNG', 'PPM')  # formats whose 16 bits Pillow may widen to 32
 # Colour spaces of TIFF that Pillow turns into RGB: palette, CMYK, YCbCr and three of L*a*b*.
 _CONVERTED = (3, 5, 6, 8, 9, 10)
 
@@ -57,14 +55,12 @@ def _read_picture(path: Path) -> np.ndarray:
         raw = str(image.tile[0].args) if image.tile else ''
         deep = dict(PNG=r';16B$', PPM=r', (?!255\))\d+\)$').get(str(image.format))
         if deep and image.mode in ('RGB', 'RGBA') and re.search(deep, raw):
-            warnings.warn(
-                'Colour of 16 bits is read as 8 bits, as timm does: save it as TIFF or .npy to keep all.', stacklevel=2
-            )
+            warnings.warn('16-bit colour is read as 8 bits, as in timm: save TIFF or .npy to keep all.', stacklevel=2)
         image.load()  # Pillow turns some formats upright by itself, once they are loaded
         upright = ImageOps.exif_transpose(image)
         if image.mode in ('1', 'LA', 'La'):
             return np.asarray(upright.convert('L'))
-        if image.mode == 'I' and image.format in _SIXTEEN:
+        if image.mode == 'I' and image.format in ('PNG', 'PPM'):  # Pillow may widen their 16 bits to 32
             return np.asarray(upright).astype(np.uint16)
         if image.mode.startswith(('I', 'F', 'L')) and image.mode != 'LAB':  # gray, 8 to 32 bits
             return np.asarray(upright)
@@ -92,7 +88,9 @@ def _read_tiff(path: Path) -> np.ndarray:
         except Exception as error:  # tifffile raises several types where a decoder is missing
             if not isinstance(error, ImportError) and 'imagecodecs' not in str(error):
                 raise
-            if alone and _is_simple(page):
+            # Bits up to which Pillow gives the same values, by number format (integer, float) and channels.
+            simple = {(1, 1): 16, (1, 3): 8, (3, 1): 32}.get((page.sampleformat, page.samplesperpixel), 0)
+            if alone and page.bitspersample <= simple:
                 return _read_picture(path)
             what = f'its compression {page.compression.name} of {page.bitspersample} bits'
             raise InputError(f'{what} needs a package: pip install imagecodecs') from error
@@ -101,8 +99,7 @@ def _read_tiff(path: Path) -> np.ndarray:
         array = (array * (np.iinfo(array.dtype).max / (2**page.bitspersample - 1))).round().astype(array.dtype)
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype in (bool, np.uint8):
         array = ~array  # as Pillow does, which leaves 16 bits alone
-    orientation = page.tags.get(_ORIENTATION)
-    return _upright(array, 1 if orientation is None else orientation.value)
+    return _upright(array, page.tags.valueof('Orientation', 1))
 
 
 def _kind(series: Any) -> str:
@@ -113,12 +110,6 @@ def _channels_last(array: np.ndarray, axes: str) -> np.ndarray:
     """Moves rows and columns to the front; samples, pages and planes become channels."""
     array = np.moveaxis(array, (axes.index('Y'), axes.index('X')), (0, 1))
     return array.reshape(*array.shape[:2], -1)
-
-
-def _is_simple(page: Any) -> bool:
-    """Tells whether Pillow gives the values of a page: 8-bit gray or RGB, 16-bit gray, or float32 gray."""
-    kind = (page.sampleformat, page.samplesperpixel)
-    return page.bitspersample <= {(1, 1): 16, (1, 3): 8, (3, 1): 32}.get(kind, 0)
 
 
 def _upright(array: np.ndarray, orientation: int) -> np.ndarray:

@@ -38,10 +38,7 @@ class Provenance:
 
 
 def model_card(model: nn.Module, place: str, source: Provenance, license: str = '', dataset: str = '') -> ModelCard:
-    """The card of a network with its weights, front matter included.
-
-    `place` is what timm loads it by: hf-hub:organisation/name, or local-dir:FOLDER.
-    """
+    """The card of a network, with front matter. timm loads it by `place`: hf-hub:ORG/NAME or local-dir:FOLDER."""
     args, layers, cfg = get_model_args(model), harmonic_layers(model).values(), model.pretrained_cfg
     of_package = model_entrypoint(cfg['architecture']).__module__.startswith(__name__.partition('.')[0])
     ours = bool(layers) or of_package  # the package is needed to load it

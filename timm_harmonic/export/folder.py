@@ -27,31 +27,18 @@ from ..common.images import data_config as config_of_images
 from ..common.images import noted_scale, scale_note
 from ..common.progress import progress
 from ..conversion.swap import harmonic_layers
-from ..models.checkpoints import (
-    CheckpointError,
-    StateDict,
-    basis_options,
-    check_fit,
-    fit_keys,
-    hint_of_prefix,
-    names_of,
-    read_checkpoint,
-    unwrap,
-)
-from ..models.weights import ORGANISATION, TAG, WEIGHTS_NAME, pinned_sha256, released_digits, sha256_of
+from ..models.checkpoints import StateDict, basis_options, check_fit, fit_keys, read_checkpoint, sizes_of, unwrap
+from ..models.weights import ORGANISATION, TAG, pinned_sha256, released_digits, sha256_of
 from .card import Provenance, model_card
 
 LICENSE = 'bsd-3-clause'  # of what the authors released
 
 _OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # their names in a run and in a folder
-# Only after compression.
-_COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deployed.onnx', 'deployed-int8.onnx')
-FILES = (WEIGHTS_NAME, 'config.json', 'README.md', *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 
-# Options of timm's train.py that it passes to create_model: under their own names, and under others.
-_OF_NETWORK = ('num_classes', 'in_chans', 'bn_eps', 'bn_momentum')
-_RENAMED = dict(global_pool='gp', drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block')
+# Options of create_model, and their names in timm's train.py.
+_OF_NETWORK = {key: key for key in ('num_classes', 'in_chans', 'bn_eps', 'bn_momentum')}
+_OF_NETWORK |= dict(global_pool='gp', drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block')
 # What a config says about the weights that it came with.
 _CLAIMS = ('license', 'origin_url', 'url', 'hf_hub_id', 'tag', 'paper_ids', 'paper_name', 'description', 'notes')
 
@@ -64,16 +51,14 @@ def load_network(
     checkpoint: Path | None = None,
     pretrained: bool = False,
     model_kwargs: dict[str, Any] | None = None,
-    *,
     use_ema: bool = False,
     random_weights: bool = False,
 ) -> tuple[Provenance, nn.Module]:
-    """Loads a network for a command: its provenance and the network, in evaluation mode.
+    """Loads a network for a command, in evaluation mode, with its provenance.
 
-    `model_name` is a name of timm (hf-hub: and local-dir: included) or the path of a folder. Its weights are those of a
+    `model_name` is a name of timm (hf-hub: and local-dir: included) or the path of a folder. Weights are those of a
     checkpoint (averaged ones with `use_ema`), of the folder or repository, or timm's if `pretrained`; `random_weights`
-    allows none, with a warning.
-    Raises InputError if the network has no weights or cannot be built, CheckpointError if its weights do not fit.
+    allows none, with a warning. Raises InputError and CheckpointError.
     """
     kwargs = model_kwargs or {}
     if Path(model_name).is_dir() and not timm.is_model(model_name):
@@ -106,11 +91,7 @@ def key_names(model_name: str) -> dict[str, str] | None:
 
 
 def read_source(path: Path, model_name: str, use_ema: bool = False) -> tuple[Provenance, StateDict]:
-    """Returns the provenance of a checkpoint, and its state dict.
-
-    A released file is recognised by its hash; otherwise the run that the file lies in is described. Raises
-    CheckpointError if the file cannot be read, InputError if it belongs to another architecture.
-    """
+    """The provenance of a checkpoint and its state dict: released files are known by hash, others by their run."""
     content = read_checkpoint(path)
     state = unwrap(content, use_ema)
     digest = sha256_of(path)
@@ -162,9 +143,9 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
 
 def options_of_run(source: Provenance) -> dict[str, Any]:
     """The options with which a training run built its network, without those that name the weights it started from."""
-    run, names = source.run, dict(zip(_OF_NETWORK, _OF_NETWORK, strict=True)) | _RENAMED
+    run = source.run
     options = dict(bn_eps=1e-3, bn_momentum=0.01) if run.get('bn_tf') else {}  # of older versions of timm
-    options |= {key: run[name] for key, name in names.items() if run.get(name) is not None}
+    options |= {key: run[name] for key, name in _OF_NETWORK.items() if run.get(name) is not None}
     options |= run.get('model_kwargs') or {}
     return {key: value for key, value in options.items() if not str(key).startswith(_SOURCES)}
 
@@ -195,11 +176,7 @@ def create_trained(model_name: str, **kwargs: Any) -> nn.Module:
 
 
 def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kwargs: dict[str, Any]) -> nn.Module:
-    """Builds a network and loads parameters into it. Their shapes give its classes and channels.
-
-    `model_kwargs` replace the options of the training run in `source`. Raises CheckpointError if the parameters do not
-    fit, InputError if options contradict them or the network cannot be built.
-    """
+    """Builds a network with options and parameters of a run, whose shapes tell classes and channels."""
     if given := [key for key in model_kwargs if key.startswith(_SOURCES)]:
         raise InputError(f'{given[0]} is not an option of a network: the weights are those of {source.file}.')
     names = key_names(model_name) or {}
@@ -213,15 +190,15 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     state = fit_keys(state, blank, names)
     if not harmonic_layers(blank):  # timm would say less about a misfit
         check_fit(state, blank, blank.pretrained_cfg['classifier'], blank.pretrained_cfg['first_conv'])
-    shapes = _shapes(blank, state, f'{source.file} has no {{}}: it is not a {model_name}.')
-    for key, value in shapes.items():
+    sizes = sizes_of(state, blank, f'{source.file} has no {{}}: it is not a {model_name}.')
+    for key, value in sizes.items():
         if kwargs.setdefault(key, value) != value:
             raise InputError(f'{source.file} has {key}={value}, not {kwargs[key]}.')
     overlay = dict(
         state_dict=state,
         source=None,
-        num_classes=shapes['num_classes'],
-        input_size=(shapes['in_chans'], *blank.pretrained_cfg['input_size'][1:]),
+        num_classes=sizes['num_classes'],
+        input_size=(sizes['in_chans'], *blank.pretrained_cfg['input_size'][1:]),
         label_offset=None,
         **(dict(notes=source.notes) if source.url else {}),
     )
@@ -230,26 +207,6 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     if not source.url:
         _own(model.pretrained_cfg)
     return model.eval()
-
-
-def _shapes(blank: nn.Module, state: StateDict, missing: str) -> dict[str, int]:
-    """Classes and input channels of parameters, by the first and the last layer of their network."""
-    first, last = (next(iter(names_of(blank.pretrained_cfg[key])), '') for key in ('first_conv', 'classifier'))
-    stem, classifier = blank.get_submodule(first), state.get(f'{last}.weight')
-    statistics, weight = state.get(f'{first}.bn.running_mean'), state.get(f'{first}.weight')
-    for key, value, least in ((f'{first}.weight', weight, 2), (f'{last}.weight', classifier, 1)):
-        if value is not None and value.ndim < least:
-            raise CheckpointError(f'{key} of the checkpoint has shape {tuple(value.shape)}.')
-    if statistics is not None and hasattr(stem, 'basis'):
-        channels = statistics.numel() // stem.basis.shape[0]
-    elif not first or isinstance(stem, nn.Linear):  # shapes do not tell
-        channels = blank.in_chans
-    elif weight is not None:
-        channels = weight.shape[1] * stem.groups
-    else:
-        known = [name for name, _ in blank.named_parameters() if not name.startswith(f'{last}.')]
-        raise CheckpointError(missing.format(f'{first}.weight') + hint_of_prefix(state, known))
-    return dict(num_classes=0 if classifier is None else len(classifier), in_chans=channels)
 
 
 def convert(
@@ -262,26 +219,22 @@ def convert(
     data_config: dict[str, Any] | None = None,
     **about: Any,
 ) -> list[Path]:
-    """Writes the folder of a Hub repository from a checkpoint, loads it again and compares the outputs.
+    """Writes the folder of a Hub repository from a checkpoint, with the options of `timm-harmonic convert`.
 
-    The options are those of `timm-harmonic convert`: `data_config` has mean, std, img_size, scale and crop_pct, which
-    is 1 if others are given and there is no run, and `about` repo_id, class_names, license and dataset. Returns the
-    files. Raises InputError if options contradict each other or the outputs differ, CheckpointError if the checkpoint
-    cannot be read or does not fit.
+    `data_config` tells how to prepare images, uncropped if there is no run; `about` is for `write_folder`. Returns the
+    files. Raises InputError and CheckpointError.
     """
     if key_names(model_name) is None:
         raise InputError(f'{model_name!r} is not a harmonic model: see `timm-harmonic list`.')
     check_new(out)
-    with progress(total=4, desc='read', **STEPS) as steps:
-        source, state = read_source(checkpoint, model_name, use_ema)
-        next_step(steps, 'build')
-        model = build_loaded(model_name, state, source, model_kwargs or {})
+    with progress(total=3, desc='read', **STEPS) as steps:
+        source, model = load_network(model_name, checkpoint, False, model_kwargs, use_ema)
         if source.url:
             repo_id = f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
             theirs = dict(repo_id=repo_id, license=LICENSE, dataset='imagenet-1k')
             about = {key: about.get(key) or value for key, value in theirs.items()}
             about['class_names'] = ImageNetInfo().label_names()
-        given = {key: value for key, value in (data_config or {}).items() if value is not None}
+        given = data_config or {}
         if given and not source.run:  # a loop of one's own hardly crops
             given = dict(crop_pct=1.0) | given
         images = {**source.run, **(dict(input_size=None) if 'img_size' in given else {}), **given}
@@ -320,10 +273,9 @@ def write_folder(
     """Writes the folder of a Hub repository from a network, loads it again, compares the outputs; returns the files.
 
     `out` must be new or empty, and is written as a whole or not at all. `steps` is a progress bar that moves by three.
-    `data_config` tells how to prepare images, with their scale; by default the options of the training run do. Without
-    a licence, the config's origin and paper are left out: they are about other weights. `add` writes more files.
-    Without `keep`, all is done but nothing stays. Raises InputError if an argument is invalid, the network cannot run
-    on such images, or the folder does not give the network's outputs.
+    `data_config` tells how to prepare images; by default the options of the training run do. Without a licence, the
+    config's origin and paper are left out: they are about other weights. `add` writes more files. Without `keep`, all
+    is done but nothing stays. Raises InputError.
     """
     for key, value in (('license', license), ('dataset', dataset)):
         if value and not re.fullmatch(_IDS[key], value):
@@ -346,8 +298,6 @@ def write_folder(
         _compare(model, loaded)
         place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
         write_text(folder / 'README.md', str(model_card(loaded, place, source, license, dataset)))
-        if strange := [path.name for path in sorted(folder.iterdir()) if path.name not in FILES or path.is_symlink()]:
-            raise InputError(f'the folder is not fit for the Hub: files {strange}.')
         steps.update()
     return sorted(out.iterdir()) if keep else []
 

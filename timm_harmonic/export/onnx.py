@@ -24,7 +24,6 @@ from ..conversion.timing import times_of
 
 _TOLERANCE = 1e-3  # of the largest output, in float32
 _METHODS = ('MinMax', 'Percentile')  # of choosing the ranges of activations, by onnxruntime's names
-_PERCENTILE = 99.99
 _TOGETHER = 8  # images that run through ONNX Runtime together
 
 
@@ -59,8 +58,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, int8: Ite
 
     Raises:
         InputError: The network cannot be exported or quantized, its float32 file differs by more than 0.001 of the
-            largest output, the path cannot be written, a package is missing, or `int8` holds fewer than eight images or
-            unusable ones.
+            largest output, a package is missing, or `int8` holds fewer than eight images or unusable ones.
         TypeError: `int8` does not hold batches.
     """
     require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
@@ -115,7 +113,7 @@ def _quantize(file: Path, images: Tensor) -> Check:
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=quantization.CalibrationMethod[method],
-                extra_options=dict(CalibStridedMinMax=1, CalibPercentile=_PERCENTILE),
+                extra_options=dict(CalibStridedMinMax=1, CalibPercentile=99.99),
             )
             checks[quantized] = compared(logits_of(quantized, images[held_out]), expected)
         best = min(checks, key=lambda quantized: checks[quantized].error)
@@ -147,16 +145,14 @@ def measured(
     """Measures ONNX files: bytes, time, also of the first file's, and how logits compare with its on held-out images.
 
     Times are medians for the images in ONNX Runtime on the CPU and, for files whose network is given, in torch on the
-    images' device. Networks also tell their parameters and multiply-adds.
+    images' device. Networks also tell their multiply-adds.
     """
     found: dict[str, dict[str, Any]] = {name: dict(bytes=file.stat().st_size) for name, file in files.items()}
     for name, times in times_of(files, images.cpu().float().contiguous()).items():
         found[name]['onnx_ms'] = statistics.median(times)
         found[name]['of_plain'] = found[name]['onnx_ms'] / next(iter(found.values()))['onnx_ms']
     for name, times in times_of(networks, images).items():
-        parameters = sum(p.numel() for p in networks[name].parameters() if p.requires_grad)
-        macs = count_macs(networks[name], images)
-        found[name] |= dict(parameters=parameters, macs=macs, torch_ms=statistics.median(times))
+        found[name] |= dict(macs=count_macs(networks[name], images), torch_ms=statistics.median(times))
     if held_out is not None:
         expected = logits_of(next(iter(files.values())), held_out)
         for name, file in files.items():

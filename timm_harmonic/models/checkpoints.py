@@ -40,10 +40,7 @@ class CheckpointError(TimmHarmonicError):
 
 
 def read_checkpoint(path: str | os.PathLike) -> StateDict:
-    """Reads a file of safetensors or torch.save onto the CPU: tensors and plain Python values, never code.
-
-    Raises CheckpointError if the file is missing, damaged, not a checkpoint, or would run code.
-    """
+    """Reads a file of safetensors or torch.save onto the CPU: tensors and plain Python values, never code."""
     path = os.fspath(path)
     try:
         with open(path, 'rb') as file:
@@ -81,8 +78,8 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
 def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
     """The state dict in what a training script saved, without the prefixes of wrapped modules.
 
-    `use_ema` tells whether to take averaged parameters; None takes them if they exist, as timm does. Raises
-    CheckpointError if the parameters do not exist or are ambiguous, or a key or value is not a parameter's.
+    Averaged parameters are taken by `use_ema`; None takes them if they exist, as timm does. Raises CheckpointError if
+    they do not exist, the choice is ambiguous, or a key or value is not a parameter's.
     """
     held = [k for k, v in checkpoint.items() if isinstance(v, dict) and any(isinstance(i, Tensor) for i in v.values())]
     averaged, last = ([key for key in keys if key in held] for keys in (_AVERAGED, _LAST))
@@ -114,9 +111,7 @@ def _check_tensor(key: str, value: Any) -> None:
     if value.layout != torch.strided or value.is_quantized:
         raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
     if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:  # a small file that would fill the memory
-        raise CheckpointError(
-            f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save it with .contiguous().'
-        )
+        raise CheckpointError(f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save a copy.')
 
 
 def convert_state_dict(
@@ -148,10 +143,7 @@ def convert_state_dict(
 
 
 def fit_keys(state: StateDict, model: nn.Module, names: dict[str, str]) -> StateDict:
-    """Renames keys to a network's: the authors' by `names`, see `rename_keys`, and others without their prefixes.
-
-    Prefixes such as `model.` are left out if all keys have them and none fits with them.
-    """
+    """Renames the authors' keys by `names`, and drops a prefix such as `model.` if all keys have it and none fits."""
     own, bare = model.state_dict().keys(), state
     while not own & (renamed := rename_keys(bare, names)).keys():
         first = {key.partition('.')[0] for key in bare}
@@ -238,8 +230,8 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     Plain filters fit a harmonic convolution, which projects them when it loads them.
     """
     target, layers = model.state_dict(), harmonic_layers(model)
-    heads = {f'{name}.{what}' for name in names_of(classifiers) for what in ('weight', 'bias')}
-    first = {f'{name}.weight' for name in names_of(stems)}
+    heads = {f'{name}.{what}' for name in _names_of(classifiers) for what in ('weight', 'bias')}
+    first = {f'{name}.weight' for name in _names_of(stems)}
     modules = model.named_modules(remove_duplicate=False)  # a network may use one layer in several places
     sides = {f'{n}.weight': list(m.kernel_size) for n, m in modules if isinstance(m, HarmonicConv2d)}
     basis_keys = {f'{name}{_BASIS}' for name in layers}
@@ -277,11 +269,31 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
         hints = [hint for telltale, hint in _TELLTALES.items() if any(re.search(telltale, key) for key in state)]
-        hint = ' '.join(['', *hints]) or hint_of_prefix(state, problems['missing'])
+        hint = ' '.join(['', *hints]) or _hint_of_prefix(state, problems['missing'])
         raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.{hint}')
 
 
-def hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
+def sizes_of(state: StateDict, model: nn.Module, missing: str) -> dict[str, int]:
+    """Classes and input channels of a state dict, by the first and the last layer of its network."""
+    first, last = (next(iter(_names_of(model.pretrained_cfg[key])), '') for key in ('first_conv', 'classifier'))
+    stem, classifier = model.get_submodule(first), state.get(f'{last}.weight')
+    statistics, weight = state.get(f'{first}.bn.running_mean'), state.get(f'{first}.weight')
+    for key, value, least in ((f'{first}.weight', weight, 2), (f'{last}.weight', classifier, 1)):
+        if value is not None and value.ndim < least:
+            raise CheckpointError(f'{key} of the checkpoint has shape {tuple(value.shape)}.')
+    if statistics is not None and hasattr(stem, 'basis'):
+        channels = statistics.numel() // stem.basis.shape[0]
+    elif not first or isinstance(stem, nn.Linear):  # shapes do not tell
+        channels = model.in_chans
+    elif weight is not None:
+        channels = weight.shape[1] * stem.groups
+    else:
+        known = [name for name, _ in model.named_parameters() if not name.startswith(f'{last}.')]
+        raise CheckpointError(missing.format(f'{first}.weight') + _hint_of_prefix(state, known))
+    return dict(num_classes=0 if classifier is None else len(classifier), in_chans=channels)
+
+
+def _hint_of_prefix(state: StateDict, missing: Sequence[str]) -> str:
     """What to do if a state dict has the missing keys with a prefix, besides other keys; otherwise ''."""
     prefixes = [key.removesuffix(missing[0]) for key in state if missing and key.endswith(f'.{missing[0]}')]
     found = [prefix for prefix in prefixes if all(f'{prefix}{key}' in state for key in missing)]
@@ -295,7 +307,7 @@ def basis_options(state: StateDict) -> dict[str, Any]:
     return found[0] if found and all(options == found[0] for options in found) else {}
 
 
-def names_of(names: Names) -> Sequence[str]:
+def _names_of(names: Names) -> Sequence[str]:
     """The names in an entry of timm's configs, which may be one name, several, or None."""
     return (names,) if isinstance(names, str) else names or ()
 

@@ -71,10 +71,7 @@ class HarmonicWRN(ResNetV2):
         if stem_stride not in (1, 2):
             raise InputError(f'stem_stride must be 1 or 2, got {stem_stride!r}.')
         if output_stride not in (1, 2, 4, 8, 16, 32) or output_stride < stem_stride:
-            raise InputError(
-                f'output_stride must be a power of 2 from the stride of the stem, {stem_stride}, to 32, got '
-                f'{output_stride!r}.'
-            )
+            raise InputError(f'output_stride must be a power of 2 from {stem_stride=} to 32, got {output_stride!r}.')
         super().__init__(
             layers=[(depth - 4) // 6] * 3,
             channels=tuple(base * width for base in (16, 32, 64)),

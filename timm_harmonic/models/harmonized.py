@@ -39,13 +39,8 @@ default_cfgs = generate_default_cfgs({ARCHITECTURE: dict(_cfg, architecture=None
 
 
 @register_model
-def harmonized(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Any convolutional network of timm, by base_model, with harmonic layers; options are those of `harmonize`."""
-    return _create(pretrained, **kwargs)
-
-
-def _create(
-    pretrained: bool,
+def harmonized(
+    pretrained: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     *,
@@ -61,7 +56,7 @@ def _create(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Builds the base, harmonizes it, and loads weights.
+    """Any convolutional network of timm, by base_model, with harmonic layers; options are those of `harmonize`.
 
     The weights are the base's, which the layers project, unless a config or an overlay names a file, a folder, a
     repository of the Hub or a url. Those may hold a plain or a harmonic network. Features are timm's intermediates.
@@ -130,8 +125,7 @@ def _config(given: PretrainedCfg, base_model: str, named: bool) -> PretrainedCfg
     if given.description != _STAND_IN:
         return dataclasses.replace(given, architecture=ARCHITECTURE)
     registered = get_pretrained_cfg(ARCHITECTURE)
-    fields = [field.name for field in dataclasses.fields(given)]
-    changed = {name: getattr(given, name) for name in fields if getattr(given, name) != getattr(registered, name)}
+    changed = {name: value for name, value in vars(given).items() if value != getattr(registered, name)}
     elsewhere = dict(url=None, file=None, hf_hub_id=None, hf_hub_filename=None, tag=None) if named else {}
     changed = {'custom_load': False, **elsewhere, **changed, 'architecture': ARCHITECTURE}
     return dataclasses.replace(get_pretrained_cfg(base_model), **changed)

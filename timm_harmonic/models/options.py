@@ -48,10 +48,7 @@ def make_network_harmonic(
     basis: Mapping[str, Any],
     within: str = '',
 ) -> None:
-    """Makes a newly built network harmonic, in place, with newly initialised layers.
-
-    `stem` names the convolution that becomes a `HarmonicBlock2d`; `level_of` maps the names of the others to levels.
-    """
+    """Makes a new network harmonic in place: the `stem` a HarmonicBlock2d, the others by `level_of` their names."""
     for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
         if not isinstance(value, bool):
             raise TypeError(f'{option} must be True or False, got {value!r}.')

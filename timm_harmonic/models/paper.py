@@ -1,8 +1,7 @@
 """The results in the papers, from two tables that configs, cards and the documentation use. We re-measured none.
 
-paper.csv, ImageNet-1k: a row is one network of Ulicny, Krylov, Dahyot (arXiv:2001.06570), with its errors in percent on
-the validation set, one crop at 224, or at 224 / 320. Multiply-adds (gmacs, in billions, at 224) were counted on the
-authors' networks. `page` is the folder of the authors' repository whose README has the row.
+paper.csv, ImageNet-1k: a network of arXiv:2001.06570 in each row; errors in percent on the validation set, one crop at
+224, or at 224 / 320; gmacs, in billions at 224, were counted on the authors' networks; `page` is their folder with it.
 
 paper_small.csv, from the READMEs in cifar and stl: test errors on CIFAR-10 and CIFAR-100, the median of five runs; test
 accuracies on STL-10, with ten folds of 1,000 images and with all 5,000. `options` are ours, `files` in train_configs/.

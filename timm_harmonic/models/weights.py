@@ -30,10 +30,9 @@ _FROM_A_FILE = 'To load a file that you have, pass pretrained_cfg_overlay=dict(f
 
 
 def released_cfg(name: str, file: str, sha256: str = '', notes: tuple[str, ...] = (), **kwargs: Any) -> dict[str, Any]:
-    """`paper_cfg` of a weight that the authors released as `file`, whose name carries the start of its SHA-256.
+    """`paper_cfg` of a weight that the authors released as `file`, or that is our repository `name` on the Hub.
 
-    With `sha256` (64 hex digits, of our model.safetensors) the only source is our repository `name` on the Hub; without
-    it, the authors' url.
+    The Hub is the source if `sha256` (64 hex digits) pins our model.safetensors.
     """
     url = f'{REPOSITORY}/releases/download/0.1.0/{file}'
     on_hub = dict(hf_hub_id=f'{ORGANISATION}/{name}', notes=(*notes, f'sha256:{sha256}'))
@@ -53,8 +52,7 @@ def build_model(
     """timm's build_model_with_cfg, with weights found, checked and read by this module.
 
     A config that came with a repository or a folder cannot name other files or vouch for its own weights: only the
-    caller can, by `pretrained_cfg_overlay`. Raises CheckpointError if the weights do not exist, cannot be downloaded or
-    read, do not match their hash, or do not fit the model.
+    caller can, by `pretrained_cfg_overlay`. Raises CheckpointError for weights that cannot be loaded as they should be.
     """
     overlay = pretrained_cfg_overlay or {}
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models import reparameterize_model
 from torch import nn
+from tqdm import tqdm
 
 from ..common import InputError, explained
 from ..common.files import write_text, write_whole
@@ -40,8 +40,8 @@ class Store:
     has other settings or another network of the same name, or cannot be written.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any], networks: Sequence[Network] = ()) -> None:
-        self.path, self.settings = path, json.loads(json.dumps(settings))
+    def __init__(self, path: Path | None = None, settings: Any = None, networks: Sequence[Network] = ()) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings or {}))
         self.results: dict[str, Any] = {}
         self.networks = json.loads(json.dumps({net.name: [net.model, net.options] for net in networks}))
         if path is None or not path.exists():
@@ -54,9 +54,7 @@ class Store:
         changed = [key for key in self.settings if before.get(key) != self.settings[key]]
         changed += [name for name, of in self.networks.items() if known.get(name, of) != of]
         if changed:
-            raise InputError(
-                f'{path} has runs with other settings ({", ".join(changed)}): choose another --out, or delete it.'
-            )
+            raise InputError(f'{path} has other settings ({", ".join(changed)}): choose another --out, or delete it.')
         self.networks = {**known, **self.networks}
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
@@ -86,22 +84,6 @@ def curve_epochs(epochs: int) -> list[int]:
     return sorted({max(1, round(epochs * i / _POINTS)) for i in range(1, _POINTS + 1)})
 
 
-def trained(
-    network: Network,
-    train: Images,
-    num_classes: int,
-    recipe: Recipe,
-    seed: int,
-    after_epoch: Callable[[int, nn.Module], object],
-    device: torch.device | str,
-) -> tuple[nn.Module, float]:
-    """Builds a network and trains it. Returns it and the seconds. The seed determines everything random."""
-    model = network.build(num_classes, train.pixels.shape[1], seed)
-    model = model.to(device).to(memory_format=torch.channels_last)  # twice as fast on a CPU
-    seconds = fit(model, train.to(device), recipe, seed, lambda epoch: after_epoch(epoch, model))
-    return model, seconds
-
-
 def run(
     network: Network,
     train: Images,
@@ -109,38 +91,36 @@ def run(
     num_classes: int,
     recipe: Recipe,
     seed: int,
-    after_epoch: Callable[[int], object] = lambda epoch: None,
+    after_epoch: Callable[[], object] = lambda: None,
     device: torch.device | str = 'cpu',
     curve: bool = True,
 ) -> dict[str, Any]:
     """Trains a new network and measures it on the test images; accuracies are in percent.
 
     Statistics are re-estimated first, see `settled`; `accuracy_as_trained` is without that. In a curve, they rest on
-    one pass, which costs little. Without `curve`, accuracy is measured at the end only. `correct` has a digit for each
-    test image. The seed determines everything random.
+    one pass, which costs little. `correct` has a digit for each test image. The seed determines everything random.
     """
     train, test = train.to(device), test.to(device)
+    model = network.build(num_classes, train.pixels.shape[1], seed)
+    model = model.to(device).to(memory_format=torch.channels_last)  # twice as fast on a CPU
     points: list[float] = []
     wanted = curve_epochs(recipe.epochs) if curve else []
 
-    def after(epoch: int, model: nn.Module) -> None:
+    def after(epoch: int) -> None:
         if epoch in wanted[:-1]:
             points.append(evaluate(settled(model, train, recipe, seed, passes=1), test)[0])
-        after_epoch(epoch)
+        after_epoch()
 
-    model, seconds = trained(network, train, num_classes, recipe, seed, after, device)
+    fit(model, train, recipe, seed, after)
     as_trained = evaluate(model, test)[0]
-    model = settled(model, train, recipe, seed)
-    accuracy, loss, right = evaluate(model, test)
+    accuracy, loss, right = evaluate(settled(model, train, recipe, seed), test)
     return dict(
         accuracy=accuracy,
         accuracy_as_trained=as_trained,
         correct=''.join(map(str, right.int().tolist())),
         loss=loss,
-        fused_accuracy=evaluate(reparameterize_model(model), test)[0],
         curve=[*points, accuracy] if curve else [],
         parameters=sum(p.numel() for p in model.parameters()),
-        seconds=seconds,
     )
 
 
@@ -159,10 +139,7 @@ def place(trial: int) -> tuple[float, float, float]:
 
 
 def setting(recipe: Recipe, trial: int, ranges: Ranges | None = None) -> Recipe:
-    """The recipe of a trial: the recipe itself in the first, then fixed learning rates and weight decays.
-
-    They depend on the trial and the ranges alone (RANGES by default), so that all networks try the same settings.
-    """
+    """The recipe of a trial: itself first, then fixed learning rates and weight decays, the same for all networks."""
     if trial == 0:
         return recipe
     found = zip(place(trial)[:2], (ranges or RANGES[recipe.opt]).items(), strict=True)
@@ -185,14 +162,13 @@ class Protocol:
     recipe: Recipe
     trials: int
     seeds: int
-    store: Store
+    store: Store = dataclasses.field(default_factory=Store)
     device: torch.device | str = 'cpu'
     curves: bool = True  # whether the final runs measure test accuracy during training
     validation: Images | None = None  # judges settings in place of inner splits
     nested: bool = False
     ranges: Ranges | None = None  # that are searched; RANGES by default
-    describe: Callable[[str], None] = lambda text: None
-    after_epoch: Callable[[int], object] = lambda epoch: None
+    bar: tqdm = dataclasses.field(default_factory=partial(tqdm, disable=True))  # moves by one after each epoch
 
     def inner(self, split: int) -> tuple[Images, Images]:
         """Images to train a setting on, and images to judge it by."""
@@ -218,28 +194,26 @@ class Protocol:
         """Mean accuracy of a setting on the inner splits of a seed or of all, and its negated mean cross-entropy."""
         found = []
         for split in self.splits(seed):
-            self.describe(f'search {trial + 1}/{self.trials} {network.name}')
-            judge = partial(self._run, network, trial, partial(self.inner, split), split, False)
+            self.bar.set_description(f'search {trial + 1}/{self.trials} {network.name}')
+            judge = partial(self._run, network, trial, self.inner, split, False)
             found.append(self.store.get(f'search {network.name} {trial} {split}', judge))
         return tuple(np.mean([(of['accuracy'], -of['loss']) for of in found], 0).tolist())
 
-    def _run(
-        self, network: Network, trial: int, images: Callable[[], tuple[Images, Images]], seed: int, curve: bool
-    ) -> Any:
-        network, recipe, classes = (
-            network.at(place(trial)[2]),
-            setting(self.recipe, trial, self.ranges),
-            len(self.classes),
-        )
-        return run(network, *images(), classes, recipe, seed, self.after_epoch, self.device, curve)
+    def _at(self, network: Network, trial: int) -> tuple[Network, Recipe]:
+        """The network and the recipe of a trial."""
+        return network.at(place(trial)[2]), setting(self.recipe, trial, self.ranges)
+
+    def _run(self, network: Network, trial: int, draw: Draw, seed: int, curve: bool) -> Any:
+        network, recipe = self._at(network, trial)
+        return run(network, *draw(seed), len(self.classes), recipe, seed, self.bar.update, self.device, curve)
 
     def best(self, network: Network, seed: int | None = None) -> int:
         """The trial with the highest accuracy, or of equal ones the lowest cross-entropy; 0 without a search."""
         return max(range(self.trials), key=lambda trial: self.trial(network, trial, seed), default=0)
 
     def _of_trial(self, network: Network, trial: int) -> dict[str, Any]:
-        recipe = setting(self.recipe, trial, self.ranges)
-        searched = dict(smoothness=network.at(place(trial)[2]).options['smoothness']) if network.auto else {}
+        tried, recipe = self._at(network, trial)
+        searched = dict(smoothness=tried.options['smoothness']) if network.auto else {}
         return dict(lr=recipe.lr, weight_decay=recipe.weight_decay, **searched)
 
     def chosen(self, network: Network) -> dict[str, Any]:
@@ -253,21 +227,19 @@ class Protocol:
     def final(self, network: Network, seed: int) -> dict[str, Any]:
         """One run with the best setting, on all training images of a seed."""
         best = self.best(network, seed)
-        self.describe(f'seed {seed + 1}/{self.seeds} {network.name}')
-        final = partial(self._run, network, best, partial(self.draw, seed), seed, self.curves)
+        self.bar.set_description(f'seed {seed + 1}/{self.seeds} {network.name}')
+        final = partial(self._run, network, best, self.draw, seed, self.curves)
         return self.store.get(f'final {network.name} {best} {seed}', final)
 
-    def winner(self) -> Network:
-        """The network whose best setting was judged best, over all searches. The table's accuracies have no part."""
-        return max(self.networks, key=lambda network: self.trial(network, self.best(network)))
-
-    def keep(self, network: Network, train: Images) -> nn.Module:
-        """Trains a network with the setting that all searches judge best, and returns it for evaluation."""
-        self.describe(f'keep {network.name}')
-        recipe, network = setting(self.recipe, best := self.best(network), self.ranges), network.at(place(best)[2])
-        after, classes = (lambda epoch, model: self.after_epoch(epoch)), len(self.classes)
-        model, _ = trained(network, train, classes, recipe, 0, after, self.device)
-        return settled(model, train.to(self.device), recipe, 0).eval()
+    def keep(self, train: Images) -> tuple[str, nn.Module]:
+        """Trains the network that all searches judge best. Returns its name and it. Test images choose nothing."""
+        best = max(self.networks, key=lambda network: self.trial(network, self.best(network)))
+        self.bar.set_description(f'keep {best.name}')
+        network, recipe = self._at(best, self.best(best))
+        train, model = train.to(self.device), network.build(len(self.classes), train.pixels.shape[1], 0)
+        model = model.to(self.device).to(memory_format=torch.channels_last)
+        fit(model, train, recipe, 0, lambda epoch: self.bar.update())
+        return best.name, settled(model, train, recipe, 0).eval()
 
     def run_all(self) -> dict[str, list[dict[str, Any]]]:
         """Searches, then trains with the best settings. Returns the runs of each network, one per seed."""

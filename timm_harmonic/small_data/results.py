@@ -3,13 +3,12 @@
 import dataclasses
 import itertools
 import json
-import os
 import platform
 import statistics
 import tempfile
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ from .training import MEANINGS
 _CONFIDENCE = 0.95
 _LAST, _RISE = 0.2, 2.0  # a curve still rises if this share of the epochs, the last ones, adds so many points
 _EDGE = 0.15  # share of a range, in logarithms, that is its edge: the outermost of eight trials are in it
-_RESAMPLES = 2000
 Runs = Sequence[dict[str, Any]]
-_PACKAGES = ('timm_harmonic', 'torchvision', 'timm', 'scikit_image', 'scikit_learn')
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
 _COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _STYLES = tuple(zip(_COLOURS, 'os^DvPX', strict=True))
@@ -45,30 +42,26 @@ def difference(values: Sequence[float], baseline: Sequence[float], overlap: floa
     if len(pairs) > 1:
         from scipy.stats import t  # here, because it takes long to import
 
-        half = t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-        half *= (1 + overlap * len(pairs)) ** 0.5
-        low, high = mean - half, mean + half
+        error = statistics.stdev(pairs) * (1 / len(pairs) + overlap) ** 0.5
+        low, high = (mean + sign * error * t.ppf((1 + _CONFIDENCE) / 2, len(pairs) - 1) for sign in (-1, 1))
     return dict(pairs=pairs, mean=mean, low=low, high=high)
 
 
 def over_images(correct: Sequence[str], baseline: Sequence[str]) -> list[float]:
-    """95 % interval of the mean difference over other test images like these, by a paired bootstrap over images.
+    """95 % interval of the mean difference over other test images like these, by a paired bootstrap.
 
-    `correct` and `baseline` have a digit for each test image, a text for each seed. The trained networks stay the same.
+    `correct` and `baseline` have a digit for each test image, a text for each seed.
     """
     ours, theirs = (np.mean([list(map(int, of)) for of in texts], 0) for texts in (correct, baseline))
-    drawn = np.random.default_rng(0).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), _RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), 2000)
     means = 100 * (drawn @ (ours - theirs)) / len(ours)
     return np.quantile(means, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]).tolist()
 
 
 def summarise(runs: Runs, baseline: Runs, overlap: float = 0.0, same_test: bool = False) -> dict[str, Any]:
-    """Statistics of a network's runs, one per seed, with differences to the baseline's runs of the same seeds.
-
-    `overlap` is that of `difference`; `same_test` says that all seeds have the same test images, see `over_images`.
-    """
-    kinds = ('accuracy', 'accuracy_as_trained', 'fused_accuracy', 'correct')
-    accuracy, as_trained, fused, correct = ([measured[key] for measured in runs] for key in kinds)
+    """Statistics of a network's runs, one per seed, paired with the baseline's; `same_test`: see `over_images`."""
+    kinds = ('accuracy', 'accuracy_as_trained', 'correct')
+    accuracy, as_trained, correct = ([measured[key] for measured in runs] for key in kinds)
     images = dict(over_images=over_images(correct, [of['correct'] for of in baseline])) if same_test else {}
     return dict(
         **images,
@@ -76,44 +69,39 @@ def summarise(runs: Runs, baseline: Runs, overlap: float = 0.0, same_test: bool 
         accuracy_deviation=statistics.stdev(accuracy) if len(accuracy) > 1 else None,
         accuracy=accuracy,
         accuracy_as_trained=as_trained,
-        fused_accuracy=fused,
         difference=difference(accuracy, [measured['accuracy'] for measured in baseline], overlap),
         parameters=runs[0]['parameters'],
-        seconds=statistics.mean(measured['seconds'] for measured in runs),
         curves=[measured['curve'] for measured in runs],
     )
 
 
-def report(comparison: Protocol, runs: Mapping[str, Runs], baseline: str, **more: Any) -> dict[str, Any]:
-    """What results.json holds of a comparison and its runs; `more` is the command's own, and `overlap`, `same_test`."""
-    kinds = {key: more.pop(key) for key in ('overlap', 'same_test') if key in more}
+def report(
+    comparison: Protocol,
+    runs: Mapping[str, Runs],
+    baseline: str,
+    overlap: float = 0.0,
+    same_test: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """What results.json holds of a comparison and its runs, see `summarise`; `more` is the command's own."""
+    packages = {name: version(name) for name in ('timm_harmonic', 'torchvision', 'timm')}
+    here = dict(torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads())
     return dict(
         note='Measured by this run on this machine; accuracies are percentages of the test images.',
         recipe=dataclasses.asdict(comparison.recipe),
-        environment=environment(),
+        environment=packages | here,
         baseline=baseline,
         curve_epochs=curve_epochs(comparison.recipe.epochs),
-        networks={name: summarise(of, runs[baseline], **kinds) for name, of in runs.items()},
+        networks={
+            net.name: summarise(runs[net.name], runs[baseline], overlap, same_test) | comparison.chosen(net)
+            for net in comparison.networks
+        },
         **more,
     )
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, which results depend on."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    here = dict(python=platform.python_version(), machine=platform.machine(), cores=os.cpu_count())
-    return dict(versions, torch=torch.__version__, **here, threads=torch.get_num_threads())
-
-
-def interval(of: dict[str, Any] | None) -> str:
+def interval(of: dict[str, Any]) -> str:
     """A difference as text: +3.1 (+1.2 to +5.0)."""
-    if of is None:
-        return ''
     return f'{of["mean"]:+.1f}' + ('' if of['low'] is None else f' ({of["low"]:+.1f} to {of["high"]:+.1f})')
 
 
@@ -123,20 +111,19 @@ def accuracy(of: dict[str, Any]) -> str:
     return f'{of["accuracy_mean"]:.1f}' + ('' if spread is None else f' ± {spread:.1f}')
 
 
-def table(results: dict[str, Any], title: str, caption: str, fused: bool = False) -> Table:
-    """The table of a comparison, a row per network, optionally with the accuracy after fusing."""
+def table(results: dict[str, Any], title: str, caption: str) -> Table:
+    """The table of a comparison, a row per network."""
     baseline, networks = results['baseline'], results['networks']
-    means = {'accuracy_as_trained': 'as trained, %', **({'fused_accuracy': 'fused, %'} if fused else {})}
     images = ['over images'] if 'over_images' in networks[baseline] else []
     lines = Table(title=title, caption=caption, pad_edge=False)
     lines.add_column('network')
-    for name in ('test accuracy, %', *means.values(), f'minus {baseline}', *images, 'parameters'):
+    for name in ('test accuracy, %', 'as trained, %', f'minus {baseline}', *images, 'parameters'):
         lines.add_column(name, justify='right')
     for name, of in networks.items():
         gains = [interval(of['difference']), *('{:+.1f} to {:+.1f}'.format(*of['over_images']) for _ in images)]
         gains = [''] * len(gains) if name == baseline else gains
-        after = [f'{statistics.mean(of[kind]):.1f}' for kind in means]
-        lines.add_row(name, accuracy(of), *after, *gains, f'{of["parameters"]:,}')
+        as_trained = f'{statistics.mean(of["accuracy_as_trained"]):.1f}'
+        lines.add_row(name, accuracy(of), as_trained, *gains, f'{of["parameters"]:,}')
     return lines
 
 
@@ -146,20 +133,15 @@ def at_edge(value: float, bounds: Sequence[float]) -> bool:
     return not _EDGE < (np.log(value) - low) / (high - low) < 1 - _EDGE
 
 
-def edges(chosen: Sequence[dict[str, float]], ranges: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Share of the chosen settings that are at an edge of the search, by option."""
-    return {key: statistics.mean(at_edge(choice[key], bounds) for choice in chosen) for key, bounds in ranges.items()}
-
-
-def advice(found: dict[str, Any], ranges: Mapping[str, Sequence[float]]) -> list[str]:
-    """What a comparison's curves and chosen settings say about its options. `ranges` are those of the search."""
+def advice(found: dict[str, Any]) -> list[str]:
+    """What a comparison's curves and chosen settings say about its options."""
     lines, epochs = [], np.array(found['curve_epochs'])
     before = int((epochs >= (1 - _LAST) * epochs[-1]).argmax())
     curves = {name: np.mean(of['curves'], 0) for name, of in found['networks'].items()}
     rising = [name for name, curve in curves.items() if curve[-1] - curve[before] > _RISE]
     if rising:
         lines.append(f'Test accuracy still rises at the end ({", ".join(rising)}): try more --epochs.')
-    for key, bounds in ranges.items():
+    for key, bounds in found['search']['ranges'].items():
         chosen = [(name, choice[key]) for name, of in found['networks'].items() for choice in of['chosen']]
         edge = [f'{name} {value:.2g}' for name, value in chosen if at_edge(value, bounds)]
         if edge:
@@ -177,14 +159,14 @@ def open_folder(folder: Path) -> None:
             pass
 
 
-def write_results(folder: Path, picture: str, results: dict[str, Any], draw: Callable[[Path], None]) -> None:
-    """Writes results.json and the picture that `draw` makes, and prints where they are."""
+def write_results(folder: Path, picture: str, results: dict[str, Any], title: str, differences: bool) -> None:
+    """Writes results.json and a picture, see `draw`, and prints where they are."""
     write_whole(folder / 'results.json', lambda path: write_text(path, json.dumps(results, indent=1) + '\n'))
-    write_whole(folder / picture, draw)
+    write_whole(folder / picture, lambda path: draw(results, title, path, differences))
     print(f'Wrote {folder / "results.json"} and {folder / picture}.')
 
 
-def draw(results: dict[str, Any], title: str, path: Path, differences: bool = False) -> None:
+def draw(results: dict[str, Any], title: str, path: Path, differences: bool) -> None:
     """Draws a comparison as a PNG: learning curves, optionally beside the differences paired by seed."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -198,6 +180,9 @@ def draw(results: dict[str, Any], title: str, path: Path, differences: bool = Fa
         _draw_curves(left, results, title)
         for axes in right:
             _draw_differences(axes, results)
+        for axes in figure.axes:
+            axes.set_axisbelow(True)
+            axes.spines[['top', 'right']].set_visible(False)
         figure.savefig(path, format='png', dpi=160)
 
 
@@ -219,8 +204,6 @@ def _draw_curves(axes: Any, results: dict[str, Any], title: str) -> None:
     axes.annotate('chance', (max(epochs), chance), (0, -2), **look)
     axes.set(xlabel='epoch', ylabel='test accuracy (%)', xlim=(0, max(epochs) * 1.02), ylim=(0, None))
     axes.grid(color='0.92')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), fontsize=8, frameon=False)
     shown = f'mean over {seeds} seeds, shaded: ±1 standard deviation' if seeds > 1 else 'one seed'
@@ -246,8 +229,7 @@ def _draw_differences(axes: Any, results: dict[str, Any]) -> None:
     axes.set(yticks=range(len(others)), yticklabels=names, ylim=(max(1, len(others)) - 0.4, -0.6))
     axes.set_xlabel(f'percentage points above {baseline} (right is better)')
     axes.grid(color='0.92', axis='x')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right', 'left']].set_visible(False)
+    axes.spines['left'].set_visible(False)
     axes.set_title(f'Test accuracy minus that of {baseline}\na dot per seed, mean and 95 % interval', loc='left')
 
 

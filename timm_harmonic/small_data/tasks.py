@@ -19,7 +19,7 @@ from torch import Tensor
 from ..common import InputError
 from ..common.files import new_folder
 from ..common.folders import classes_of, image_files, natural_order, split_folders
-from ..common.images import Preparation, far_from_training, scale_of, unreadable, warn_of
+from ..common.images import Preparation, scale_of, unreadable, warned
 from ..common.progress import progress
 from ..common.readers import READABLE, read_image
 
@@ -59,33 +59,23 @@ class Images:
 
 
 def normalised(splits: dict[str, Images]) -> tuple[dict[str, Images], Tensor, Tensor]:
-    """Normalises all splits by the training images. Also returns their mean and standard deviation (C,).
-
-    Raises InputError if a channel of the training images is constant.
-    """
+    """Splits normalised by the training images, whose mean and deviation (C,) follow. No channel may be constant."""
     wide = splits['train'].pixels.double()  # large values overflow float32 when summed
     mean, std = wide.mean((0, 2, 3)).float(), wide.std((0, 2, 3)).float()
     if (std == 0).any():
         raise InputError(f'channel {int((std == 0).nonzero()[0])} is constant in all training images: leave it out.')
-    ready = {
-        split: Images((of.pixels - mean[:, None, None]) / std[:, None, None], of.labels) for split, of in splits.items()
-    }
-    return ready, mean, std
+    shift, scale = mean[:, None, None], std[:, None, None]
+    return {split: Images((of.pixels - shift) / scale, of.labels) for split, of in splits.items()}, mean, std
 
 
 def load_photographs() -> dict[str, np.ndarray]:
     """Reads the photographs as gray levels (H, W), uint8, by class name in alphabetical order.
 
-    Several photographs are gray, so in colour the others would be too easy to tell apart. Raises InputError naming a
-    package or a picture that is missing.
+    In colour some would be too easy to tell apart. Raises InputError naming a package or a picture that is missing.
     """
     paths = {Path(path).stem: path_of(package, path) for package, path in PHOTOGRAPHS}
-    missing = [str(path) for path in paths.values() if not path.is_file()]
-    if missing:
-        raise InputError(
-            f'pictures are missing from the installed scikit-image or scikit-learn: {", ".join(missing)}. '
-            'scikit-image 0.26 and scikit-learn 1.9 have them.'
-        )
+    if missing := [str(path) for path in paths.values() if not path.is_file()]:
+        raise InputError(f'missing pictures, which scikit-image 0.26 and scikit-learn 1.9 have: {", ".join(missing)}')
     pictures = {}
     for name in sorted(paths):
         with Image.open(paths[name]) as image:
@@ -118,48 +108,31 @@ def cut(picture: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
 def draw_patches(
     photographs: dict[str, np.ndarray], split: str, count: int, seed: int = 0
 ) -> dict[str, list[tuple[int, int]]]:
-    """Chooses `count` disjoint patches of each picture at random, and returns their corners (top, left) in pixels.
+    """Draws `count` disjoint patches of each picture at random; returns their corners (top, left) in pixels.
 
-    The split is 'train' (left halves) or 'validation' (right halves). Each class is drawn independently of the others.
-    Raises InputError if a picture has fewer than `count` patches.
+    The split is 'train' (left halves) or 'validation' (right halves). Raises InputError if a picture has too few.
     """
     chosen = {}
     for name, picture in photographs.items():
         corners = _grid(picture, split)
         if count > len(corners):
-            raise InputError(
-                f'{name} has only {len(corners)} {split} patches of {PATCH_SIZE} x {PATCH_SIZE} pixels, '
-                f'not {count}: lower --train-per-class.'
-            )
+            raise InputError(f'{name} has only {len(corners)} {split} patches, not {count}: lower --train-per-class.')
         order = np.random.default_rng([seed, *name.encode()]).permutation(len(corners))
         chosen[name] = [corners[i] for i in order[:count]]
     return chosen
 
 
-def export_patches(
-    folder: Path,
-    photographs: dict[str, np.ndarray],
-    train_per_class: int,
-    test_per_class: int = TEST_PER_CLASS,
-    seed: int = 0,
-) -> dict[str, int]:
-    """Writes train/<class>/*.png and validation/<class>/*.png, and returns the number of files in each split.
-
-    Files are named by corner, <top>_<left>.png. Only the training patches depend on the seed. Raises InputError if the
-    folder is not empty or cannot be written, or a picture has too few patches.
-    """
-    chosen = {
-        'train': draw_patches(photographs, 'train', train_per_class, seed),
-        'validation': draw_patches(photographs, 'validation', test_per_class),
-    }
+def export_patches(folder: Path, photographs: dict[str, np.ndarray], train_per_class: int) -> dict[str, int]:
+    """Writes the patches of seed 0 as SPLIT/CLASS/TOP_LEFT.png in a new folder. Returns their numbers by split."""
+    counts = dict(train=train_per_class, validation=TEST_PER_CLASS)
     with new_folder(folder) as partial:
-        for split, of_class in chosen.items():
-            for name, corners in of_class.items():
+        for split, count in counts.items():
+            for name, corners in draw_patches(photographs, split, count).items():
                 Path(partial, split, name).mkdir(parents=True)
                 for top, left in corners:
                     patch = Image.fromarray(cut(photographs[name], (top, left)))
                     patch.save(Path(partial, split, name, f'{top:04d}_{left:04d}.png'))
-    return {split: sum(map(len, corners.values())) for split, corners in chosen.items()}
+    return {split: count * len(photographs) for split, count in counts.items()}
 
 
 def patches(
@@ -189,10 +162,7 @@ class Task:
     notes: list[str]  # what was done to images that a reader of the results should know
 
     def draw(self, seed: int) -> tuple[Images, Images]:
-        """Training and test images of a seed. Without a test split, a quarter of each class, drawn anew, is the test.
-
-        Raises InputError if a class has too few images.
-        """
+        """Training and test images of a seed, which without a test split holds out its own quarter of each class."""
         if self.test is not None:
             return self.train, self.test
         kept, out = stratified(self.train.labels, _TEST_SHARE, seed, self.classes)
@@ -210,19 +180,15 @@ def read_folder(
     """Reads an image folder: train/ and validation/ or test/ with a folder for each class, or class folders alone.
 
     Images are prepared as in a network's validation: the shorter side is resized to `size` pixels, by default the
-    median shorter side, at most 64, and the centre is cut. `scale` is the value that stands for 1, see
-    `common.images.scale_of`. Gray and colour images together are read as what most of them are. Test images are those
-    of test/, or else of validation/, or else none, see `Task.draw`; validation/ stays separate only beside test/. The
-    folder `but` is left out. Raises InputError if the folder has another structure, a file cannot be read (unless
-    `skip_bad`), the depths or the numbers of channels differ, a channel is constant, or a class has too few images to
-    split.
+    median shorter side, at most 64, and the centre is cut. `scale` is the value that stands for 1. Gray and colour
+    images together are read as what most of them are. Test images are those of test/, or else of validation/, or else
+    none, see `Task.draw`. The folder `but` is left out, and unreadable files are with `skip_bad`. Raises InputError if
+    the folder has another structure, or its images cannot be used.
     """
     files = {split: _labelled(path, but) for split, path in _splits(folder).items()}
     classes = sorted({name for of_split in files.values() for name in of_split.values()}, key=natural_order)
     if len(classes) < 2:
-        raise InputError(
-            f'{str(folder)!r} has {len(classes)} class{"" if classes else "es"} with images: two are needed.'
-        )
+        raise InputError(f'{str(folder)!r} has images of fewer than two classes.')
     for split, of_split in files.items():
         if lacking := [name for name in classes if name not in of_split.values()]:
             raise InputError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
@@ -242,9 +208,7 @@ def read_folder(
     shorter = int(np.median([min(shape[:2]) for shape in shapes.values()] or [1]))
     side = size or min(_LARGEST, shorter)
     if size is None and side < shorter:
-        notes.append(
-            f'Images were shrunk from {shorter} (median of the shorter side) to {side} pixels: see --img-size.'
-        )
+        notes.append(f'Images were shrunk from {shorter} to {side} pixels (median shorter side): see --img-size.')
     how: dict[str, Any] = dict(input_size=(channels, side, side), interpolation='bilinear', crop_pct=1.0)
     how |= dict(crop_mode='center', mean=(0.0,) * channels, std=(1.0,) * channels, scale=scale)
     prepare = Preparation(how, warns=False)
@@ -265,11 +229,8 @@ def read_folder(
     how |= dict(mean=mean.tolist(), std=std.tolist())
     if dtype != np.uint8:
         how['scale'] = scale_of(dtype, scale)  # networks that do not state one have seen 8 bits
-    for split, of_part in ready.items():
-        far = [i for i, image in enumerate(of_part.pixels) if far_from_training(image)]
-        for i in far[:1]:
-            path = paths[split][i]
-            warn_of(path, of_part.pixels[i], how, scale_of(read_image(path).dtype, scale))
+    for split, of_part in ready.items():  # at most one warning for each
+        any(warned(*of, how, scale_of(dtype, scale)) for of in zip(paths[split], of_part.pixels, strict=True))
     task = Task(classes, ready['train'], ready.get('test'), ready.get('validation'), how, bad, notes)
     if task.validation is None:
         stratified(task.draw(0)[0].labels, _TEST_SHARE, 0, classes)  # the search will split them: fail early
@@ -308,8 +269,7 @@ def _splits(folder: Path) -> dict[str, Path]:
 
 def _labelled(root: Path, but: Path | None) -> dict[Path, str]:
     """Files below a folder with the names of their classes, as in timm; those in the folder `but` are left out."""
-    left_out = but.resolve() if but is not None else None
-    files = [path for path in image_files(root) if left_out is None or not path.resolve().is_relative_to(left_out)]
+    files = [path for path in image_files(root) if but is None or not path.resolve().is_relative_to(but.resolve())]
     classes, labels = classes_of(files, root)
     found = {path: classes[label] for path, label in zip(files, labels, strict=True)}
     for path, name in found.items():
@@ -319,10 +279,7 @@ def _labelled(root: Path, but: Path | None) -> dict[Path, str]:
 
 
 def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Splits each class at random: indices of the larger part, and of about `share` of its images, at least one.
-
-    Raises InputError if a class has a single image.
-    """
+    """Splits each class at random: indices of most images, and of about `share` of them, at least one of two."""
     random = np.random.default_rng(seed)
     parts: Any = ([], [])
     for label, name in enumerate(classes):

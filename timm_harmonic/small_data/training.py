@@ -5,7 +5,6 @@ import dataclasses
 import math
 import random
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -68,30 +67,16 @@ class Network:
     def at(self, place: float) -> 'Network':
         """The network with the smoothness at a place, from 0 to below 1, among those that are tried if it is 'auto'."""
         value = dict(smoothness=SMOOTHNESS[int(place * len(SMOOTHNESS))]) if self.auto else {}
-        return dataclasses.replace(self, options={**self.options, **value})
+        return dataclasses.replace(self, options=self.options | value)
 
     def build(self, num_classes: int, in_chans: int, seed: int) -> nn.Module:
         """Builds a new network. The seed determines its initial weights."""
         random_seed(seed)
         return timm.create_model(self.model, num_classes=num_classes, in_chans=in_chans, **self.options)
 
-    def check(self, num_classes: int, in_chans: int, size: int) -> nn.Module:
-        """Builds the network and runs it on a blank image of this size. Raises InputError if that fails."""
-        problem = f'{self.name} cannot be used on images of {size} x {size} pixels'
-        with explained(problem, Exception):  # any network of timm, with any options
-            model = self.at(0).build(num_classes, in_chans, 0).eval()
-            with torch.no_grad():
-                output = model(torch.zeros(1, in_chans, size, size))
-            if getattr(output, 'shape', None) != (1, num_classes):
-                raise TypeError('it does not return logits of the classes')
-        return model
-
 
 def network(text: str) -> Network:
-    """The network that a name in NAMED or of timm stands for, with options as in `harm_resnet18:smoothness=1,levels=3`.
-
-    Raises InputError if timm has no such model, or an option is not NAME=VALUE.
-    """
+    """The network of a name in NAMED or of timm, with options as in `harm_resnet18:smoothness=1,levels=3`."""
     model, _, options = text.partition(':')
     given = dict(map(parse_option, re.split(r',(?=\w+=)', options))) if options else {}  # commas are in values too
     if model in NAMED:
@@ -102,11 +87,17 @@ def network(text: str) -> Network:
 
 
 def baseline(networks: Sequence[Network], num_classes: int, in_chans: int, size: int) -> str:
-    """Checks all networks, and names the one to compare the others with: the first plain one, or else the first.
-
-    Raises InputError if one of them cannot run on images of this size.
-    """
-    plain = [net.name for net in networks if not harmonic_layers(net.check(num_classes, in_chans, size))]
+    """Runs all networks on a blank image, and names the one to compare with: the first plain one, or else the first."""
+    plain = []
+    for net in networks:
+        with explained(f'{net.name} cannot be used on images of {size} x {size} pixels', Exception):
+            model = net.at(0).build(num_classes, in_chans, 0).eval()
+            with torch.no_grad():
+                output = model(torch.zeros(1, in_chans, size, size))
+            if getattr(output, 'shape', None) != (1, num_classes):
+                raise TypeError('it does not return logits of the classes')
+        if not harmonic_layers(model):
+            plain.append(net.name)
     return (plain or [networks[0].name])[0]
 
 
@@ -130,8 +121,7 @@ def augmentation(augment: str, flip: bool, size: int, interpolation: str = 'bicu
 
     'shift' moves an image by up to an eighth of its side, with reflected borders. 'zoom' crops 40 to 100 % of its area,
     with an aspect ratio from 3 / 4 to 4 / 3, and resizes the crop. 'none' does neither. 'strong' does both, changes
-    brightness and contrast, and cuts out a rectangle; mixup and label smoothing belong to it too, see `batches` and
-    `fit`. Raises InputError for another name.
+    brightness and contrast, and cuts out a rectangle; `batches` adds mixup, `fit` label smoothing.
     """
     if augment not in AUGMENTATIONS:
         raise InputError(f'augment must be one of {AUGMENTATIONS}, got {augment!r}.')
@@ -179,22 +169,17 @@ def fit(
     recipe: Recipe,
     seed: int,
     after_epoch: Callable[[int], object] = lambda epoch: None,
-) -> float:
-    """Trains a network in place. Returns the seconds it took, without those of `after_epoch`.
-
-    `after_epoch` is called with the number of each epoch, from 1. The seed determines order, augmentation and dropout.
-    """
+) -> None:
+    """Trains a network in place. The seed determines order, augmentation and dropout; epochs count from 1."""
     options: dict[str, Any] = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9)
     optimizer = create_optimizer_v2(model, **options, fused=True)  # a tenth less time on a CPU
-    updates_per_epoch = max(1, len(train) // recipe.batch_size)
     warmup = dict(warmup_epochs=recipe.warmup_share * recipe.epochs, warmup_lr=0.0)
-    steps = dict(num_epochs=recipe.epochs, step_on_epochs=False, updates_per_epoch=updates_per_epoch)
-    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', **warmup, **steps)
+    steps = dict(step_on_epochs=False, updates_per_epoch=max(1, len(train) // recipe.batch_size))
+    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=recipe.epochs, **warmup, **steps)
     smoothing = SMOOTHING if recipe.augment == 'strong' else 0.0
     random_seed(seed)  # again, as each network has drawn a different number of initial weights
-    seconds, updates = 0.0, 0
+    updates = 0
     for epoch in range(1, recipe.epochs + 1):
-        start = time.perf_counter()
         model.train()
         for pixels, labels in batches(train, recipe, seed, epoch):
             scheduler.step_update(updates)
@@ -203,17 +188,14 @@ def fit(
             loss.backward()
             optimizer.step()
             updates += 1
-        seconds += time.perf_counter() - start
         after_epoch(epoch)
-    return seconds
 
 
 def settled(model: nn.Module, train: Images, recipe: Recipe, seed: int, passes: int = _PASSES) -> nn.Module:
     """Returns a copy of a network whose batch-norm statistics, stems included, are re-estimated on training images.
 
-    After few updates the running ones have not arrived: they start at 0 and 1, and move by a tenth of the way each
-    time. Images are augmented as in the epochs that would follow, but not mixed, as test images are not; they are
-    `passes` times all, or about 1,000 if those are fewer.
+    After few updates the running ones have not arrived: they start at 0 and 1. Images are augmented as in the epochs
+    that would follow, but not mixed; they are `passes` times all, or about 1,000 if those are fewer.
     """
     copied, epochs = copy.deepcopy(model), range(recipe.epochs + 1, recipe.epochs + 1 + passes)
     parts = (pixels for epoch in epochs for pixels, _ in batches(train, recipe, seed, epoch, mixed=False))
@@ -234,10 +216,7 @@ def evaluate(model: nn.Module, images: Images) -> tuple[float, float, Tensor]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Limits torch to one thread, so that results do not depend on the number of cores. Restores all global state.
-
-    Small networks gain little from more threads, and lose much when other programs need the cores.
-    """
+    """One thread for torch, so that results do not depend on the number of cores. Restores all global state."""
     before, state, np_state = torch.get_num_threads(), random.getstate(), np.random.get_state()
     torch.set_num_threads(1)
     try:
