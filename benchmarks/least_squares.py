@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_harmonic.conversion.refit import Moments, Samples, by_group, estimate_statistics, output_error, training_norms
+from timm_harmonic.conversion.refit import Samples, estimate_statistics, output_error, solve_layer, training_norms
 from timm_harmonic.conversion.running import HELD_OUT, evaluating, suspended
 
-__all__ = ['fitted', 'rest_of', 'samples_of', 'with_statistics']
-
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+__all__ = ['fitted', 'samples_of', 'with_statistics']
 
 # Convolutions of a cut network, in the order in which they run -> the complete network's whose output they should have,
 # and which channels of that.
@@ -52,24 +50,6 @@ def _held_out(part: Tensor) -> Tensor:
     return torch.arange(len(part)) % HELD_OUT == HELD_OUT - 1
 
 
-def rest_of(test: Moments, weight: Tensor, bias: Tensor) -> float:
-    """The squared error by the outputs' variance, averaged over the outputs that vary."""
-    variance = test.variance()
-    alive = variance > 1e-12 * variance.max()
-    return float((test.error(weight, bias)[alive] / variance[alive]).mean()) if alive.any() else 0.0
-
-
-def _solve(conv: nn.Conv2d, samples: Samples) -> list[tuple[Tensor, Tensor]]:
-    """Weights and biases without the held-out images, and with all; empty if the present ones are better on those."""
-    start = by_group(conv.weight, 1)
-    present = torch.zeros_like(start[:, 0]) if conv.bias is None else conv.bias.detach().to(start)[None]
-    errors = {ridge: rest_of(samples.test, *samples.fit.solve(start, ridge, True)) for ridge in _RIDGES}
-    best = min(errors, key=lambda ridge: errors[ridge])
-    if errors[best] >= rest_of(samples.test, start, present):
-        return []
-    return [sums.solve(start, best, True) for sums in (samples.fit, samples.fit.plus(samples.test))]
-
-
 def fitted(model: nn.Module, small: nn.Module, wanted: Wanted, parts: Sequence[Tensor]) -> tuple[nn.Module, float]:
     """Fits convolutions of a cut network, one after another, and re-estimates the statistics of batch normalisation.
 
@@ -92,10 +72,12 @@ def fitted(model: nn.Module, small: nn.Module, wanted: Wanted, parts: Sequence[T
         for name, (_, channels) in wanted.items():
             visits = ((next(ours)[0][0], next(theirs)[0][1]) for ours, theirs in zip(cut, whole, strict=True))
             samples = samples_of(judged.get_submodule(name), number, ((x, y[:, channels]) for x, y in visits))
-            for network, solution in zip((judged, final), _solve(judged.get_submodule(name), samples), strict=False):
+            if not (solved := solve_layer(judged.get_submodule(name), samples, True)):
+                continue
+            for network, (weight, bias) in zip((judged, final), solved, strict=True):
                 conv: Any = network.get_submodule(name)
-                conv.weight.copy_(solution[0].transpose(1, 2).reshape(conv.weight.shape))
-                conv.bias.copy_(solution[1].flatten())
+                conv.weight.copy_(weight.transpose(1, 2).reshape(conv.weight.shape))
+                conv.bias.copy_(bias.flatten())
     found = _with_statistics(model, judged, final, parts), with_statistics(model, small, parts)
     return min(found, key=lambda network_and_error: network_and_error[1])
 

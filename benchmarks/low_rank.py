@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic.conversion.costs import Cost, Costs, count_macs
-from timm_harmonic.conversion.refit import Moments, by_group
+from timm_harmonic.conversion.refit import Moments, by_group, relative_error
 from timm_harmonic.conversion.running import evaluating, suspended
 from timm_harmonic.conversion.swap import replace_layers
 from timm_harmonic.conversion.truncate import budget_of, choose_levels
 
-from .least_squares import Wanted, rest_of, samples_of
+from .least_squares import Wanted, samples_of
 
 __all__ = ['Factors', 'factors', 'low_rank']
 
@@ -98,7 +98,7 @@ def _of_layer(conv: nn.Conv2d, fit: Moments, test: Moments) -> dict[int, Factors
             for rank in ranks:
                 kept, start = torch.arange(rank * k), back[:rank].view(1, rank * k, -1)
                 second, bias = most[0].of(kept).solve(start, _RIDGE, True)
-                rest = rest_of(most[1].of(kept), second, bias)
+                rest = relative_error(most[1].of(kept), second, bias)
                 if rank not in found or rest < found[rank].rest:
                     shapes = ((rank, c, k, 1), (-1, rank, 1, k)) if vertical else ((rank, c, 1, k), (-1, rank, k, 1))
                     both = first[:rank].reshape(shapes[0]), second[0].t().reshape(shapes[1])

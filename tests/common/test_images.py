@@ -134,7 +134,7 @@ def test_scale_is_stated_once(tmp_path):
     """Floats and wide integers need one. A network's config keeps it, what is given counts more."""
     model = network(2)
     for dtype in (np.float16, np.float64, np.int32, np.uint32, np.int64):
-        with pytest.raises(DepthError, match=f'holds {np.dtype(dtype)}, .* --scale 1'):
+        with pytest.raises(DepthError, match=f'holds {np.dtype(dtype)}, .* --scale 1 if'):
             preparation(model)(np.zeros((40, 40, 2), dtype))
     array = np.random.default_rng(0).integers(0, 10000, (40, 40, 2))
     expected = preparation(model, scale=10000.0)(array)
@@ -155,7 +155,7 @@ def test_images_of_two_depths_are_an_error_that_names_both(first, second, tmp_pa
     for name, dtype in dict(a=first, b=second).items():
         np.save(tmp_path / f'{name}.npy', pixels(3).astype(dtype))
     images = ImageFolder(tmp_path, 'train', preparation(network(), img_size=32, scale=255.0))
-    with pytest.raises(DepthError, match=r'a\.npy holds u?int\d+, .*b\.npy holds .*: images need one depth'):
+    with pytest.raises(DepthError, match=r'a\.npy holds u?int\d+, .*b\.npy holds .*: images must have one depth'):
         list(batches_of(images, 1))
 
 

@@ -118,7 +118,7 @@ def test_failures_between_the_runs_change_nothing(kind, monkeypatch):
         assert len(threads()) >= 6
         raise kind
 
-    monkeypatch.setattr('timm_harmonic.conversion.refit._solve', fail)
+    monkeypatch.setattr('timm_harmonic.conversion.refit.solve_layer', fail)
     with pytest.raises(kind):
         refit(model, small, [images], inplace=True)
     untouched(model, small, before)

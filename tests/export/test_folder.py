@@ -25,7 +25,7 @@ from timm_harmonic.common import InputError
 from timm_harmonic.common.images import noted_scale
 from timm_harmonic.common.progress import progress
 from timm_harmonic.export.card import Provenance, model_card
-from timm_harmonic.export.folder import convert, load_network, write_folder
+from timm_harmonic.export.folder import FILES, convert, load_network, write_folder
 from timm_harmonic.models.checkpoints import CheckpointError
 from timm_harmonic.models.weights import sha256_of
 
@@ -553,6 +553,19 @@ def test_ids_of_the_card(released, tmp_path):
         with pytest.raises(InputError, match=words):
             convert(released, NAME, tmp_path / 'out', **options)
     assert list(tmp_path.iterdir()) == [released]
+
+
+def test_only_known_files(released, tmp_path):
+    model = create(pretrained_cfg_overlay=dict(file=str(released)))
+    source, steps = Provenance(base='a test'), progress(total=3)
+    for add in (
+        lambda folder: (folder / '.env').write_text('HF_TOKEN=x'),
+        lambda folder: (folder / 'summary.csv').symlink_to(released),
+    ):
+        with pytest.raises(InputError, match=r"not fit for the Hub: files \['(\.env|summary\.csv)'\]"):
+            write_folder(model, tmp_path / 'out', source, steps, add=add)
+    write_folder(model, tmp_path / 'out', source, steps)
+    assert {path.name for path in (tmp_path / 'out').iterdir()} <= set(FILES)
 
 
 def test_a_full_disk(released, tmp_path):

@@ -287,7 +287,7 @@ def spoil(folder, what):
         ('bands', r'same number of channels: .* has 3, .* has 13'),
         ('one image', r'class cat has 1 image to learn from: at least two'),
         ('class only in test', r'train of .* has no images of new'),
-        ('one class', r'has images of fewer than two classes'),
+        ('one class', r'has 1 class with images: two are needed'),
         ('no test', r'has train/, but neither validation/ nor test/'),
         ('constant', r'channel 0 is constant'),
     ],

@@ -70,7 +70,8 @@ def split_folders(folder: Path) -> dict[str, Path]:
         raise InputError(f'{str(folder)!r} has {", ".join(f"{path.name}/" for _, path in named)} beside classes.')
     for (split, path), (other, second) in itertools.combinations(found, 2):
         if other == split:
-            raise InputError(f'{str(folder)!r} has {path.name}/ and {second.name}/, both could be its {split} images.')
+            both = f'{path.name}/ and {second.name}/'
+            raise InputError(f'{str(folder)!r} has {both}, both could be its {split} images: remove or rename one.')
     return dict(found)
 
 

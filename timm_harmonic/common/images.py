@@ -59,7 +59,10 @@ def scale_of(dtype: np.dtype, scale: float | None = None) -> float:
         return check_scale(scale)
     if dtype.kind in 'iu' and dtype.itemsize <= 2:
         return float(np.iinfo(dtype).max)
-    raise DepthError(f'holds {dtype}, whose largest value says nothing: state full scale, for instance by --scale 1.')
+    raise DepthError(
+        f'holds {dtype}, whose largest value says nothing: state the value that stands for full scale by --scale, '
+        'for instance --scale 1 if values lie between 0 and 1.'
+    )
 
 
 def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +77,8 @@ def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
         if not all(isinstance(value, (int, float)) and bound < value < np.inf for value in values):
             raise InputError(f'{key} must be finite numbers{" above 0" * (key == "std")}, got {values!r}.')
         if len(values) not in (1, model.in_chans):
-            raise InputError(f'{key} has {len(values)} values, the network takes {model.in_chans} channels.')
+            found = f'{key} has {len(values)} values, the network takes {model.in_chans} channels'
+            raise InputError(f'{found}: give one value, or one for each channel.')
     with explained("the network's config does not say how to prepare images", Exception):
         config = resolve_data_config(dict(given, in_chans=model.in_chans), model=model)
         config['input_size'] = (model.in_chans, *config['input_size'][1:])
@@ -142,7 +146,8 @@ class Preparation:
         depth = 'floating point' if array.dtype.kind == 'f' else str(array.dtype)
         self._first = self._first or (depth, path)
         if depth != self._first[0]:
-            raise DepthError(f'{self._first[1]} holds {self._first[0]}, {path} holds {depth}: images need one depth.')
+            both = f'{self._first[1]} holds {self._first[0]}, {path} holds {depth}'
+            raise DepthError(f'{both}: images must have one depth. Store all of them alike.')
         try:
             image = self(array)
         except DepthError as error:

@@ -204,7 +204,7 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         ):
             for name in progress(lowered, desc='refit', unit='layer', leave=False):
                 samples = _samples(name, layers[name], uses[name], parts, zip(whole, cut, strict=True))
-                if solved := _solve(layers[name], samples, name in norms[0]):
+                if solved := solve_layer(layers[name], samples, name in norms[0]):
                     for network, of, solution in zip((fitted, final), norms, solved, strict=True):
                         _set_weights(network.get_submodule(name), of.get(name), *solution)
         for network in (fitted, counted):
@@ -250,7 +250,7 @@ def losses_after_refit(
                     if len(places) < present.shape[1]:
                         fit, test = samples.fit.of(places), samples.test.of(places)
                         solution = fit.solve(present[:, places.to(present.device)], _RIDGE, intercept)
-                        found[name][choice] = min(1.0, _relative(test, *solution))
+                        found[name][choice] = min(1.0, relative_error(test, *solution))
     return found
 
 
@@ -267,7 +267,7 @@ def _samples(
     return samples
 
 
-def _solve(layer: Any, samples: Samples, normalised: bool) -> list[tuple[Tensor, Tensor]]:
+def solve_layer(layer: Any, samples: Samples, normalised: bool) -> list[tuple[Tensor, Tensor]]:
     """Solves for a layer of a truncated network: without the held-out images, and with all. Empty if it should stay.
 
     `normalised` tells whether a module with a running mean follows, which can take up a constant.
@@ -276,9 +276,9 @@ def _solve(layer: Any, samples: Samples, normalised: bool) -> list[tuple[Tensor,
     nothing = start.new_zeros(layer.groups, start.shape[2])
     present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
     intercept = layer.bias is not None or normalised
-    errors = {ridge: _relative(samples.test, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
+    errors = {ridge: relative_error(samples.test, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
-    if errors[best] >= _relative(samples.test, start, present):
+    if errors[best] >= relative_error(samples.test, start, present):
         return []
     return [moments.solve(start, best, intercept) for moments in (samples.fit, samples.fit.plus(samples.test))]
 
@@ -293,7 +293,7 @@ def _set_weights(layer: Any, norm: Any, weight: Tensor, bias: Tensor) -> None:
     torch.clear_autocast_cache()  # which has a cast of the bias
 
 
-def _relative(test: Moments, weight: Tensor, bias: Tensor) -> float:
+def relative_error(test: Moments, weight: Tensor, bias: Tensor) -> float:
     """Returns the error over the outputs' variance, averaged over the outputs that vary."""
     variance = test.variance()
     alive = variance > 1e-12 * variance.max()

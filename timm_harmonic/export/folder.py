@@ -28,12 +28,15 @@ from ..common.images import noted_scale, scale_note
 from ..common.progress import progress
 from ..conversion.swap import harmonic_layers
 from ..models.checkpoints import StateDict, basis_options, check_fit, fit_keys, read_checkpoint, sizes_of, unwrap
-from ..models.weights import ORGANISATION, TAG, pinned_sha256, released_digits, sha256_of
+from ..models.weights import ORGANISATION, TAG, WEIGHTS_NAME, pinned_sha256, released_digits, sha256_of
 from .card import Provenance, model_card
 
 LICENSE = 'bsd-3-clause'  # of what the authors released
 
 _OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # their names in a run and in a folder
+# Only after compression.
+_COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deployed.onnx', 'deployed-int8.onnx')
+FILES = (WEIGHTS_NAME, 'config.json', 'README.md', *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
 
 # Options of create_model, and their names in timm's train.py.
@@ -298,6 +301,8 @@ def write_folder(
         _compare(model, loaded)
         place = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{out.resolve().name}'
         write_text(folder / 'README.md', str(model_card(loaded, place, source, license, dataset)))
+        if strange := [path.name for path in sorted(folder.iterdir()) if path.name not in FILES or path.is_symlink()]:
+            raise InputError(f'the folder is not fit for the Hub: files {strange}.')
         steps.update()
     return sorted(out.iterdir()) if keep else []
 

@@ -354,8 +354,10 @@ class HarmonicLayer(nn.Module):
         level = min(self.level, check_level(level, full_level(self.kernel_size[0])))
         if level == self.level:
             return copy.deepcopy(self)
-        if self.kept is not None and (self.kept.is_meta or not len(self.columns_at(level))):
-            raise InputError(f'level {level} leaves no pairs of {self}{" to tell: it is on meta" * self.kept.is_meta}.')
+        if self.kept is not None and self.kept.is_meta:
+            raise InputError(f'cannot lower the level of {self} on meta: its state dict says which pairs there are.')
+        if self.kept is not None and not len(self.columns_at(level)):
+            raise InputError(f'level {level} leaves no pairs of {self}: choose a higher one.')
         return self._at(level, self.kept)
 
     def _at(self, level: int, kept: Tensor | None, count: int = 0) -> Any:

@@ -40,7 +40,10 @@ class CheckpointError(TimmHarmonicError):
 
 
 def read_checkpoint(path: str | os.PathLike) -> StateDict:
-    """Reads a file of safetensors or torch.save onto the CPU: tensors and plain Python values, never code."""
+    """Reads a file of safetensors or torch.save onto the CPU: tensors and plain Python values, never code.
+
+    Raises CheckpointError if the file is missing, damaged, not a checkpoint, or would run code.
+    """
     path = os.fspath(path)
     try:
         with open(path, 'rb') as file:
@@ -111,7 +114,9 @@ def _check_tensor(key: str, value: Any) -> None:
     if value.layout != torch.strided or value.is_quantized:
         raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
     if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:  # a small file that would fill the memory
-        raise CheckpointError(f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save a copy.')
+        raise CheckpointError(
+            f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save it with .contiguous().'
+        )
 
 
 def convert_state_dict(

@@ -9,6 +9,7 @@ import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ _CONFIDENCE = 0.95
 _LAST, _RISE = 0.2, 2.0  # a curve still rises if this share of the epochs, the last ones, adds so many points
 _EDGE = 0.15  # share of a range, in logarithms, that is its edge: the outermost of eight trials are in it
 Runs = Sequence[dict[str, Any]]
+# What results depend on, and its modules. The photographs are files of the last two.
+_PACKAGES = dict(timm_harmonic='timm_harmonic', torchvision='torchvision', timm='timm')
+_PACKAGES |= dict(scikit_image='skimage', scikit_learn='sklearn')
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
 _COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _STYLES = tuple(zip(_COLOURS, 'os^DvPX', strict=True))
@@ -84,7 +88,7 @@ def report(
     **more: Any,
 ) -> dict[str, Any]:
     """What results.json holds of a comparison and its runs, see `summarise`; `more` is the command's own."""
-    packages = {name: version(name) for name in ('timm_harmonic', 'torchvision', 'timm')}
+    packages = {name: version(name) for name, module in _PACKAGES.items() if find_spec(module)}
     here = dict(torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads())
     return dict(
         note='Measured by this run on this machine; accuracies are percentages of the test images.',

@@ -188,7 +188,8 @@ def read_folder(
     files = {split: _labelled(path, but) for split, path in _splits(folder).items()}
     classes = sorted({name for of_split in files.values() for name in of_split.values()}, key=natural_order)
     if len(classes) < 2:
-        raise InputError(f'{str(folder)!r} has images of fewer than two classes.')
+        count = f'{len(classes)} class{"" if classes else "es"}'
+        raise InputError(f'{str(folder)!r} has {count} with images: two are needed.')
     for split, of_split in files.items():
         if lacking := [name for name in classes if name not in of_split.values()]:
             raise InputError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
@@ -279,7 +280,10 @@ def _labelled(root: Path, but: Path | None) -> dict[Path, str]:
 
 
 def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Splits each class at random: indices of most images, and of about `share` of them, at least one of two."""
+    """Splits each class at random: indices of most images, and of about `share` of them, at least one.
+
+    Raises InputError if a class has a single image.
+    """
     random = np.random.default_rng(seed)
     parts: Any = ([], [])
     for label, name in enumerate(classes):

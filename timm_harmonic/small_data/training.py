@@ -76,7 +76,10 @@ class Network:
 
 
 def network(text: str) -> Network:
-    """The network of a name in NAMED or of timm, with options as in `harm_resnet18:smoothness=1,levels=3`."""
+    """The network of a name in NAMED or of timm, with options as in `harm_resnet18:smoothness=1,levels=3`.
+
+    Raises InputError if timm has no such model, or an option is not NAME=VALUE.
+    """
     model, _, options = text.partition(':')
     given = dict(map(parse_option, re.split(r',(?=\w+=)', options))) if options else {}  # commas are in values too
     if model in NAMED:
