@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_harmonic import deploy, export_onnx, harmonize, truncate
-from timm_harmonic.conversion.channels import choices_of, choose
-from timm_harmonic.conversion.costs import Pairs, costs_of, count_macs, reduced
+from timm_harmonic.conversion.channels import Choices
+from timm_harmonic.conversion.costs import costs_of, count_macs
 from timm_harmonic.conversion.refit import losses_after_refit, refitted
 from timm_harmonic.conversion.running import read_images
 from timm_harmonic.conversion.swap import harmonic_layers, replace_layers
@@ -123,13 +123,10 @@ class Cutting:
         if method in ('filters', 'data'):
             data = self.parts if method == 'data' else None
             return truncate(whole, ratio=share, cost='macs', images=self.images, data=data)
-        losses, pairs = self._kept('weighed', lambda: weighed(whole, self.parts))
-        layers, per = harmonic_layers(whole), 'channel' if method == 'channels' else 'layer'
-        choices = choices_of(layers, list(layers), per)
-        costs = costs_of(whole, 'macs', self.images, choices=choices)
-        losses = {name: {choice: losses[name][choice] for choice in of} for name, of in choices.items()}
+        choices, losses = self._kept('weighed', lambda: weighed(whole, self.parts))[method]
+        costs = costs_of(whole, 'macs', self.images, choices=choices.of)
         chosen = choose_levels(losses, costs, budget_of(costs, share))
-        lower = {name: reduced(layer, chosen[name], pairs.get(name)) for name, layer in layers.items()}
+        lower = choices.lowered(chosen)
         for name, layer in lower.items():
             layer.form = costs.of[name][chosen[name]].form
         small = harmonize(self.model, normalization='ortho')
@@ -154,16 +151,12 @@ class Cutting:
         return found[best][0], ', '.join(best)
 
 
-def weighed(whole: nn.Module, parts: list[Tensor]) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, Tensor]]]:
-    """What levels and numbers of pairs lose in each layer after refitting, and the pairs, from one run."""
-    layers, pairs = harmonic_layers(whole), dict[str, dict[int, Tensor]]()
-    by_layer, by_channel = (choices_of(layers, list(layers), per) for per in ('layer', 'channel'))
-
-    def both(name: str, *args: Any) -> dict[int, Tensor]:
-        found = choose(by_layer, {}, name, *args)
-        return found | choose(by_channel, pairs, name, *args) if isinstance(by_channel[name][0], Pairs) else found
-
-    return losses_after_refit(whole, parts, both), pairs
+def weighed(whole: nn.Module, parts: list[Tensor]) -> dict[str, tuple[Choices, dict[str, dict[int, float]]]]:
+    """What refitted levels and functions of each channel lose in each layer, from one run."""
+    layers = harmonic_layers(whole)
+    choices = [Choices(layers, list(layers), per) for per in ('layer', 'channel')]
+    losses = losses_after_refit(whole, parts, [of.places for of in choices])
+    return dict(zip(_OURS[2:], zip(choices, losses, strict=True), strict=True))
 
 
 def error_of(maps: Tensor, expected: Tensor) -> float:

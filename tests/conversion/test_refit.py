@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, refit, truncate
+from timm_harmonic.conversion.channels import Choices
 from timm_harmonic.conversion.costs import costs_of
 from timm_harmonic.conversion.refit import (
     Moments,
@@ -551,13 +552,20 @@ def test_the_fit_is_that_of_one_layer_after_another(suspended, monkeypatch):
         assert torch.equal(ours, theirs)
 
 
+def lost(model, parts):
+    """What refitting leaves over at every level."""
+    layers = harmonic_layers(model)
+    (losses,) = losses_after_refit(model, parts, [Choices(layers, list(layers), 'layer').places])
+    return losses
+
+
 def test_losses_are_what_refitting_leaves_over():
     """At every level of a layer, from one run; those of refitting the layer alone."""
     torch.manual_seed(0)
     model = harmonize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 5, groups=2)).eval())
     data = smooth(64, size=16)
     parts = read_images([data], data)
-    losses = losses_after_refit(model, parts)
+    losses = lost(model, parts)
     assert {name: list(of) for name, of in losses.items()} == {'0': [5, 4, 3, 2, 1], '1': [9, 8, 7, 6, 5, 4, 3, 2, 1]}
     for of in losses.values():
         assert of[max(of)] == 0
@@ -573,7 +581,7 @@ def test_truncate_refits(tmp_path):
     """Levels by what refitting leaves over; the function gives the same as both steps."""
     model, data = tiny()[0], [smooth(16)]
     small = truncate(model, ratio=0.5, data=data, refit=True)
-    losses = losses_after_refit(model, read_images(data, data[0]))
+    losses = lost(model, read_images(data, data[0]))
     costs = costs_of(model, 'parameters', None)
     levels = choose_levels(losses_by_filters(model) | losses, costs, 0.5 * costs.present)
     by_hand = refit(model, truncate(model, levels=levels), data)

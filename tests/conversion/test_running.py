@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from timm_harmonic import HarmonicConv2d, refit, truncate
+from timm_harmonic.conversion.channels import Choices
 from timm_harmonic.conversion.refit import losses_after_refit
 from timm_harmonic.conversion.running import in_turns, read_images
+from timm_harmonic.conversion.swap import harmonic_layers
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -59,7 +61,8 @@ def calls(function, depth, repeats):
     if function is refit:
         refit(model, small, [images])
     else:
-        losses_after_refit(model, read_images([images], images))
+        layers = harmonic_layers(model)
+        losses_after_refit(model, read_images([images], images), [Choices(layers, list(layers), 'layer').places])
     return Chain.calls.count(0)
 
 

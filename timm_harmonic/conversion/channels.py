@@ -5,29 +5,45 @@ for, on the second moments of a layer's responses.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layers import HarmonicConv2d, HarmonicLayer
-from .costs import Pairs
+from .costs import Pairs, reduced
 from .refit import Moments
-
-Choices = Mapping[str, Sequence[int]]  # by layer: levels, or numbers of pairs
 
 _SIZES, _LEFT = 12, 0.8  # so many numbers of pairs, each this share of the one before
 _MULTIPLE = 16  # ONNX Runtime computes channels in blocks of 8 or 16, and pads the last
 _RIDGE = 1e-2  # of features of unit variance
 
 
-def choices_of(layers: Mapping[str, HarmonicLayer], names: Collection[str], per: str) -> dict[str, list[int]]:
-    """Returns the levels or, per channel, the `sizes_of` each layer, its present one first. Those not named stay."""
-    found = {name: [layer.level] for name, layer in layers.items()}
-    for name in names:
-        sizes = sizes_of(layers[name]) if per == 'channel' else []
-        found[name] = sizes or list(layers[name].levels())
-    return found
+class Choices:
+    """What each layer may keep: levels or, per channel, numbers of pairs, see `sizes_of`. Those not named stay."""
+
+    def __init__(self, layers: Mapping[str, HarmonicLayer], names: Collection[str], per: str) -> None:
+        self.layers = layers
+        # By layer, the present one first.
+        self.of: dict[str, Sequence[int]] = {name: [layer.level] for name, layer in layers.items()}
+        for name in names:
+            self.of[name] = (per == 'channel' and sizes_of(layers[name])) or list(layers[name].levels())
+        self._pairs: dict[str, dict[int, Tensor]] = {}  # by layer and number: (C, P)
+
+    def places(self, name: str, moments: Moments, intercept: bool) -> dict[int, Tensor]:
+        """Returns the places of the features that a layer keeps with each choice, and notes pairs."""
+        layer, choices = self.layers[name], self.of[name]
+        if not isinstance(choices[0], Pairs):
+            return {level: layer.columns_at(level) for level in choices}
+        found, none = eliminate(moments, choices, intercept), torch.zeros(layer.in_channels, len(layer.basis)).bool()
+        pairs = (~none).nonzero().t() if layer.kept is None else layer.pairs.cpu()
+        self._pairs[name] = {number: none.clone() for number in choices[1:]}
+        for number, mask in self._pairs[name].items():
+            mask[tuple(pairs[:, found[number]])] = True
+        return found
+
+    def lowered(self, chosen: Mapping[str, int]) -> dict[str, HarmonicLayer]:
+        """Returns the layers with what was chosen of each. Without `places`, pairs are those with the most energy."""
+        return {name: reduced(self.layers[name], of, self._pairs.get(name)) for name, of in chosen.items()}
 
 
 def sizes_of(layer: HarmonicLayer) -> list[int]:
@@ -41,21 +57,6 @@ def sizes_of(layer: HarmonicLayer) -> list[int]:
     present = layer.weight[0].numel()
     sizes = {int(present * _LEFT**step) // _MULTIPLE * _MULTIPLE for step in range(1, _SIZES + 1)}
     return [Pairs(size) for size in sorted({present, *sizes} - {0}, reverse=True)]
-
-
-def choose(
-    choices: Choices, kept: dict[str, dict[int, Tensor]], name: str, layer: Any, moments: Moments, intercept: bool
-) -> dict[int, Tensor]:
-    """Returns the features of a layer that each choice keeps, by their places; `kept` notes pairs (C, P) by number."""
-    if not isinstance(choices[name][0], Pairs):
-        return {level: layer.columns_at(level) for level in choices[name]}
-    found, none = eliminate(moments, choices[name], intercept), torch.zeros(layer.in_channels, len(layer.basis)).bool()
-    pairs = (~none).nonzero().t() if layer.kept is None else layer.pairs.cpu()
-    kept[name] = {}
-    for number in choices[name][1:]:
-        kept[name][number] = none.clone()
-        kept[name][number][tuple(pairs[:, found[number]])] = True
-    return found
 
 
 def eliminate(moments: Moments, sizes: Sequence[int], intercept: bool = True) -> dict[int, Tensor]:

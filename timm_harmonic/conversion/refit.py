@@ -20,6 +20,7 @@ from .swap import check_unwrapped, harmonic_layers
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last keeps the coefficients
 _RIDGE = 1e-2  # while levels are compared
 _ELEMENTS = 2**24  # of features held at a time: 128 MiB in float64
+_BLOCK = 640  # rows of the symmetric sums that are added together
 # Random positions suffice: this many for each feature of a group, and at least this many for a group.
 _POSITIONS, _FEWEST = 64, 2**14
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -32,12 +33,23 @@ class Moments:
     """
 
     def __init__(self, features: int, sums: Tensor) -> None:
-        self.features, self.sums = features, sums
+        self.features, self._sums = features, sums
+        self._blocks: list[slice] = []  # whose lower half is old
 
     def add(self, features: Tensor, outputs: Tensor) -> None:
         """Adds rows: features (groups, N, F) and outputs (groups, N, o) in float64."""
         both = torch.cat([features, outputs, torch.ones_like(outputs[..., :1])], 2)
-        self.sums += both.transpose(1, 2) @ both
+        self._blocks = [slice(first, first + _BLOCK) for first in range(0, both.shape[2], _BLOCK)]
+        for block in self._blocks:
+            self._sums[:, block, block.start :].baddbmm_(both[:, :, block].mT, both[:, :, block.start :])
+
+    @property
+    def sums(self) -> Tensor:
+        """The sums."""
+        while self._blocks:
+            block = self._blocks.pop()
+            self._sums[:, block.stop :, block] = self._sums[:, block, block.stop :].mT
+        return self._sums
 
     @property
     def rows(self) -> float:
@@ -220,22 +232,17 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     return copy.deepcopy(small) if best is small else best
 
 
-def levels_of(name: str, layer: HarmonicLayer, moments: Moments, intercept: bool) -> dict[int, Tensor]:
-    """Returns the features that a layer keeps at each level, by their places."""
-    return {level: layer.columns_at(level) for level in layer.levels()}
-
-
 def losses_after_refit(
-    model: nn.Module, parts: Sequence[Tensor], choices: Callable[..., dict[int, Tensor]] = levels_of
-) -> dict[str, dict[int, float]]:
-    """Returns the share of each harmonic layer's output that refitting leaves over at each level, on held-out images.
+    model: nn.Module, parts: Sequence[Tensor], choosers: Sequence[Callable[..., dict[int, Tensor]]]
+) -> list[dict[str, dict[int, float]]]:
+    """Returns the share of each harmonic layer's output that refitting leaves over, on held-out images.
 
     Every layer gets its complete input. The mean squared error is divided by the output's variance and averaged over
-    output channels. One run gives the sums for all levels. `parts` are images of `read_images`, see `refit` for the
-    memory; layers that none of them reaches are left out. `choices` are other sets of features than levels.
+    output channels. One run gives all sums. `parts` are images of `read_images`, see `refit` for the memory; layers
+    that none of them reaches are left out. Each chooser tells what a layer may keep, see `Choices.places`.
     """
     layers = harmonic_layers(model)
-    found: dict[str, dict[int, float]] = {}
+    found: list[dict[str, dict[int, float]]] = [{} for _ in choosers]
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
         reached = {name: len(of) for name, of in uses.items() if of}
@@ -244,13 +251,14 @@ def losses_after_refit(
                 layer, present = layers[name], by_group(layers[name].weight, layers[name].groups)
                 samples = _samples(name, layer, uses[name], parts, zip(runs))
                 intercept = layer.bias is not None or name in norms
-                found[name] = {}
-                for choice, places in choices(name, layer, samples.fit, intercept).items():
-                    found[name][choice] = 0.0
-                    if len(places) < present.shape[1]:
-                        fit, test = samples.fit.of(places), samples.test.of(places)
-                        solution = fit.solve(present[:, places.to(present.device)], _RIDGE, intercept)
-                        found[name][choice] = min(1.0, relative_error(test, *solution))
+                for losses, places_of in zip(found, choosers, strict=True):
+                    losses[name] = {}
+                    for choice, places in places_of(name, samples.fit, intercept).items():
+                        losses[name][choice] = 0.0
+                        if len(places) < present.shape[1]:
+                            fit, test = samples.fit.of(places), samples.test.of(places)
+                            solution = fit.solve(present[:, places.to(present.device)], _RIDGE, intercept)
+                            losses[name][choice] = min(1.0, relative_error(test, *solution))
     return found
 
 

@@ -3,9 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -15,8 +13,8 @@ from torch import Tensor, nn
 from ..common import InputError
 from ..common.device import float64_device
 from ..layers import dct_frequencies
-from .channels import Choices, choices_of, choose
-from .costs import Costs, Pairs, costs_of, reduced
+from .channels import Choices
+from .costs import Costs, Pairs, costs_of
 from .harmonize import PatternLevels, Selection, plan, record_options
 from .refit import losses_after_refit, output_error, refitted, take_over
 from .running import check_changeable, evaluating, images_in, read_images, trainable, watching
@@ -118,56 +116,76 @@ def truncate(
     held = refit or per == 'channel'
     parts = read_images(data, next(model.parameters()), batches) if held and data is not None else None
 
-    def truncated(per: str) -> nn.Module:
-        choices = choices_of(layers, names, per)
-        kept: dict[str, dict[int, Tensor]] = {}
-        if by_hand:
-            chosen = {name: layer.level for name, layer in layers.items()}
-            chosen |= plan(model, level=level, levels=levels, include=lambda name, layer: name in names)
-        else:
-            costs = costs_of(model, cost, images, runtime, choices)
-            budget = math.inf if ratio is None else budget_of(costs, ratio)
-            losses = losses_by_filters(model, choices)
-            if parts is not None and (refit or per == 'channel'):  # layers that no image reaches stay with the filters'
-                losses |= losses_after_refit(model, parts, partial(choose, choices, kept))
-            elif data is not None:
-                losses |= losses_by_images(model, parts or data, batches, choices)
-            if energy is None:
-                chosen = choose_levels(losses, costs, budget)
-            else:
-                enough = {name: [of for of, lost in x.items() if lost <= 1 - energy] for name, x in losses.items()}
-                chosen = {name: min(enough[name], default=max(of)) for name, of in losses.items()}
-        lower = {name: reduced(layer, chosen[name], kept.get(name)) for name, layer in layers.items()}
-        if cost != 'parameters':
+    def cut(choices: Choices, chosen: dict[str, int], costs: Costs | None = None) -> nn.Module:
+        lower = choices.lowered(chosen)
+        if costs is not None and cost != 'parameters':
             for name, layer in lower.items():
                 _, layer.form, layer.milliseconds = costs.of[name][chosen[name]]
         small = copy.deepcopy(model)
         replace_layers(small, lower)
         return refitted(model, small, parts) if refit and parts is not None else small
 
-    small = truncated(per)
-    if per == 'channel' and parts is not None and ratio is not None and ratio < 1:
-        small = _nearer(model, small, lambda: truncated('layer'), parts)
+    choices = [Choices(layers, names, per)]
+    if by_hand:
+        chosen = {name: layer.level for name, layer in layers.items()}
+        chosen |= plan(model, level=level, levels=levels, include=lambda name, layer: name in names)
+        small = cut(choices[0], chosen)
+    elif energy is not None:
+        (losses,) = _losses(model, choices, parts, data, batches)
+        small = cut(choices[0], {name: _enough(of, energy) for name, of in losses.items()})
+    else:
+        assert ratio is not None
+        costs = [costs_of(model, cost, images, runtime, choices[0].of)]
+        budget = budget_of(costs[0], ratio)
+        if per == 'channel' and parts is not None and costs[0].present > budget:
+            other = Choices(layers, names, 'layer')
+            if (priced := costs_of(model, cost, images, runtime, other.of)).least <= budget:
+                choices, costs = [*choices, other], [*costs, priced]
+        rivals = [
+            cut(of, choose_levels(losses, priced, budget), priced)
+            for of, losses, priced in zip(choices, _losses(model, choices, parts, data, batches), costs, strict=True)
+        ]
+        small = _nearest(model, rivals, parts)
     if inplace:
         replace_layers(model, harmonic_layers(small))
         small = take_over(model, small) if refit else model
     return record_options(small)
 
 
-def _nearer(
-    model: nn.Module, small: nn.Module, by_levels: Callable[[], nn.Module], parts: Sequence[Tensor]
-) -> nn.Module:
-    """Returns the network whose outputs on held-out images are nearer, if levels meet the budget at all."""
-    with suppress(InputError):
-        other = by_levels()
-        errors = [math.sqrt(output_error(model, network, parts)) for network in (small, other)]
-        if not errors[0] <= errors[1]:
-            text = 'levels come nearer to the complete network on held-out images than functions of each channel'
-            warnings.warn(
-                f'{text}: errors of {errors[1]:.3g} and {errors[0]:.3g}. The result has levels.', stacklevel=3
-            )
-            return other
-    return small
+def _losses(
+    model: nn.Module,
+    choices: Sequence[Choices],
+    parts: Sequence[Tensor] | None,
+    data: Iterable[Any] | None,
+    batches: int | None,
+) -> list[Losses]:
+    """Weighs choices by images that are in memory, after refitting, else by those in `data`, else by filters."""
+    if parts is not None:  # layers that no image reaches stay with the filters'
+        weighed = losses_after_refit(model, parts, [of.places for of in choices])
+        return [losses_by_filters(model, of) | losses for of, losses in zip(choices, weighed, strict=True)]
+    if data is not None:
+        return [losses_by_images(model, data, batches, of) for of in choices]
+    return [losses_by_filters(model, of) for of in choices]
+
+
+def _enough(losses: dict[int, float], energy: float) -> int:
+    """Returns the cheapest choice that keeps this share of a layer's energy."""
+    return min((choice for choice, lost in losses.items() if lost <= 1 - energy), default=max(losses))
+
+
+def _nearest(model: nn.Module, rivals: Sequence[nn.Module], parts: Sequence[Tensor] | None) -> nn.Module:
+    """Returns the network with functions of each channel or, if its outputs on held-out images are nearer, the other.
+
+    The other one, if there is one, has levels.
+    """
+    if len(rivals) == 1 or parts is None:
+        return rivals[0]
+    errors = [math.sqrt(output_error(model, network, parts)) for network in rivals]
+    if errors[0] <= errors[1]:
+        return rivals[0]
+    text = 'levels come nearer to the complete network on held-out images than functions of each channel'
+    warnings.warn(f'{text}: errors of {errors[1]:.3g} and {errors[0]:.3g}. The result has levels.', stacklevel=4)
+    return rivals[1]
 
 
 def _check_amount(options: dict[str, Any]) -> None:
@@ -218,7 +236,7 @@ def losses_by_filters(model: nn.Module, choices: Choices | None = None) -> Losse
         energies, lost = layer.energies(), {}
         total, sorted_energies = float(energies.sum()), energies.flatten().sort(descending=True).values
         sums = torch.tensor([i + j for i, j in dct_frequencies(layer.kernel_size[0], layer.level, layer.dc)])
-        of = layer.levels() if choices is None else choices[name]
+        of = layer.levels() if choices is None else choices.of[name]
         for choice in of:
             dropped = sorted_energies[choice:] if isinstance(choice, Pairs) else energies[:, sums >= choice]
             lost[choice] = float(dropped.sum()) / total if total else float(choice < max(of))
