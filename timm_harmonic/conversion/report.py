@@ -95,7 +95,7 @@ class HarmonicReport:
         table = Table(box=getattr(boxes, box) if box else None, **style)
         rows = [_cells(conv) for conv in self.convolutions]
         # Only what was counted or timed has a column.
-        columns = [title for title in _COLUMNS if title not in _MEASURED or any(row[title] for row in rows)]
+        columns = [title for title in next(iter(rows), {}) if title not in _MEASURED or any(row[title] for row in rows)]
         for title in columns:
             table.add_column(title.partition('.')[0], justify='left' if title in _TEXTS else 'right', no_wrap=True)
         for row in rows:
@@ -108,32 +108,31 @@ class HarmonicReport:
 
 _TEXTS = ('convolution', 'basis', 'form', 'stays plain')
 _MEASURED = ('multiply-adds', 'of.macs', 'ms', 'of.ms')
-_COLUMNS = (
-    *('convolution', 'kernel', 'groups', 'level', 'kept', 'parameters', 'of', 'energy kept', 'basis', 'form'),
-    *_MEASURED,
-    'stays plain',
-)
 
 
 def _cells(conv: Convolution) -> dict[str, str]:
     harmonic = conv.level is not None
-    kept = '?' if conv.energy_kept is None else f'{conv.energy_kept:.2%}'
-    cells = (
-        conv.name,
-        ' x '.join(map(str, conv.kernel_size)),
-        str(conv.groups),
-        str(conv.level) if harmonic else '',
-        f'{conv.kept:.3g} / {conv.frequencies}' if harmonic else '',
-        f'{conv.parameters:,}',
-        f'{conv.parameters_before:,}' if harmonic else '',
-        kept if harmonic else '',
-        conv.basis or '',
-        conv.form or '',
-        *('' if macs is None else f'{macs:,}' for macs in (conv.macs, conv.macs_before)),
-        *('' if ms is None else f'{ms:.3g}' for ms in (conv.ms, conv.ms_before)),
-        conv.reason if conv.reason or harmonic else 'not selected',
-    )
-    return dict(zip(_COLUMNS, cells, strict=True))
+
+    def text(value: Any, form: str = '') -> str:
+        return '' if value is None else f'{value:{form}}'
+
+    return {
+        'convolution': conv.name,
+        'kernel': ' x '.join(map(str, conv.kernel_size)),
+        'groups': text(conv.groups),
+        'level': text(conv.level),
+        'kept': f'{conv.kept:.3g} / {conv.frequencies}' if harmonic else '',
+        'parameters': text(conv.parameters, ','),
+        'of': text(conv.parameters_before if harmonic else None, ','),
+        'energy kept': text(conv.energy_kept, '.2%') or '?' * harmonic,
+        'basis': text(conv.basis),
+        'form': text(conv.form),
+        'multiply-adds': text(conv.macs, ','),
+        'of.macs': text(conv.macs_before, ','),
+        'ms': text(conv.ms, '.3g'),
+        'of.ms': text(conv.ms_before, '.3g'),
+        'stays plain': conv.reason if conv.reason or harmonic else 'not selected',
+    }
 
 
 def _numel(parameter: Tensor) -> int:

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .timing import check_runtime
 
 _COSTS, _PER = ('parameters', 'macs', 'time'), ('layer', 'channel')
 _LEAST = 1e-12  # share of energy: keeping nothing is worse than anything else, but not infinitely bad
-_GAP = 5e-4  # the choice of levels may be this much worse than the best one
+_STEPS = 2**16  # of cost, into which `choose_levels` divides what the budget leaves above the least
 
 # By layer and level, from the present level downwards: the share of the layer's energy that the level loses.
 Losses = dict[str, dict[int, float]]
@@ -287,70 +287,34 @@ def _check_finite(name: str, losses: dict[int, float]) -> dict[int, float]:
     return losses
 
 
-class _Option(NamedTuple):
-    """A level of a layer: what it costs, and how much it harms."""
-
-    cost: float
-    harm: float
-    level: int
-
-
 def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]:
     """Chooses levels for all layers together, so that the network costs at most `budget`.
 
-    Shares kept multiply from layer to layer, so the sum of -ln(1 - loss) should be small. The choice is within 0.05 %
-    of the best one: dynamic programming over the layers keeps the partial choices that no other beats in cost and harm,
-    and whose Lagrangian bound allows a better total. The budget must be at least `costs.least`.
+    Shares kept multiply from layer to layer, so the sum of -ln(1 - loss) should be small. Dynamic programming finds the
+    best choice for rounded costs, in steps of 2^-16 of what the budget, at least `costs.least`, leaves above that.
     """
     if costs.present <= budget:
         return {name: max(of) for name, of in losses.items()}
-    layers = {
-        name: [_Option(costs.of[name][lv].cost, -math.log(max(1 - lost, _LEAST)), lv) for lv, lost in of.items()]
-        for name, of in losses.items()
-    }
-    # The layer whose choice matters most to the budget comes first: the last ones then fill what is left of it.
-    names = sorted(layers, key=lambda name: min(layers[name]).cost - max(layers[name]).cost)
-    limit = (budget - costs.rest) * (1 + 1e-12)  # sums differ by their order
-    price, best = _relax([layers[name] for name in names], limit)
-    # What the layers after each place cost at least, add at least to harm + price * cost, and have in `best`.
-    rest = [(0.0, 0.0, 0.0, 0.0)]
-    for name, option in zip(reversed(names), reversed(best), strict=True):
-        least, bound, cost, harm = rest[-1]
-        cheapest, lowest = min(layers[name]).cost, min(of.harm + price * of.cost for of in layers[name])
-        rest.append((least + cheapest, bound + lowest, cost + option.cost, harm + option.harm))
-    rest.reverse()
-    upper = rest[0][3]
-    partial: list[tuple[float, float, tuple[_Option, ...]]] = [(0.0, 0.0, ())]
-    for place, name in enumerate(names):
-        least, bound, relaxed_cost, relaxed_harm = rest[place + 1]
-        longer = sorted(
-            (cost + of.cost, harm + of.harm, (*chosen, of)) for cost, harm, chosen in partial for of in layers[name]
-        )
-        partial, lowest = [], math.inf
-        for cost, harm, chosen in longer:
-            hopeful = harm + bound - price * (limit - cost) < upper * (1 - _GAP)
-            if harm < lowest and hopeful and cost + least <= limit:
-                partial.append((cost, harm, chosen))
-                lowest = harm
-        for cost, harm, chosen in partial:
-            if cost + relaxed_cost <= limit and harm + relaxed_harm < upper:
-                upper, best = harm + relaxed_harm, [*chosen, *best[place + 1 :]]
-    return dict(zip(names, (option.level for option in best), strict=True))
-
-
-def _relax(layers: list[list[_Option]], limit: float) -> tuple[float, list[_Option]]:
-    """Solves the Lagrangian relaxation: the least price of cost at which the choices fit the limit, and the choices."""
-
-    def choices(price: float) -> list[_Option]:
-        return [min(options, key=lambda of: (of.harm + price * of.cost, of.cost)) for options in layers]
-
-    def fits(price: float) -> bool:
-        return sum(of.cost for of in choices(price)) <= limit
-
-    low, high = 0.0, 1e-12
-    while not fits(high):
-        low, high = high, 4 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high, choices(high)
+    unit = max(budget - costs.least, torch.finfo(torch.float64).tiny) / _STEPS
+    least = torch.zeros(
+        _STEPS + len(losses), dtype=torch.float64, device='cpu'
+    )  # by steps: the harm of the best choice so far
+    picks: dict[str, tuple[Tensor, list[tuple[int, int]]]] = {}  # by steps: the place of the level; levels and steps
+    for name, of in losses.items():
+        before, least = least, torch.full_like(least, torch.inf)
+        pick, options = torch.zeros_like(least, dtype=torch.uint8), []
+        for place, level in enumerate(sorted(of)):
+            cost = costs.of[name][level].cost - min(costs.of[name].values()).cost
+            options.append((level, steps := round(min(cost / unit, len(least)))))
+            harm = before[: len(least) - steps] - math.log(max(1 - of[level], _LEAST))
+            pick[steps:].masked_fill_(harm < least[steps:], place)
+            least[steps:] = least[steps:].minimum(harm)
+        picks[name] = pick, options
+    for room in reversed(range(len(least))):  # more than the budget, which rounding may allow, down to less
+        chosen: dict[str, int] = {}
+        for name, (pick, options) in reversed(picks.items()):
+            chosen[name], steps = options[int(pick[room])]
+            room -= steps
+        if costs.total(chosen) <= budget * (1 + 1e-12):  # sums differ by their order
+            break
+    return {name: chosen[name] for name in losses}
