@@ -95,7 +95,7 @@ class Moments:
         least = 1e-9 * energy.amax(1, keepdim=True) + torch.finfo(ff.dtype).tiny  # for features that are always 0
         change = fy - ff @ start
         ff.diagonal(dim1=1, dim2=2).add_(ridge * energy + least)
-        weight = start + torch.linalg.solve(ff, change)
+        weight = start + torch.cholesky_solve(change, torch.linalg.cholesky(ff))
         bias = (y - weight.transpose(1, 2) @ f)[..., 0] / self.rows
         return weight, bias if intercept else torch.zeros_like(bias)
 
