@@ -344,13 +344,15 @@ def plot(report: Row, path: Path) -> None:
 
 
 def reported(path: Path | None) -> dict[tuple[str, float | None], Row]:
-    """Rows of a report that need no new run: same versions and options."""
+    """Rows of a report that need no new run: same versions and options. Times stay on the same processor."""
     if path is None or not path.exists():
         return {}
     report, here = json.loads(path.read_text()), environment()
     same = all(report['environment'][key] == here[key] for key in ('torch', 'timm', 'timm_harmonic'))
     if not same or report['options'] != OPTIONS:
         return {}
+    if report['environment']['processor'] != here['processor']:
+        report['rows'] = [dict(row, time=None) for row in report['rows']]
     return {(row['method'], row['share']): row for row in report['rows']}
 
 

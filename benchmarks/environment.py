@@ -9,6 +9,7 @@ import timm
 import torch
 
 import timm_harmonic
+from timm_harmonic.common.device import dot_products
 
 __all__ = ['environment']
 
@@ -33,4 +34,5 @@ def environment(device: str = 'cpu') -> dict[str, Any]:
 def _processor() -> str:
     info = Path('/proc/cpuinfo')
     names = [line.partition(':')[2].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
-    return names[0] if names else platform.processor()
+    has = {True: ', 8-bit dot products', False: ', no 8-bit dot products', None: ''}[dot_products()]
+    return (names[0] if names else platform.processor()) + has

@@ -145,7 +145,7 @@ class Samples:
             places = torch.randperm(number, generator=self.generator)[: max(1, round(self.share * number))]
             for moments, chosen in ((self.fit, ~held_out[part]), (self.test, held_out[part])):
                 if chosen.any():
-                    both = (v[chosen.to(v.device)][:, :, places.to(v.device)] for v in (features, wanted))
+                    both = (v[chosen][:, :, places.to(v.device)] for v in (features, wanted))
                     moments.add(*(rows_of(values, self.layer.groups) for values in both))
 
 
@@ -221,7 +221,7 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
                         _set_weights(network.get_submodule(name), of.get(name), *solution)
         for network in (fitted, counted):
             # One image has no statistics.
-            estimate_statistics(network, [images for images, _ in _split(parts) if len(images) > 1])
+            estimate_statistics(network, [part[~mask] for part, mask in _with_held_out(parts) if (~mask).sum() > 1])
         errors = {network: output_error(model, network, parts) for network in (small, counted, fitted)}
         if not math.isfinite(errors[small]):
             raise InputError('the networks give values that are not finite on the data.')
@@ -312,27 +312,19 @@ def _with_held_out(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields parts of the images, with a mask (B,) of those held out."""
     first = 0
     for part in parts:
-        yield part, (first + torch.arange(len(part))) % HELD_OUT == HELD_OUT - 1
+        yield part, (first + torch.arange(len(part), device=part.device)) % HELD_OUT == HELD_OUT - 1
         first += len(part)
-
-
-def _split(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the images of each part that the network is fitted to, and those held out."""
-    for part, mask in _with_held_out(parts):
-        held_out = mask.to(part.device)
-        yield part[~held_out], part[held_out]
 
 
 def output_error(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> float:
     """Returns the squared error of `small` on the held-out images, over the variance of the outputs in each part."""
     error, variance = 0.0, 0.0
     with torch.no_grad(), evaluating(model), evaluating(small):
-        for _, images in _split(parts):
-            if not len(images):  # the part has fewer than four
-                continue
-            for wanted, found in zip(_outputs(model, images), _outputs(small, images), strict=True):
-                error += float((found - wanted).square().sum())
-                variance += float((wanted - wanted.mean()).square().sum())
+        for part, mask in _with_held_out(parts):
+            if mask.any():  # the part has four images at least
+                for wanted, found in zip(_outputs(model, part[mask]), _outputs(small, part[mask]), strict=True):
+                    error += float((found - wanted).square().sum())
+                    variance += float((wanted - wanted.mean()).square().sum())
     return error / max(variance, torch.finfo(torch.float64).tiny)
 
 
