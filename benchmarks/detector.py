@@ -26,7 +26,7 @@ from tqdm import tqdm
 from timm_harmonic import deploy, export_onnx, harmonize, truncate
 from timm_harmonic.conversion.channels import Choices
 from timm_harmonic.conversion.costs import costs_of, count_macs
-from timm_harmonic.conversion.refit import losses_after_refit, refitted
+from timm_harmonic.conversion.refit import losses_by_images, refitted
 from timm_harmonic.conversion.running import read_images
 from timm_harmonic.conversion.swap import harmonic_layers, replace_layers
 from timm_harmonic.conversion.timing import times_of
@@ -155,7 +155,7 @@ def weighed(whole: nn.Module, parts: list[Tensor]) -> dict[str, tuple[Choices, d
     """What refitted levels and functions of each channel lose in each layer, from one run."""
     layers = harmonic_layers(whole)
     choices = [Choices(layers, list(layers), per) for per in ('layer', 'channel')]
-    losses = losses_after_refit(whole, parts, [of.places for of in choices])
+    losses = losses_by_images(whole, parts, [of.places for of in choices], True)
     return dict(zip(_OURS[2:], zip(choices, losses, strict=True), strict=True))
 
 

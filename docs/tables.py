@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import timm  # noqa: E402
 from timm.models import get_pretrained_cfg  # noqa: E402
 
-from benchmarks import compression, sizes  # noqa: E402
+from benchmarks import compression, detector, sizes  # noqa: E402
 from benchmarks.measure import Setting  # noqa: E402
 from benchmarks.small_data import gains, over_tasks  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
@@ -233,6 +233,25 @@ def deployed_in_short() -> str:
             found.setdefault(row['model'], []).extend(of[name] for name in ('level 2', 'level 1'))
     header = ["share of the plain network's time", 'PyTorch: level 2', 'level 1', 'ONNX Runtime: level 2', 'level 1']
     return markdown(header, [[f'`{name}`', *cells] for name, cells in found.items()])
+
+
+def detector_half() -> str:
+    """The detector cut to half of its multiply-adds, from benchmarks/results/detector.json."""
+    report = json.loads((RESULTS / 'detector.json').read_text())
+    rows = []
+    for row in report['rows']:
+        if row['share'] in (0.5, None):
+            cells = []
+            for kind, yardstick in (('float', 'float'), ('int8', 'of_int8')):
+                cells += [
+                    f'{row[kind]["error"]:.3f}',
+                    f'{row[kind]["f1_truth"]:.1f}',
+                    f'{row[kind]["bytes"] / 1e6:.1f}',
+                ]
+                cells.append(f'{row["time"][yardstick]["ratio"]:.2f}' if row['time'] else '')
+            rows.append([detector.title_of(row), *cells])
+    header = ['error', 'F1', 'MB', 'time', '8 bits: error', 'F1', 'MB', 'time']
+    return markdown(['cut to half of the multiply-adds', *header], rows)
 
 
 def quickstart() -> str:

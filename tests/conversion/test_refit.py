@@ -19,7 +19,7 @@ from timm_harmonic.conversion.refit import (
     Samples,
     by_group,
     estimate_statistics,
-    losses_after_refit,
+    losses_by_images,
     norms_behind,
     norms_of,
     output_error,
@@ -555,7 +555,7 @@ def test_the_fit_is_that_of_one_layer_after_another(suspended, monkeypatch):
 def lost(model, parts):
     """What refitting leaves over at every level."""
     layers = harmonic_layers(model)
-    (losses,) = losses_after_refit(model, parts, [Choices(layers, list(layers), 'layer').places])
+    (losses,) = losses_by_images(model, parts, [Choices(layers, list(layers), 'layer').places], True)
     return losses
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_harmonic import HarmonicConv2d, refit, truncate
 from timm_harmonic.conversion.channels import Choices
-from timm_harmonic.conversion.refit import losses_after_refit
+from timm_harmonic.conversion.refit import losses_by_images
 from timm_harmonic.conversion.running import in_turns, read_images
 from timm_harmonic.conversion.swap import harmonic_layers
 
@@ -62,11 +62,11 @@ def calls(function, depth, repeats):
         refit(model, small, [images])
     else:
         layers = harmonic_layers(model)
-        losses_after_refit(model, read_images([images], images), [Choices(layers, list(layers), 'layer').places])
+        losses_by_images(model, read_images([images], images), [Choices(layers, list(layers), 'layer').places], True)
     return Chain.calls.count(0)
 
 
-@pytest.mark.parametrize(('function', 'networks'), [(refit, 2), (losses_after_refit, 1)])
+@pytest.mark.parametrize(('function', 'networks'), [(refit, 2), (losses_by_images, 1)])
 def test_calls_do_not_grow_with_depth(function, networks, monkeypatch):
     """Runs start again behind a layer that is used repeatedly, and where memory is short."""
     assert calls(function, 9, 1) == calls(function, 3, 1)

@@ -14,9 +14,12 @@ from torch import nn
 
 from timm_harmonic import HarmonicBlock2d, HarmonicConv2d, harmonic_report, harmonize, truncate
 from timm_harmonic.conversion import timing
+from timm_harmonic.conversion.channels import Choices
 from timm_harmonic.conversion.costs import Cost, Costs, costs_of, count_macs
+from timm_harmonic.conversion.refit import losses_by_images
+from timm_harmonic.conversion.running import read_images
 from timm_harmonic.conversion.swap import harmonic_layers
-from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters, losses_by_images
+from timm_harmonic.conversion.truncate import choose_levels, losses_by_filters
 from timm_harmonic.layers.dct import NORMALIZATIONS, dct_frequencies
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -166,12 +169,19 @@ def smooth(batches=2, channels=3, size=32):
         yield nn.functional.avg_pool2d(torch.randn(4, channels, size + 6, size + 6, generator=generator), 7, 1)
 
 
+def by_images(model, data):
+    """What every level loses on images."""
+    layers, parts = harmonic_layers(model), read_images(data, next(model.parameters()), least=1)
+    (losses,) = losses_by_images(model, parts, [Choices(layers, list(layers), 'layer').places], False)
+    return losses_by_filters(model) | losses
+
+
 def test_losses_by_images_are_errors_of_the_output():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 8, 3, padding=1, stride=2, dtype=torch.float64)
     model = harmonize(nn.Sequential(conv, nn.ReLU()))
     batches = [batch.double() for batch in smooth()]
-    losses = losses_by_images(model, ((batch, torch.zeros(4)) for batch in batches))['0']
+    losses = by_images(model, ((batch, torch.zeros(4)) for batch in batches))['0']
     with torch.no_grad():
         x = torch.cat(batches)
         whole = conv(x)
@@ -196,12 +206,12 @@ def test_scales_do_not_matter(network):
     with torch.no_grad():
         loud.weight[2] *= 1000
         loud.bias += 5
-    of = [losses_by_images(harmonize(nn.Sequential(layer)), smooth())['0'] for layer in (conv, loud)]
+    of = [by_images(harmonize(nn.Sequential(layer)), smooth())['0'] for layer in (conv, loud)]
     assert list(of[0].values()) == pytest.approx(list(of[1].values()), rel=1e-3)
 
 
 def test_levels_chosen_by_images(network):
-    losses = losses_by_images(network, smooth())
+    losses = by_images(network, smooth())
     for name, level in levels(truncate(network, energy=0.95, data=smooth())).items():
         assert losses[name][level] <= 0.05
         assert level == 1 or min(losses[name][lower] for lower in range(1, level)) > 0.05
@@ -218,7 +228,7 @@ def test_losses_by_images_leave_no_trace(network, channels):
     before = copy.deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
     with nullcontext() if channels == 3 else pytest.raises(RuntimeError):
-        losses_by_images(model, smooth(channels=channels))
+        by_images(model, smooth(channels=channels))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert not any(layer._forward_hooks for layer in harmonic_layers(model).values())
@@ -234,7 +244,7 @@ def test_a_layer_that_no_image_reaches_is_judged_by_its_filters():
             return self.b(x) if self.training else self.a(x)
 
     model = harmonize(Forked())
-    losses = losses_by_images(model, smooth())
+    losses = by_images(model, smooth())
     assert losses['b'] == losses_by_filters(model)['b']
     assert losses['a'] != losses_by_filters(model)['a']
 

@@ -232,14 +232,19 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
     return copy.deepcopy(small) if best is small else best
 
 
-def losses_after_refit(
-    model: nn.Module, parts: Sequence[Tensor], choosers: Sequence[Callable[..., dict[int, Tensor]]]
+def losses_by_images(
+    model: nn.Module, parts: Sequence[Tensor], choosers: Sequence[Callable[..., dict[int, Tensor]]], refit: bool
 ) -> list[dict[str, dict[int, float]]]:
-    """Returns the share of each harmonic layer's output that refitting leaves over, on held-out images.
+    """Returns the share of each harmonic layer's output on images that becomes error, for each choice.
 
-    Every layer gets its complete input. The mean squared error is divided by the output's variance and averaged over
-    output channels. One run gives all sums. `parts` are images of `read_images`, see `refit` for the memory; layers
-    that none of them reaches are left out. Each chooser tells what a layer may keep, see `Choices.places`.
+    Every layer gets its complete input, so this is the error that the layer itself makes. A frequency that is rare in
+    the input, or that cancels between channels, counts for little. The mean squared error is divided by the output's
+    variance, because normalisation divides each channel by its own deviation, and averaged over output channels. With
+    `refit` it is what refitting leaves over on held-out images, 1 at most; else the ratio r becomes r / (1 + r).
+
+    `parts` are images of `read_images`, see `refit` for the memory. One run gives all sums. Layers that no image
+    reaches are left out, and so are those whose output does not vary. Each chooser tells what a layer may keep, see
+    `Choices.places`.
     """
     layers = harmonic_layers(model)
     found: list[dict[str, dict[int, float]]] = [{} for _ in choosers]
@@ -248,17 +253,23 @@ def losses_after_refit(
         reached = {name: len(of) for name, of in uses.items() if of}
         with suspended(model, parts, reached) as runs:
             for name in progress(reached, desc='weigh', unit='layer', leave=False):
-                layer, present = layers[name], by_group(layers[name].weight, layers[name].groups)
+                layer, (present, bias) = layers[name], _weights_of(layers[name])
                 samples = _samples(name, layer, uses[name], parts, zip(runs))
                 intercept = layer.bias is not None or name in norms
+                if not samples.fit.variance().any():
+                    continue
                 for losses, places_of in zip(found, choosers, strict=True):
                     losses[name] = {}
                     for choice, places in places_of(name, samples.fit, intercept).items():
-                        losses[name][choice] = 0.0
-                        if len(places) < present.shape[1]:
-                            fit, test = samples.fit.of(places), samples.test.of(places)
-                            solution = fit.solve(present[:, places.to(present.device)], _RIDGE, intercept)
-                            losses[name][choice] = min(1.0, relative_error(test, *solution))
+                        kept = present[:, places.to(present.device)]
+                        if len(places) == present.shape[1]:
+                            losses[name][choice] = 0.0
+                        elif refit:
+                            solution = samples.fit.of(places).solve(kept, _RIDGE, intercept)
+                            losses[name][choice] = min(1.0, relative_error(samples.test.of(places), *solution))
+                        else:
+                            ratio = relative_error(samples.fit.plus(samples.test).of(places), kept, bias)
+                            losses[name][choice] = ratio / (1 + ratio)
     return found
 
 
@@ -280,15 +291,20 @@ def solve_layer(layer: Any, samples: Samples, normalised: bool) -> list[tuple[Te
 
     `normalised` tells whether a module with a running mean follows, which can take up a constant.
     """
-    start = by_group(layer.weight, layer.groups)
-    nothing = start.new_zeros(layer.groups, start.shape[2])
-    present = nothing if layer.bias is None else layer.bias.to(start).reshape(nothing.shape)
+    start, present = _weights_of(layer)
     intercept = layer.bias is not None or normalised
     errors = {ridge: relative_error(samples.test, *samples.fit.solve(start, ridge, intercept)) for ridge in _RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
     if errors[best] >= relative_error(samples.test, start, present):
         return []
     return [moments.solve(start, best, intercept) for moments in (samples.fit, samples.fit.plus(samples.test))]
+
+
+def _weights_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """Returns a layer's weights (groups, F, o) and biases (groups, o) in float64."""
+    weight = by_group(layer.weight, layer.groups)
+    bias = torch.zeros_like(layer.weight[:, 0, 0, 0]) if layer.bias is None else layer.bias
+    return weight, bias.to(weight).reshape(layer.groups, -1)
 
 
 def _set_weights(layer: Any, norm: Any, weight: Tensor, bias: Tensor) -> None:

@@ -84,10 +84,13 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
         raise InputError('data hold no batches: pass at least one batch of images.')
 
 
-def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -> list[Tensor]:
+def read_images(
+    data: Iterable[Any], like: Tensor, batches: int | None = None, least: int = 2 * HELD_OUT
+) -> list[Tensor]:
     """Reads all images of `data`, see `images_in`, into parts of about 32 images of one size.
 
-    Raises InputError if they are fewer than eight, more than 2 GiB, or a single one of its size.
+    Raises InputError if they are fewer than `least` or more than 2 GiB, or if one is the only one of its size, unless
+    `least` is 1.
     """
     read: list[Tensor] = []
     total = 0
@@ -98,12 +101,12 @@ def read_images(data: Iterable[Any], like: Tensor, batches: int | None = None) -
             raise InputError(
                 f'data hold more than {_BYTES / 2**30:g} GiB of images, which stay in memory: limit batches.'
             )
-    if (count := sum(map(len, read))) < 2 * HELD_OUT:
-        raise InputError(f'data hold {count} images: at least {2 * HELD_OUT} are needed.')
+    if (count := sum(map(len, read))) < least:
+        raise InputError(f'data hold {count} images: at least {least} are needed.')
     parts: list[Tensor] = []
     for size in dict.fromkeys(images.shape[1:] for images in read):
         alike = torch.cat([images for images in read if images.shape[1:] == size])
-        if len(alike) == 1:
+        if len(alike) == 1 < least:
             raise InputError(f'data hold a single image of size {tuple(size)}: two or more of each size are needed.')
         # Shuffled, always in the same way: folders come class by class, and every batch should resemble all images.
         order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common import InputError
-from ..common.device import float64_device
 from ..layers import dct_frequencies
 from .channels import Choices
 from .costs import Costs, Pairs, costs_of
 from .harmonize import PatternLevels, Selection, plan, record_options
-from .refit import losses_after_refit, output_error, refitted, take_over
-from .running import check_changeable, evaluating, images_in, read_images, trainable, watching
+from .refit import losses_by_images, output_error, refitted, take_over
+from .running import HELD_OUT, check_changeable, read_images, trainable
 from .swap import check_unwrapped, harmonic_layers, replace_layers
 from .timing import check_runtime
 
@@ -61,7 +60,7 @@ def truncate(
     (see `eliminate`), those last whose absence the others cannot make up for. Pass `data` and refit=True: without data,
     pairs of little energy go, which loses far more than levels do, and without refitting nothing is gained. Some layers
     keep to levels: see `sizes_of`. If levels alone, at the same budget, come nearer to the complete network on held-out
-    images, the result has levels, with a warning. The images stay in memory, and one layer at a time takes the sums of
+    images, the result has levels, with a warning. Images stay in memory, and one layer at a time takes the sums of
     `refit`, 400 MiB for 512 channels (F = 4608 features), and about four matrices of 8 F^2 bytes to eliminate pairs and
     to compare what is left: 680 MiB there, and 14 seconds of one core (measured).
 
@@ -114,7 +113,8 @@ def truncate(
     if not (names := [name for name in layers if name in selected]):
         raise InputError('include and exclude leave none of the harmonic layers.')
     held = refit or per == 'channel'
-    parts = read_images(data, next(model.parameters()), batches) if held and data is not None else None
+    least = 2 * HELD_OUT if held else 1
+    parts = None if data is None else read_images(data, next(model.parameters()), batches, least)
 
     def cut(choices: Choices, chosen: dict[str, int], costs: Costs | None = None) -> nn.Module:
         lower = choices.lowered(chosen)
@@ -131,7 +131,7 @@ def truncate(
         chosen |= plan(model, level=level, levels=levels, include=lambda name, layer: name in names)
         small = cut(choices[0], chosen)
     elif energy is not None:
-        (losses,) = _losses(model, choices, parts, data, batches)
+        (losses,) = _losses(model, choices, parts, held)
         small = cut(choices[0], {name: _enough(of, energy) for name, of in losses.items()})
     else:
         assert ratio is not None
@@ -143,7 +143,7 @@ def truncate(
                 choices, costs = [*choices, other], [*costs, priced]
         rivals = [
             cut(of, choose_levels(losses, priced, budget), priced)
-            for of, losses, priced in zip(choices, _losses(model, choices, parts, data, batches), costs, strict=True)
+            for of, losses, priced in zip(choices, _losses(model, choices, parts, held), costs, strict=True)
         ]
         small = _nearest(model, rivals, parts)
     if inplace:
@@ -152,20 +152,15 @@ def truncate(
     return record_options(small)
 
 
-def _losses(
-    model: nn.Module,
-    choices: Sequence[Choices],
-    parts: Sequence[Tensor] | None,
-    data: Iterable[Any] | None,
-    batches: int | None,
-) -> list[Losses]:
-    """Weighs choices by images that are in memory, after refitting, else by those in `data`, else by filters."""
-    if parts is not None:  # layers that no image reaches stay with the filters'
-        weighed = losses_after_refit(model, parts, [of.places for of in choices])
-        return [losses_by_filters(model, of) | losses for of, losses in zip(choices, weighed, strict=True)]
-    if data is not None:
-        return [losses_by_images(model, data, batches, of) for of in choices]
-    return [losses_by_filters(model, of) for of in choices]
+def _losses(model: nn.Module, choices: Sequence[Choices], parts: Sequence[Tensor] | None, refit: bool) -> list[Losses]:
+    """Weighs choices by images, see `losses_by_images`, and by filters where there are none."""
+    found = [losses_by_filters(model, of) for of in choices]
+    if parts is not None:
+        for losses, weighed in zip(
+            found, losses_by_images(model, parts, [of.places for of in choices], refit), strict=True
+        ):
+            losses |= weighed
+    return found
 
 
 def _enough(losses: dict[int, float], energy: float) -> int:
@@ -241,43 +236,6 @@ def losses_by_filters(model: nn.Module, choices: Choices | None = None) -> Losse
             dropped = sorted_energies[choice:] if isinstance(choice, Pairs) else energies[:, sums >= choice]
             lost[choice] = float(dropped.sum()) / total if total else float(choice < max(of))
         found[name] = _check_finite(name, lost)
-    return found
-
-
-def losses_by_images(
-    model: nn.Module, data: Iterable[Any], batches: int | None = None, choices: Choices | None = None
-) -> Losses:
-    """Returns the share of each harmonic layer's output on images that becomes error, at each level.
-
-    Each layer gets its complete input, so this is the error that the layer itself makes. A frequency that is rare in
-    the input, or that cancels between channels, counts for little. With the error e and the complete output y, the
-    ratio E[e^2] / Var[y] is averaged over output channels, because normalisation divides each by its own deviation, and
-    mapped into [0, 1) as ratio / (1 + ratio). Layers that no image reaches are judged by their filters. `data` and
-    `batches` are those of `truncate`. Raises InputError if outputs are not finite.
-    """
-    layers, found = harmonic_layers(model), losses_by_filters(model, choices)
-    lower = {name: {lv: layers[name].at_level(lv).eval() for lv in of if lv < max(of)} for name, of in found.items()}
-    sums: dict[str, Tensor] = {}  # (3 + levels, O) in float64: positions, outputs and their squares, squared errors
-
-    def watch(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        responses = (output, *(output - low(x) for low in lower[name].values()))
-        output, *errors = (of.to(float64_device(of.device), torch.float64) for of in responses)
-        squares = [of.square().sum((0, 2, 3)) for of in (output, *errors)]
-        added = torch.stack([torch.full_like(squares[0], output[:, 0].numel()), output.sum((0, 2, 3)), *squares])
-        sums[name] = sums.get(name, 0) + added
-
-    with evaluating(model), watching(model, watch), torch.no_grad():
-        for images in images_in(data, next(model.parameters()), batches):
-            model(images)
-    for name, of_layer in sums.items():
-        _, mean, square, *errors = of_layer.cpu() / of_layer[0].cpu()
-        variance = (square - mean.square()).clamp_min(0)
-        alive = variance > 1e-12 * variance.max()  # a constant channel has nothing to lose
-        for level, error in zip(lower[name], errors, strict=True):
-            if alive.any():
-                ratio = float((error[alive] / variance[alive]).mean())
-                found[name][level] = ratio / (1 + ratio)
-        _check_finite(name, {**found[name], 0: float(variance.max())})
     return found
 
 
