@@ -51,6 +51,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+_DEPLOYED = ('resnet18', 'resnet50', 'vgg16_bn', 'regnety_008')
 FAMILIES = {
     'ResNet': r'harm\d?_resnet',
     'ResNeXt': r'harm\d?_resnext',
@@ -150,8 +151,8 @@ def _ratios(report: dict[str, Any], batch: int) -> dict[tuple[str, str], list[st
     }
 
 
-def _truncation(when: str) -> str:
-    """Accuracy of cut networks from benchmarks/results/compression.json, one column for each cut."""
+def truncation() -> str:
+    """Accuracy of networks as cut, from benchmarks/results/compression.json, one column for each cut."""
     report = json.loads((RESULTS / 'compression.json').read_text())
     found = {(row['axis'], row['share'], row['method']): row for row in report['summary']}
     cuts = list(dict.fromkeys((axis, share) for axis, share, _ in found if axis))
@@ -159,64 +160,9 @@ def _truncation(when: str) -> str:
     rows = []
     for method, title in compression.METHODS.items():
         of_method = [found[(*cut, method)] for cut in cuts]
-        if of_method[0][when] is not None:
-            rows.append([title, *(compression.cell(row[when], row[f'{when}_deviation']) for row in of_method)])
+        if of_method[0]['before'] is not None:
+            rows.append([title, *(compression.cell(row['before'], row['before_deviation']) for row in of_method)])
     return markdown(header, rows)
-
-
-def truncation() -> str:
-    """Accuracy of networks as cut."""
-    return _truncation('before')
-
-
-def truncation_tuned() -> str:
-    """Accuracy of the same networks after fine-tuning."""
-    return _truncation('after')
-
-
-def truncation_int8() -> str:
-    """Accuracy of the same networks in 8-bit integers."""
-    return _truncation('int8')
-
-
-def truncation_in_short() -> str:
-    """Cut to a third and a fifth of the parameters: ours beside other methods."""
-    report = json.loads((RESULTS / 'compression.json').read_text())
-    found = {(row['axis'], row['share'], row['method']): row for row in report['summary']}
-    rows = []
-    for method in ('filters', 'refit', 'smooth', 'group', 'narrower'):
-        third, fifth = (found['parameters', share, method] for share in (0.36, 0.2))
-        uncut = found[None, None, 'smooth' if method == 'smooth' else 'none']
-        shown = [(uncut, 'before'), (third, 'before'), (fifth, 'before'), (fifth, 'after')]
-        cells = [compression.cell(row[when], row[f'{when}_deviation']) for row, when in shown]
-        rows.append([compression.METHODS[method], *cells])
-    header = ['36 % of the parameters', '20 %', '20 %, fine-tuned']
-    return markdown(['test accuracy, %', 'uncut', *header], rows)
-
-
-def _deployed(settings: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """Rows of benchmarks/results/deploy.json for batch 1, with their ratios as text by variant."""
-    rows = json.loads((RESULTS / 'deploy.json').read_text())['rows']
-    return [
-        (row, {name: f'{run["ratio"]:.2f}' for name, run in row['runs'].items()})
-        for row in rows
-        if row['batch'] == 1 and row['setting'] in settings
-    ]
-
-
-def deployed() -> str:
-    """Time of deployed networks as shares of the plain network's."""
-    names = ['plain again', 'level 3', 'level 2', 'level 1', '0.75 of the time', '0.5 of the time']
-    rows = [
-        [
-            f'`{row["model"]}`',
-            row['setting'],
-            f'{1000 * row["runs"]["plain"]["seconds"]:.1f}',
-            *(of.get(n, '') for n in names),
-        ]
-        for row, of in _deployed(('contiguous', 'channels_last', 'ONNX Runtime'))
-    ]
-    return markdown(['network', 'in', 'plain, ms', *names], rows)
 
 
 def file_sizes() -> str:
@@ -225,14 +171,18 @@ def file_sizes() -> str:
     return markdown(['MB', *sizes.FILES.values()], [sizes.cells(row) for row in report['rows']])
 
 
-def deployed_in_short() -> str:
-    """The same at levels 2 and 1, for three networks that gain and one that does not."""
+def deployed() -> str:
+    """Times at levels 2 and 1, from benchmarks/results/deploy.json: three networks that gain and one that does not."""
+    rows = json.loads((RESULTS / 'deploy.json').read_text())['rows']
     found: dict[str, list[str]] = {}
-    for row, of in _deployed(('channels_last', 'ONNX Runtime')):
-        if row['model'] in ('resnet18', 'resnet50', 'vgg16_bn', 'regnety_008'):
-            found.setdefault(row['model'], []).extend(of[name] for name in ('level 2', 'level 1'))
-    header = ["share of the plain network's time", 'PyTorch: level 2', 'level 1', 'ONNX Runtime: level 2', 'level 1']
-    return markdown(header, [[f'`{name}`', *cells] for name, cells in found.items()])
+    for row in rows:
+        settings = ('channels_last', 'ONNX Runtime', 'ONNX Runtime, int8')
+        if row['batch'] == 1 and row['setting'] in settings and row['model'] in _DEPLOYED:
+            cells = found.setdefault(f'`{row["model"]}`', [])
+            cells += [f'{row["runs"][name]["ratio"]:.2f}' for name in ('level 2', 'level 1')]
+    where = ['PyTorch, channels_last', 'ONNX Runtime', '8 bits']
+    header = [f'{place}: level 2' if level == 2 else 'level 1' for place in where for level in (2, 1)]
+    return markdown(['', *header], [[name, *cells] for name, cells in found.items()])
 
 
 def detector_half() -> str:
@@ -290,11 +240,8 @@ _ALL = (
     speed,
     speed_cuda,
     truncation,
-    truncation_tuned,
-    truncation_int8,
-    truncation_in_short,
     deployed,
-    deployed_in_short,
+    detector_half,
     file_sizes,
 )
 TABLES = {f.__name__: f for f in (*_ALL, quickstart, small_data)}
