@@ -71,7 +71,7 @@ def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(name, **SHARED[name])
 
 
-def add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+def add_models(parser: argparse.ArgumentParser, *default: str) -> None:
     """Adds --models: the networks to compare."""
     names = "harm0, harm1, harm, smooth, auto, or timm's, with options as in harm_resnet18:smoothness=0.5,levels=3"
     text = f'{names} (default: {" ".join(default)})'
