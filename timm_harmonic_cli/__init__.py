@@ -61,6 +61,7 @@ SHARED: dict[str, dict[str, Any]] = {
     '--class-names': dict(type=Path, metavar='FILE', help="class names, one per line, in timm's order (a, B, c2, c10)"),
     '--batch-size': dict(type=positive, default=32, metavar='N', help='images per batch (default: 32)'),
     '--skip-bad': dict(action='store_true', help='leave out unreadable files'),
+    '--repo': dict(default='', metavar='ORG/NAME', help='repository to upload to, for the card (default: the folder)'),
 }
 PREPARATION = ('--img-size', '--mean', '--std', '--crop-pct', '--scale')  # instead of what the network's config says
 
@@ -71,7 +72,7 @@ def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(name, **SHARED[name])
 
 
-def add_models(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+def add_models(parser: argparse.ArgumentParser, *default: str) -> None:
     """Adds --models: the networks to compare."""
     names = "harm0, harm1, harm, smooth, auto, or timm's, with options as in harm_resnet18:smoothness=0.5,levels=3"
     text = f'{names} (default: {" ".join(default)})'

@@ -20,14 +20,12 @@ from typing import Any
 
 from . import add_models, add_shared, positive, show
 
-MODELS = ('harm0', 'harm', 'smooth')
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     folder = 'image folder: train/ and validation/ or test/, or class folders alone'
     add('folder', type=Path, metavar='DIR', help=folder)
-    add_models(parser, MODELS)
+    add_models(parser, 'harm0', 'harm', 'smooth')
     add('--out', type=Path, default=Path('compare'), metavar='DIR', help='folder for results (default: compare)')
     add('--trials', type=positive, default=8, metavar='N', help='settings tried for each network (default: 8)')
     add('--seeds', type=positive, default=5, metavar='N', help='runs of each network with its best one (default: 5)')
@@ -88,29 +86,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     covers = 'training noise; the one over images covers the choice of test images (paired bootstrap)'
     if nested:
         covers = 'training noise and the choice of images: each seed has its own split (Nadeau and Bengio 2003)'
-    found = results.report(
-        comparison,
-        runs,
-        baseline,
-        overlap=len(test) / len(train) if nested else 0.0,
-        same_test=not nested,
-        covers=covers,
-        folder=str(args.folder),
-        search=dict(ranges=protocol.RANGES[args.opt], trials=args.trials, seeds=args.seeds),
-        data=dict(
-            train=len(train),
-            test=len(test),
-            img_size=size,
-            chance=100 * max(test.labels.bincount().tolist()) / len(test),
-            classes=task.classes,
-            notes=task.notes,
-            skipped=task.skipped,
-            **{key: task.config[key] for key in ('mean', 'std', 'scale')},
-        ),
-    )
-    _print(found)
-    title = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
-    results.write_results(args.out, 'compare.png', found, title, differences=True)
+    data = {key: task.config[key] for key in ('mean', 'std', 'scale')}
+    data |= dict(img_size=size, notes=task.notes, skipped=task.skipped)
+    found = results.report(comparison, runs, baseline, covers, same_test=not nested, **data)
+    found['folder'] = str(args.folder)
+    found['search'] = dict(ranges=protocol.RANGES[args.opt], trials=args.trials, seeds=args.seeds)
+    if task.skipped:
+        print(f'{len(task.skipped)} files were left out: {", ".join(task.skipped[:5])}')
+    about = f'{len(train)} training and {len(test)} test images of {len(task.classes)} classes'
+    show(results.table(found, about))
+    mean, std = (' '.join(f'{value:.4g}' for value in data[key]) for key in ('mean', 'std'))
+    scale = '' if data['scale'] is None else f' --scale {data["scale"]:g}'
+    print(f'Images: --img-size {size} --mean {mean} --std {std}{scale}.', *task.notes, *results.advice(found), sep='\n')
+    results.write_results(args.out, 'compare.png', found, about, differences=True)
     if kept is not None:
         name, network = kept
         source = Provenance(base=f'{name}, trained on {len(task.train)} images by timm-harmonic compare')
@@ -119,25 +107,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f'Wrote {name}, which the search judged best, to {args.keep}. To use it:')
         print(f'timm-harmonic predict {args.keep} IMAGES')
     return found
-
-
-def _print(found: dict[str, Any]) -> None:
-    from timm_harmonic.small_data.results import advice, table
-
-    data, search = found['data'], found['search']
-    if data['skipped']:
-        print(f'{len(data["skipped"])} files were left out: {", ".join(data["skipped"][:5])}')
-    title = (
-        f'Measured here: {search["seeds"]} seeds, {data["train"]} training and {data["test"]} test images, '
-        f'{len(data["classes"])} classes, the largest has {data["chance"]:.1f} %'
-    )
-    caption = (
-        'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences to '
-        f'{found["baseline"]} are paired by seed, with their 95 % interval, which covers {found["covers"]}; settings '
-        f'are the best of {search["trials"]} for each network'
-    )
-    show(table(found, title, caption))
-    mean, std = (' '.join(f'{value:.4g}' for value in data[key]) for key in ('mean', 'std'))
-    scale = '' if data['scale'] is None else f' --scale {data["scale"]:g}'
-    images = f'Images: --img-size {data["img_size"]} --mean {mean} --std {std}{scale}.'
-    print('\n'.join([images, *data['notes'], *advice(found)]))

@@ -64,9 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--normalization', default='l1', metavar='N', help="of the DCT functions: 'l1' or 'ortho' (default: l1)")
     smoothness = 'how much fine-tuning will favour smooth filters, from 0 to 10 (default: off)'
     add('--smoothness', type=float, metavar='S', help=smoothness)
-    add('--repo', default='', metavar='ORG/NAME', help='repository you will upload to, for the card')
     add('--license', default='', metavar='ID', help="of the weights (default: the network's)")
-    add_shared(parser, '--batch-size', *PREPARATION)
+    add_shared(parser, '--batch-size', *PREPARATION, '--repo')
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,6 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     import importlib.util
     import json
+    import shutil
     import tempfile
     from importlib.metadata import version
 
@@ -135,17 +135,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             unseen = slice(count, count + -(-count // 3))
             held_out = torch.cat([images for images, _ in batches_of(folder, args.batch_size, unseen)])
         files: dict[str, Path] = {}
+        networks: dict[str, Any] = {}
 
-        def export(name: str, network: Any, folder: Path) -> None:
+        def export(name: str, network: Any) -> None:
+            folder, networks[name] = Path(temporary, name), network
+            folder.mkdir(exist_ok=True)
             kinds = {name: (_ONNX, None)} | ({f'{name}, int8': (_INT8, calibrating)} if args.int8 else {})
             for row, (file, batches) in kinds.items():
                 files[row] = folder / file
                 export_onnx(network, example, files[row], int8=batches)
 
-        networks = {}
         if args.deploy:
-            networks['plain'] = deploy(whole, form='dense')
-            export('plain', networks['plain'], Path(temporary))
+            export('plain', deploy(whole, form='dense'))
         accuracy = {}
         if args.evaluate is not None:
             judging = ImageFolder(args.evaluate, args.split, prepare)
@@ -168,7 +169,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.evaluate is not None:
             accuracy['after'] = _evaluate(small.eval(), small.num_classes, loader, place)
         report = harmonic_report(small, example)
-        drawn_images = f'outputs on {args.batches} batches of {args.batch_size} images'
         where = f'torch, {place.type}, {str(layout)[6:]}' if args.runtime == 'torch' else 'ONNX Runtime on the CPU'
         record: dict[str, Any] = dict(
             timm_harmonic=version('timm-harmonic'),
@@ -176,31 +176,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             timm=timm.__version__,
             source=source.file or source.base,
             options=amount | (dict(refit=True) if args.refit else {}),
-            weighed_by=drawn_images if weighs else 'filters',
+            weighed_by=f'outputs on {args.batches} batches of {args.batch_size} images' if weighs else 'filters',
             timed=f'one image in {where}, {torch.get_num_threads()} threads',
             dot_products=dot_products(),
             accuracy=accuracy,
             report=report.to_dict(),
         )
-        fast = reparameterize_model(small.eval()) if args.deploy else None
-        failures: list[Exception] = []
+        failure: Exception | None = None
+        name = 'plain' if args.ratio == 1 else 'compressed'
+        if args.deploy:
+            try:
+                export(name, reparameterize_model(small.eval()))
+                rows = measured(files, networks, example, held_out)
+                if accuracy:
+                    rows['plain']['top1'], rows[name]['top1'] = (accuracy[k]['top1'] for k in ('before', 'after'))
+                    for row in files.keys() - {'plain', name}:
+                        with onnx_session(files[row]) as session:
+                            rows[row]['top1'] = _evaluate(session, whole.num_classes, loader, 'cpu')['top1']
+                record['deployed'] = rows
+            except Exception as error:  # the rest took minutes and is worth keeping
+                failure = error
 
         def add_report(folder: Path) -> None:
-            if fast is not None:
-                name = 'plain' if args.ratio == 1 else 'compressed'
-                try:
-                    export(name, fast, folder)
-                    rows = measured(files, networks | {name: fast}, example, held_out)
-                    if accuracy:
-                        rows['plain']['top1'], rows[name]['top1'] = (accuracy[k]['top1'] for k in ('before', 'after'))
-                        for row in files.keys() - {'plain', name}:
-                            with onnx_session(files[row]) as session:
-                                rows[row]['top1'] = _evaluate(session, whole.num_classes, loader, 'cpu')['top1']
-                    record['deployed'] = rows
-                except Exception as error:  # the rest took minutes and is worth keeping
-                    for file in (_ONNX, _INT8):
-                        (folder / file).unlink(missing_ok=True)
-                    failures.append(error)
+            if 'deployed' in record:
+                shutil.copytree(Path(temporary, name), folder, dirs_exist_ok=True)
             write_text(folder / 'compression.json', json.dumps(record, indent=1) + '\n')
             write_text(folder / 'compression.md', _page(record, report))
             draw(folder, small)
@@ -217,8 +216,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 'are faster here. To compress for this device, use --cost time.',
                 stacklevel=2,
             )
-    if failures:
-        raise InputError(f'{failures[0]} The folder {args.out} is complete but for that.')
+    if failure is not None:
+        raise InputError(f'{failure} The folder {args.out} is complete but for that.')
     return record
 
 
@@ -283,11 +282,10 @@ def _tables(record: dict[str, Any]) -> list[str]:
 
 def _advice(files: dict[str, dict[str, Any]], dot_products: bool | None) -> str:
     """Says which ONNX file to take: the fastest of those that lose little."""
-    plain, labelled = files['plain'], 'top1' in files['plain']
-    key, least = ('top1', plain['top1'] - _POINTS) if labelled else ('agreement', _SAME)
-    words = (
-        f'loses at most {_POINTS:g} point of accuracy' if labelled else f'agrees with plain on {_SAME:.0%} of images'
-    )
+    plain = files['plain']
+    key, least, words = 'agreement', _SAME, f'agrees with plain on {_SAME:.0%} of images'
+    if 'top1' in plain:
+        key, least, words = 'top1', plain['top1'] - _POINTS, f'loses at most {_POINTS:g} point of accuracy'
     name = min((name for name in files if files[name][key] >= least), key=lambda name: files[name]['onnx_ms'])
     best, file = files[name], _INT8 if name.endswith('int8') else _ONNX
     missing = ', which `--ratio 1 --int8` writes' * ('compressed' in files and name.startswith('plain'))

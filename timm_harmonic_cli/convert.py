@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('checkpoint', type=Path, metavar='CHECKPOINT', help='the file: .pth, .pth.tar or .safetensors')
     add('--model', required=True, metavar='NAME', help='architecture, see `timm-harmonic list`')
     add('--out', type=Path, required=True, metavar='DIR', help='folder to write, new or empty')
-    add_shared(parser, '--use-ema', '--model-kwargs', *PREPARATION, '--class-names')
-    repo = 'repository you will upload to, for the card (default: the folder itself)'
-    add('--repo', default='', metavar='ORG/NAME', help=repo)
+    add_shared(parser, '--use-ema', '--model-kwargs', *PREPARATION, '--class-names', '--repo')
     add('--dataset', default='', metavar='ID', help='training data on the Hub, for the card')
     add('--license', default='', metavar='ID', help="of the weights (default: the authors' for theirs, else none)")
 

@@ -17,8 +17,6 @@ from typing import Any
 
 from . import add_models, positive, show
 
-MODELS = ('harm0', 'harm1', 'harm', 'smooth')
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -26,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--epochs', type=positive, default=20, metavar='N', help='epochs per run (default: 20)')
     per_class = 'training patches from each photograph (default: 10, at most 24)'
     add('--train-per-class', type=positive, default=10, metavar='N', help=per_class)
-    add_models(parser, MODELS)
+    add_models(parser, 'harm0', 'harm1', 'harm', 'smooth')
     out = 'folder for results.json and quickstart.png, which are overwritten (default: quickstart)'
     add('--out', type=Path, default=Path('quickstart'), metavar='DIR', help=out)
     export = (
@@ -53,28 +51,18 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if searched := [net.name for net in networks if net.auto]:
         raise InputError(f'{searched[0]} needs a search, which the quickstart does not make: use compare.')
     photographs = tasks.load_photographs()
-    if args.train_per_class * len(photographs) < 2:
-        raise InputError('at least two training patches are needed.')
     recipe = training.Recipe(epochs=args.epochs)
     draw = cache(lambda seed: tasks.patches(photographs, args.train_per_class, seed))
     train, test = draw(0)
+    covers = 'training noise and the choice of patches, not of photographs'
     with training.one_thread(), progress(total=args.seeds * len(networks) * args.epochs, unit='epoch') as bar:
         baseline = training.baseline(networks, len(photographs), 1, tasks.PATCH_SIZE)
         results.open_folder(args.out)
-        classes = list(photographs)
-        comparison = protocol.Protocol(draw, networks, classes, recipe, trials=0, seeds=args.seeds, bar=bar)
-        runs = comparison.run_all()
-    data = dict(classes=classes, chance=100 / len(classes), train=len(train), test=len(test))
-    covers = 'training noise and the choice of patches, not of photographs'
-    found = results.report(comparison, runs, baseline, data=data, covers=covers)
-    counts = f'{len(train)} training and {len(test)} test patches'
-    title = f'Measured here: {args.seeds} seed{"s" * (args.seeds > 1)}, {counts}, chance {data["chance"]:.1f} %'
-    caption = (
-        'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences are paired '
-        f'by seed, with their 95 % interval, which covers {covers}'
-    )
-    show(results.table(found, title, caption if args.seeds > 1 else 'one seed'))
-    question = f'Which of {len(photographs)} photographs is a patch from?\n{counts}'
+        comparison = protocol.Protocol(draw, networks, list(photographs), recipe, 0, args.seeds, bar=bar)
+        found = results.report(comparison, comparison.run_all(), baseline, covers)
+    about = f'{len(train)} training and {len(test)} test patches'
+    show(results.table(found, about))
+    question = f'Which of {len(photographs)} photographs is a patch from?\n{about}'
     results.write_results(args.out, 'quickstart.png', found, question, differences=False)
     return found
 

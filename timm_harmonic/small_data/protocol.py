@@ -49,8 +49,6 @@ class Store:
         with explained(f'{path} is not a file of runs: choose another --out, or delete it', Exception):
             held = json.loads(path.read_text(encoding='utf-8'))
             self.results, before, known = (dict(held[key]) for key in ('results', 'settings', 'networks'))
-        if not self.results:
-            return
         changed = [key for key in self.settings if before.get(key) != self.settings[key]]
         changed += [name for name, of in self.networks.items() if known.get(name, of) != of]
         if changed:
@@ -73,10 +71,8 @@ class Store:
 
 def fingerprint(images: Images) -> str:
     """Digits that tell one set of images from another."""
-    digest = hashlib.sha256()
-    for tensor in (images.pixels, images.labels):
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    content = (tensor.numpy().tobytes() for tensor in (images.pixels, images.labels))
+    return hashlib.sha256(b''.join(content)).hexdigest()[:16]
 
 
 def curve_epochs(epochs: int) -> list[int]:
@@ -131,7 +127,7 @@ def place(trial: int) -> tuple[float, float, float]:
     mirrored, so that the two do not only trade off against each other: AdamW shrinks weights by their product.
     """
     if trial == 0:
-        return 0.0, 1.0, 0.0  # unused: the usual setting
+        return 0.0, 1.0, 0.0  # the sequence's first point: the usual setting, and the first smoothness
     from scipy.stats.qmc import Sobol  # here, because it takes long to import
 
     lr, decay, smoothness = Sobol(3, scramble=False).fast_forward(trial).random()[0].tolist()
@@ -192,20 +188,20 @@ class Protocol:
 
     def trial(self, network: Network, trial: int, seed: int | None = None) -> tuple[float, float]:
         """Mean accuracy of a setting on the inner splits of a seed or of all, and its negated mean cross-entropy."""
-        found = []
-        for split in self.splits(seed):
-            self.bar.set_description(f'search {trial + 1}/{self.trials} {network.name}')
-            judge = partial(self._run, network, trial, self.inner, split, False)
-            found.append(self.store.get(f'search {network.name} {trial} {split}', judge))
+        found = [self._run('search', network, trial, self.inner, split, False) for split in self.splits(seed)]
         return tuple(np.mean([(of['accuracy'], -of['loss']) for of in found], 0).tolist())
 
     def _at(self, network: Network, trial: int) -> tuple[Network, Recipe]:
-        """The network and the recipe of a trial."""
         return network.at(place(trial)[2]), setting(self.recipe, trial, self.ranges)
 
-    def _run(self, network: Network, trial: int, draw: Draw, seed: int, curve: bool) -> Any:
-        network, recipe = self._at(network, trial)
-        return run(network, *draw(seed), len(self.classes), recipe, seed, self.bar.update, self.device, curve)
+    def _run(self, stage: str, network: Network, trial: int, draw: Draw, seed: int, curve: bool) -> Any:
+        def make() -> dict[str, Any]:
+            net, recipe = self._at(network, trial)
+            return run(net, *draw(seed), len(self.classes), recipe, seed, self.bar.update, self.device, curve)
+
+        done, total = (trial, self.trials) if stage == 'search' else (seed, self.seeds)
+        self.bar.set_description(f'{stage} {done + 1}/{total} {network.name}')
+        return self.store.get(f'{stage} {network.name} {trial} {seed}', make)
 
     def best(self, network: Network, seed: int | None = None) -> int:
         """The trial with the highest accuracy, or of equal ones the lowest cross-entropy; 0 without a search."""
@@ -218,18 +214,15 @@ class Protocol:
 
     def chosen(self, network: Network) -> dict[str, Any]:
         """The best setting of each search, and all that were tried with their mean accuracy."""
-        searches = range(self.seeds if self.nested else 1)
+        best = [self.best(network, seed) for seed in range(self.seeds if self.nested else 1)]
         tried = [
             dict(self._of_trial(network, trial), accuracy=self.trial(network, trial)[0]) for trial in range(self.trials)
         ]
-        return dict(chosen=[self._of_trial(network, self.best(network, seed)) for seed in searches], trials=tried)
+        return dict(chosen=[self._of_trial(network, trial) for trial in best], trials=tried)
 
     def final(self, network: Network, seed: int) -> dict[str, Any]:
         """One run with the best setting, on all training images of a seed."""
-        best = self.best(network, seed)
-        self.bar.set_description(f'seed {seed + 1}/{self.seeds} {network.name}')
-        final = partial(self._run, network, best, self.draw, seed, self.curves)
-        return self.store.get(f'final {network.name} {best} {seed}', final)
+        return self._run('final', network, self.best(network, seed), self.draw, seed, self.curves)
 
     def keep(self, train: Images) -> tuple[str, nn.Module]:
         """Trains the network that all searches judge best. Returns its name and it. Test images choose nothing."""

@@ -31,7 +31,6 @@ _PACKAGES = dict(timm_harmonic='timm_harmonic', torchvision='torchvision', timm=
 _PACKAGES |= dict(scikit_image='skimage', scikit_learn='sklearn')
 # Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
 _COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_STYLES = tuple(zip(_COLOURS, 'os^DvPX', strict=True))
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8}
 
 
@@ -62,32 +61,33 @@ def over_images(correct: Sequence[str], baseline: Sequence[str]) -> list[float]:
     return np.quantile(means, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]).tolist()
 
 
-def summarise(runs: Runs, baseline: Runs, overlap: float = 0.0, same_test: bool = False) -> dict[str, Any]:
-    """Statistics of a network's runs, one per seed, paired with the baseline's; `same_test`: see `over_images`."""
-    kinds = ('accuracy', 'accuracy_as_trained', 'correct')
-    accuracy, as_trained, correct = ([measured[key] for measured in runs] for key in kinds)
-    images = dict(over_images=over_images(correct, [of['correct'] for of in baseline])) if same_test else {}
-    return dict(
-        **images,
-        accuracy_mean=statistics.mean(accuracy),
-        accuracy_deviation=statistics.stdev(accuracy) if len(accuracy) > 1 else None,
-        accuracy=accuracy,
-        accuracy_as_trained=as_trained,
-        difference=difference(accuracy, [measured['accuracy'] for measured in baseline], overlap),
-        parameters=runs[0]['parameters'],
-        curves=[measured['curve'] for measured in runs],
-    )
-
-
 def report(
-    comparison: Protocol,
-    runs: Mapping[str, Runs],
-    baseline: str,
-    overlap: float = 0.0,
-    same_test: bool = False,
-    **more: Any,
+    comparison: Protocol, runs: Mapping[str, Runs], baseline: str, covers: str, same_test: bool = False, **data: Any
 ) -> dict[str, Any]:
-    """What results.json holds of a comparison and its runs, see `summarise`; `more` is the command's own."""
+    """What results.json holds of a comparison: statistics of the runs, one per seed, paired with the baseline's.
+
+    `covers` says what the intervals of the differences cover, and `data` more about the images. With `same_test`, all
+    seeds have the same test images, see `over_images`.
+    """
+    train, test = comparison.draw(0)
+    chance = 100 * max(test.labels.bincount().tolist()) / len(test)
+    overlap = len(test) / len(train) if comparison.nested else 0.0
+    measured = {name: {key: [run[key] for run in of] for key in of[0]} for name, of in runs.items()}
+    networks = {}
+    for net in comparison.networks:
+        of, base = measured[net.name], measured[baseline]
+        images = dict(over_images=over_images(of['correct'], base['correct'])) if same_test else {}
+        networks[net.name] = dict(
+            **images,
+            accuracy_mean=statistics.mean(of['accuracy']),
+            accuracy_deviation=statistics.stdev(of['accuracy']) if len(of['accuracy']) > 1 else None,
+            accuracy=of['accuracy'],
+            accuracy_as_trained=of['accuracy_as_trained'],
+            difference=difference(of['accuracy'], base['accuracy'], overlap),
+            parameters=of['parameters'][0],
+            curves=of['curve'],
+            **comparison.chosen(net),
+        )
     packages = {name: version(name) for name, module in _PACKAGES.items() if find_spec(module)}
     here = dict(torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads())
     return dict(
@@ -95,12 +95,10 @@ def report(
         recipe=dataclasses.asdict(comparison.recipe),
         environment=packages | here,
         baseline=baseline,
+        covers=covers,
+        data=dict(train=len(train), test=len(test), chance=chance, classes=comparison.classes, **data),
         curve_epochs=curve_epochs(comparison.recipe.epochs),
-        networks={
-            net.name: summarise(runs[net.name], runs[baseline], overlap, same_test) | comparison.chosen(net)
-            for net in comparison.networks
-        },
-        **more,
+        networks=networks,
     )
 
 
@@ -115,9 +113,17 @@ def accuracy(of: dict[str, Any]) -> str:
     return f'{of["accuracy_mean"]:.1f}' + ('' if spread is None else f' ± {spread:.1f}')
 
 
-def table(results: dict[str, Any], title: str, caption: str) -> Table:
-    """The table of a comparison, a row per network."""
-    baseline, networks = results['baseline'], results['networks']
+def table(results: dict[str, Any], about: str) -> Table:
+    """The table of a comparison, a row per network; `about` says on what."""
+    baseline, networks, chance = results['baseline'], results['networks'], results['data']['chance']
+    seeds, trials = (len(networks[baseline][key]) for key in ('accuracy', 'trials'))
+    title = f'Measured here: {seeds} seed{"s" * (seeds > 1)}, {about}, chance (largest class) {chance:.1f} %'
+    caption = (
+        'mean ± standard deviation; as trained: before batch-norm statistics were re-estimated; differences are paired '
+        f'by seed, with their 95 % interval, which covers {results["covers"]}'
+        + f'; settings are the best of {trials} for each network'
+        * (trials > 0)
+    )
     images = ['over images'] if 'over_images' in networks[baseline] else []
     lines = Table(title=title, caption=caption, pad_edge=False)
     lines.add_column('network')
@@ -194,7 +200,7 @@ def _draw_curves(axes: Any, results: dict[str, Any], title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     epochs, chance, seeds = results['curve_epochs'], results['data']['chance'], 1
-    for (name, of), (colour, marker) in _styled(results):
+    for name, of, colour, marker in _styled(results):
         curves = np.array(of['curves'])  # (seed, epoch)
         mean, seeds = curves.mean(0), len(curves)
         meaning = f' ({MEANINGS[name]})' if name in MEANINGS else ''
@@ -217,19 +223,15 @@ def _draw_curves(axes: Any, results: dict[str, Any], title: str) -> None:
 def _draw_differences(axes: Any, results: dict[str, Any]) -> None:
     """Differences to the baseline: a dot per seed, with mean and interval."""
     baseline = results['baseline']
-    others: list[str] = []
-    for (name, of), (colour, marker) in _styled(results):
-        if name == baseline:
-            continue
-        place, found = len(others), of['difference']
-        others.append(name)
+    others = [(name, of['difference'], *style) for name, of, *style in _styled(results) if name != baseline]
+    for place, (_, found, colour, marker) in enumerate(others):
         axes.scatter(found['pairs'], [place + 0.15] * len(found['pairs']), s=12, color=colour, alpha=0.6, linewidths=0)
         low, high = (found[key] if found[key] is not None else found['mean'] for key in ('low', 'high'))
         reach = [[found['mean'] - low], [high - found['mean']]]
         axes.errorbar(found['mean'], place, xerr=reach, color=colour, marker=marker, capsize=4, linewidth=1.6)
         axes.annotate(interval(found), (found['mean'], place), (0, 8), textcoords='offset points', ha='center')
     axes.axvline(0, color='0.5', linestyle=':', linewidth=1)
-    names = [textwrap.fill(name, 24) for name in others]
+    names = [textwrap.fill(name, 24) for name, *_ in others]
     axes.set(yticks=range(len(others)), yticklabels=names, ylim=(max(1, len(others)) - 0.4, -0.6))
     axes.set_xlabel(f'percentage points above {baseline} (right is better)')
     axes.grid(color='0.92', axis='x')
@@ -238,5 +240,6 @@ def _draw_differences(axes: Any, results: dict[str, Any]) -> None:
 
 
 def _styled(results: dict[str, Any]) -> zip:
-    """Networks with their results, each with its colour and marker."""
-    return zip(results['networks'].items(), itertools.cycle(_STYLES), strict=False)
+    """Names of networks, with their results, colours and markers."""
+    networks = results['networks']
+    return zip(networks, networks.values(), itertools.cycle(_COLOURS), itertools.cycle('os^DvPX'), strict=False)

@@ -1,11 +1,8 @@
-"""Tasks with few images: patches of photographs that need no download, and a user's own image folder.
-
-The patches' task is to tell which photograph a patch is from. Training patches are from the left half of each
-photograph, test patches from the right half. The photographs are in the wheels of scikit-image and scikit-learn.
-"""
+"""Tasks with few images: which photograph of scikit-image or scikit-learn a patch is from, and a user's folder."""
 
 import dataclasses
 import importlib.util
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,14 +88,6 @@ def path_of(package: str, path: str) -> Path:
     return Path(spec.origin).parent / path
 
 
-def _grid(picture: np.ndarray, split: str) -> list[tuple[int, int]]:
-    """Corners (top, left) of disjoint patches in a split's half of a picture, without nearly uniform ones."""
-    height, width = picture.shape
-    start, stop = (0, width // 2) if split == 'train' else (width // 2, width)
-    tops, lefts = range(0, height - PATCH_SIZE + 1, PATCH_SIZE), range(start, stop - PATCH_SIZE + 1, PATCH_SIZE)
-    return [(top, left) for top in tops for left in lefts if cut(picture, (top, left)).std() >= _MIN_CONTRAST]
-
-
 def cut(picture: np.ndarray, corner: tuple[int, int]) -> np.ndarray:
     """The patch (PATCH_SIZE, PATCH_SIZE) of a picture (H, W) at a corner (top, left)."""
     top, left = corner
@@ -110,11 +99,15 @@ def draw_patches(
 ) -> dict[str, list[tuple[int, int]]]:
     """Draws `count` disjoint patches of each picture at random; returns their corners (top, left) in pixels.
 
-    The split is 'train' (left halves) or 'validation' (right halves). Raises InputError if a picture has too few.
+    The split is 'train' (left halves) or 'validation' (right halves). Nearly uniform patches are left out. Raises
+    InputError if a picture has too few others.
     """
     chosen = {}
     for name, picture in photographs.items():
-        corners = _grid(picture, split)
+        height, width = picture.shape
+        start, stop = (0, width // 2) if split == 'train' else (width // 2, width)
+        tops, lefts = range(0, height - PATCH_SIZE + 1, PATCH_SIZE), range(start, stop - PATCH_SIZE + 1, PATCH_SIZE)
+        corners = [place for place in itertools.product(tops, lefts) if cut(picture, place).std() >= _MIN_CONTRAST]
         if count > len(corners):
             raise InputError(f'{name} has only {len(corners)} {split} patches, not {count}: lower --train-per-class.')
         order = np.random.default_rng([seed, *name.encode()]).permutation(len(corners))
@@ -171,11 +164,7 @@ class Task:
 
 
 def read_folder(
-    folder: Path,
-    size: int | None = None,
-    skip_bad: bool = False,
-    but: Path | None = None,
-    scale: float | None = None,
+    folder: Path, size: int | None = None, skip_bad: bool = False, but: Path | None = None, scale: float | None = None
 ) -> Task:
     """Reads an image folder: train/ and validation/ or test/ with a folder for each class, or class folders alone.
 
@@ -188,8 +177,7 @@ def read_folder(
     files = {split: _labelled(path, but) for split, path in _splits(folder).items()}
     classes = sorted({name for of_split in files.values() for name in of_split.values()}, key=natural_order)
     if len(classes) < 2:
-        count = f'{len(classes)} class{"" if classes else "es"}'
-        raise InputError(f'{str(folder)!r} has {count} with images: two are needed.')
+        raise InputError(f'{str(folder)!r} has {len(classes) or "no"} class with images: two are needed.')
     for split, of_split in files.items():
         if lacking := [name for name in classes if name not in of_split.values()]:
             raise InputError(f'{split} of {str(folder)!r} has no images of {", ".join(lacking)}.')
@@ -241,16 +229,15 @@ def read_folder(
 def _common_channels(shapes: dict[Path, tuple[int, ...]], folder: Path, notes: list[str]) -> int:
     """The number of channels that all images are read with: what most have, of gray and colour."""
     counts = Counter(shape[2] for shape in shapes.values())
-    if len(counts) > 1 and counts.keys() != {1, 3}:
+    if len(counts) < 2:
+        return next(iter(counts), 1)
+    if counts.keys() != {1, 3}:
         examples = {shape[2]: path.relative_to(folder) for path, shape in shapes.items()}
         found = ', '.join(f'{path} has {count}' for count, path in sorted(examples.items()))
         raise InputError(f'images must have the same number of channels: {found}.')
-    if len(counts) > 1:
-        gray = counts[1] > counts[3]
-        kinds = ('colour', 'gray') if gray else ('gray', 'colour')
-        notes.append(f'{min(counts.values())} of {counts.total()} images are {kinds[0]} and were read as {kinds[1]}.')
-        return 1 if gray else 3
-    return next(iter(counts), 1)
+    few, most, channels = ('colour', 'gray', 1) if counts[1] > counts[3] else ('gray', 'colour', 3)
+    notes.append(f'{min(counts.values())} of {counts.total()} images are {few} and were read as {most}.')
+    return channels
 
 
 def _splits(folder: Path) -> dict[str, Path]:
@@ -285,13 +272,10 @@ def stratified(labels: Tensor, share: float, seed: int, classes: Sequence[str]) 
     Raises InputError if a class has a single image.
     """
     random = np.random.default_rng(seed)
-    parts: Any = ([], [])
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label, name in enumerate(classes):
         own = np.flatnonzero(labels.numpy() == label)
         if len(own) < 2:
             raise InputError(f'class {name} has {len(own)} image to learn from: at least two are needed.')
-        order, held_out = random.permutation(own), max(1, round(share * len(own)))
-        parts[0].append(order[held_out:])
-        parts[1].append(order[:held_out])
-    kept, out = (torch.from_numpy(np.sort(np.concatenate(part))) for part in parts)
-    return kept, out
+        held_out[random.permutation(own)[: max(1, round(share * len(own)))]] = True
+    return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
