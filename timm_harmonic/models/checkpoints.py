@@ -137,7 +137,9 @@ def convert_state_dict(
             _check_basis(key, value, layers[name])
             continue
         if attribute == 'weight' and name in layers and layers[name].kept is None:
-            value = _coefficients_4d(value, layers[name].basis.shape[0])
+            count = layers[name].basis.shape[0]  # the authors have (O, I * P, 1, 1) or (O, I, P, 1, 1)
+            if value.shape[2:] == (count, 1, 1) or (value.shape[2:] == (1, 1) and value.shape[1] % count == 0):
+                value = value.reshape(value.shape[0], -1, count, 1)
         elif attribute == 'weight' and value.ndim == 2 and key in target and value.numel() == target[key].numel():
             value = value.reshape(target[key].shape)  # a linear layer of the authors, a 1 x 1 or 7 x 7 convolution here
         state[key] = value
@@ -166,15 +168,6 @@ def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
             raise CheckpointError("the checkpoint has one parameter under two names, the authors' and ours.")
         state = renamed
     return state
-
-
-def _coefficients_4d(value: Tensor, count: int) -> Tensor:
-    """Reshapes (O, I * P, 1, 1) or (O, I, P, 1, 1), the authors' shapes, to (O, I, P, 1); other shapes stay."""
-    if value.ndim == 5 and tuple(value.shape[2:]) == (count, 1, 1):
-        return value[..., 0]
-    if value.ndim == 4 and tuple(value.shape[2:]) == (1, 1) and value.shape[1] % count == 0:
-        return value.reshape(value.shape[0], -1, count, 1)
-    return value
 
 
 def _check_basis(key: str, dct: Tensor, layer: HarmonicLayer) -> None:

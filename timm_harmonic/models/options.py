@@ -46,19 +46,14 @@ def make_network_harmonic(
     harmonic_stem: bool,
     harmonic_blocks: bool,
     basis: Mapping[str, Any],
-    within: str = '',
 ) -> None:
     """Makes a new network harmonic in place: the `stem` a HarmonicBlock2d, the others by `level_of` their names."""
     for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
         if not isinstance(value, bool):
             raise TypeError(f'{option} must be True or False, got {value!r}.')
     name_of_basis(**basis)  # checks the options even if nothing becomes harmonic
-    wanted = {
-        name: level_of(name)
-        for name in reasons_to_skip(model)
-        if name.startswith(within) and (harmonic_stem if name == stem else harmonic_blocks)
-    }
-    make_harmonic(model, wanted, basis=basis, stem=stem)
+    harmonic = [name for name in reasons_to_skip(model) if (harmonic_stem if name == stem else harmonic_blocks)]
+    make_harmonic(model, {name: level_of(name) for name in harmonic}, basis=basis, stem=stem)
 
 
 def tap_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
