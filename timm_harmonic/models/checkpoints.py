@@ -103,20 +103,14 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
         raise CheckpointError('the checkpoint has one parameter under two names, with and without the prefix module.')
     clean.pop('n_averaged', None)  # of torch.optim.swa_utils.AveragedModel
     for key, value in clean.items():
-        _check_tensor(key, value)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
+        if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:  # small files may fill the memory
+            shape = tuple(value.shape)
+            raise CheckpointError(f'{key} {shape} of the checkpoint is an expanded tensor: save it with .contiguous().')
     return clean
-
-
-def _check_tensor(key: str, value: Any) -> None:
-    """Raises CheckpointError unless a value is a dense tensor with as many numbers in memory as in its shape."""
-    if not isinstance(value, Tensor):
-        raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
-    if value.layout != torch.strided or value.is_quantized:
-        raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
-    if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:  # a small file that would fill the memory
-        raise CheckpointError(
-            f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save it with .contiguous().'
-        )
 
 
 def convert_state_dict(

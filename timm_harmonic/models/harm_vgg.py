@@ -65,7 +65,6 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     'harm_vgg19_bn': dict(cfg='vgg19', **_BN),
 }
 
-# The authors' names of parameters, as regular expressions, and ours.
 KEY_NAMES = {
     r'^classifier\.0\.': 'pre_logits.fc1.',
     r'^classifier\.3\.': 'pre_logits.fc2.',

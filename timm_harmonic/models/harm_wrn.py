@@ -139,7 +139,6 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     'harm0_wrn28_10': dict(depth=28, width=10, **_PLAIN),
 }
 
-# The authors' names of parameters, as regular expressions, and ours.
 KEY_NAMES = {
     r'^(harmonic0\.conv|conv0)$': 'stem.conv.weight',
     r'^harmonic0\.bn\.': 'stem.conv.bn.',
