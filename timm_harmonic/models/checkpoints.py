@@ -32,6 +32,10 @@ _TELLTALES = {
     'permanent before you save.',
     r'conv1\.bn\.weight$': "timm's unfreeze gave the stem's normalisation a scale and a shift: freeze it by bn.eval().",
 }
+_OTHER_FUNCTIONS = (
+    'If harmonic layers keep other functions, build the network with the level, levels and pairs of the checkpoint, '
+    'as a folder that was saved with it does, then truncate it.'
+)
 _BASIS = '.basis_code'  # the state dict's entry for a layer's basis, missing if it is the authors'
 
 
@@ -261,6 +265,7 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
         hints = [hint for telltale, hint in _TELLTALES.items() if any(re.search(telltale, key) for key in state)]
+        hints += [_OTHER_FUNCTIONS] * any(key in sides and misfit(key) for key in common)
         hint = ' '.join(['', *hints]) or _hint_of_prefix(state, problems['missing'])
         raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.{hint}')
 
