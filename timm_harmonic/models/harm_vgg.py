@@ -22,9 +22,7 @@ class HarmonicVGG(VGG):
     Args:
         cfg: Widths and 'M' for pooling, as in timm's VGG.
         levels: The paper's lambda for the five resolutions. The stem belongs to the first.
-        **kwargs: Other options of timm's VGG. `HarmonicResNet` explains those that are not listed here.
-
-    Raises InputError and TypeError as `HarmonicResNet` does.
+        **kwargs: Other options of timm's VGG. See `HarmonicResNet` for arguments that are not listed, and for errors.
     """
 
     def __init__(

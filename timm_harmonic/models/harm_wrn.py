@@ -36,10 +36,8 @@ class HarmonicWRN(ResNetV2):
         stem_stride: Stride of the stem, 1 for images of about 32 x 32, 2 for about 96 x 96 (the authors' for STL-10).
         conv_drop_rate: Dropout between the two convolutions of a block. drop_rate is that before the classifier.
         output_stride: Largest stride of the features: later groups are dilated instead.
-        **kwargs: Other options of timm's ResNetV2, except its stem, widths and normalisation. `HarmonicResNet` explains
-            those that are not listed here.
-
-    Raises InputError and TypeError as `HarmonicResNet` does.
+        **kwargs: Other options of timm's ResNetV2, except its stem, widths and normalisation. See `HarmonicResNet` for
+            arguments that are not listed, and for errors.
     """
 
     def __init__(

@@ -28,8 +28,6 @@ from ..layers import options_of_basis
 from .checkpoints import CheckpointError, StateDict, check_fit, fit_keys, unwrap
 from .weights import build_model
 
-__all__ = ['checkpoint_filter_fn', 'harmonized']
-
 _DEFAULT_BASE = 'resnet50'
 _STAND_IN = 'the config of base_model replaces this one'
 KEY_NAMES: dict[str, str] = {}  # the authors published no such network
