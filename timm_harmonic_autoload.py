@@ -56,7 +56,7 @@ class _HostFinder:
         # for the lock that is held here.
         others = [finder for finder in tuple(sys.meta_path) if not isinstance(finder, _HostFinder)]
         specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, 'find_spec'))
-        spec = next(filter(None, specs), None)
+        spec: Any = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenPlugin(spec.loader)
         return spec
