@@ -2,9 +2,8 @@
 
 PyTorch calls the entry points of the group `torch.backends` at the end of `import torch`. Ours puts one finder on
 sys.meta_path, which has the plugin imported whenever timm.models has been executed. This module imports neither torch
-nor timm, and whatever goes wrong, `import torch` and `import timm` go on.
-
-Switches: TIMM_HARMONIC_AUTOLOAD=0, or PyTorch's own TORCH_DEVICE_BACKEND_AUTOLOAD=0.
+nor timm, and whatever goes wrong, `import torch` and `import timm` go on. TIMM_HARMONIC_AUTOLOAD=0, or PyTorch's own
+TORCH_DEVICE_BACKEND_AUTOLOAD=0, switches it off.
 """
 
 import importlib
@@ -12,8 +11,6 @@ import os
 import sys
 import warnings
 from typing import Any
-
-__all__ = ['autoload']
 
 _HOST = 'timm.models'
 _PLUGIN = 'timm_harmonic'
@@ -57,16 +54,12 @@ class _HostFinder:
             return None
         # Not by importlib.util.find_spec: it imports the parent, and another thread may hold that one's lock and wait
         # for the lock that is held here.
-        for finder in tuple(sys.meta_path):
-            find = getattr(finder, 'find_spec', None)
-            if find is None or isinstance(finder, _HostFinder):
-                continue
-            spec = find(name, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _ThenPlugin(spec.loader)
-                return spec
-        return None
+        others = [finder for finder in tuple(sys.meta_path) if not isinstance(finder, _HostFinder)]
+        specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, 'find_spec'))
+        spec: Any = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenPlugin(spec.loader)
+        return spec
 
 
 class _ThenPlugin:
@@ -77,9 +70,6 @@ class _ThenPlugin:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
-
-    def create_module(self, spec: Any) -> Any:
-        return self._loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
         module.__spec__.loader = module.__loader__ = self._loader

@@ -264,7 +264,7 @@ def test_saved_by_timm_and_loaded(network, images, tmp_path, hub):
     for pairs, weights in [({name: number - 16}, state), ({}, state), (options['pairs'], filters)]:
         changed = {key: value for key, value in options.items() if key != 'pairs'} | dict(pairs=pairs)
         overlay = dict(state_dict=weights, num_classes=10)
-        with pytest.raises((CheckpointError, RuntimeError), match=r'keeps other functions|missing: .*kept'):
+        with pytest.raises((CheckpointError, RuntimeError), match=r'keep other functions|missing: .*kept'):
             timm.create_model('harmonized', pretrained=True, pretrained_cfg_overlay=overlay, **changed)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from . import InputError
+from . import InputError, require
 
 _TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # how files begin
 READABLE = {'.npy', *Image.registered_extensions()}  # extensions that `read_image` knows
@@ -68,10 +68,9 @@ def _read_picture(path: Path) -> np.ndarray:
 
 
 def _read_tiff(path: Path) -> np.ndarray:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise InputError('TIFF files need a package: pip install tifffile') from error
+    require(tifffile='tifffile')
+    import tifffile
+
     with tifffile.TiffFile(path) as file:
         # Without overviews and masks.
         series = [of for of in file.series if not (of.keyframe.is_reduced or of.keyframe.is_mask)] or file.series[:1]

@@ -31,10 +31,7 @@ from ..models.checkpoints import StateDict, basis_options, check_fit, fit_keys, 
 from ..models.weights import ORGANISATION, TAG, WEIGHTS_NAME, pinned_sha256, released_digits, sha256_of
 from .card import Provenance, model_card
 
-LICENSE = 'bsd-3-clause'  # of what the authors released
-
 _OF_RUN = {'args.yaml': 'train_hparams.yaml', 'summary.csv': 'summary.csv'}  # their names in a run and in a folder
-# Only after compression.
 _COMPRESSED = ('compression.json', 'compression.md', 'compression.png', 'deployed.onnx', 'deployed-int8.onnx')
 FILES = (WEIGHTS_NAME, 'config.json', 'README.md', *_OF_RUN.values(), *_COMPRESSED)
 STEPS: Any = dict(unit='step', leave=False, miniters=1, mininterval=0)  # by default tqdm skips some of so few
@@ -144,15 +141,6 @@ def _run_options(path: Path, content: StateDict) -> dict[str, Any]:
     return run
 
 
-def options_of_run(source: Provenance) -> dict[str, Any]:
-    """The options with which a training run built its network, without those that name the weights it started from."""
-    run = source.run
-    options = dict(bn_eps=1e-3, bn_momentum=0.01) if run.get('bn_tf') else {}  # of older versions of timm
-    options |= {key: run[name] for key, name in _OF_NETWORK.items() if run.get(name) is not None}
-    options |= run.get('model_kwargs') or {}
-    return {key: value for key, value in options.items() if not str(key).startswith(_SOURCES)}
-
-
 def _own(cfg: dict[str, Any]) -> None:
     """Removes from a config what it says about other weights than those that the network has now."""
     scale = noted_scale(cfg.get('notes'))
@@ -182,15 +170,21 @@ def build_loaded(model_name: str, state: StateDict, source: Provenance, model_kw
     """Builds a network with options and parameters of a run, whose shapes tell classes and channels."""
     if given := [key for key in model_kwargs if key.startswith(_SOURCES)]:
         raise InputError(f'{given[0]} is not an option of a network: the weights are those of {source.file}.')
-    names = key_names(model_name) or {}
+    run = source.run
     if ':' not in model_name:
-        model_name = source.run.get('model') or model_name  # its tag may have another config
-    kwargs = {**basis_options(state), **options_of_run(source), **model_kwargs}
+        model_name = run.get('model') or model_name  # its tag may have another config
+    kwargs = basis_options(state)
+    if run.get('bn_tf'):  # of older versions of timm
+        kwargs |= dict(bn_eps=1e-3, bn_momentum=0.01)
+    kwargs |= {key: run[name] for key, name in _OF_NETWORK.items() if run.get(name) is not None}
+    # Without the weights that the run started from.
+    kwargs |= {k: value for k, value in (run.get('model_kwargs') or {}).items() if not str(k).startswith(_SOURCES)}
+    kwargs |= model_kwargs
     if kwargs.get('features_only'):
         raise InputError('leave features_only out: give it to timm.create_model when you load the folder.')
     with torch.device('meta'):
         blank = _create(model_name, kwargs)
-    state = fit_keys(state, blank, names)
+    state = fit_keys(state, blank, key_names(model_name) or {})
     if not harmonic_layers(blank):  # timm would say less about a misfit
         check_fit(state, blank, blank.pretrained_cfg['classifier'], blank.pretrained_cfg['first_conv'])
     sizes = sizes_of(state, blank, f'{source.file} has no {{}}: it is not a {model_name}.')
@@ -234,7 +228,7 @@ def convert(
         source, model = load_network(model_name, checkpoint, False, model_kwargs, use_ema)
         if source.url:
             repo_id = f'{ORGANISATION}/{model_name.partition(".")[0]}.{TAG}'
-            theirs = dict(repo_id=repo_id, license=LICENSE, dataset='imagenet-1k')
+            theirs = dict(repo_id=repo_id, license=model.pretrained_cfg['license'], dataset='imagenet-1k')
             about = {key: about.get(key) or value for key, value in theirs.items()}
             about['class_names'] = ImageNetInfo().label_names()
         given = data_config or {}

@@ -132,11 +132,9 @@ class _Reader:
         return len(self._parts)
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        """Lets `get_next` begin with a part and stop before another."""
         self._next = iter(self._parts[start_index:end_index])
 
     def get_next(self) -> dict[str, Any] | None:
-        """Returns the next part by the name of the network's input, None after the last."""
         return next((dict(images=part.numpy()) for part in self._next), None)
 
 

@@ -32,6 +32,10 @@ _TELLTALES = {
     'permanent before you save.',
     r'conv1\.bn\.weight$': "timm's unfreeze gave the stem's normalisation a scale and a shift: freeze it by bn.eval().",
 }
+_OTHER_FUNCTIONS = (
+    'If harmonic layers keep other functions, build the network with the level, levels and pairs of the checkpoint, '
+    'as a folder that was saved with it does, then truncate it.'
+)
 _BASIS = '.basis_code'  # the state dict's entry for a layer's basis, missing if it is the authors'
 
 
@@ -103,20 +107,14 @@ def unwrap(checkpoint: StateDict, use_ema: bool | None = None) -> StateDict:
         raise CheckpointError('the checkpoint has one parameter under two names, with and without the prefix module.')
     clean.pop('n_averaged', None)  # of torch.optim.swa_utils.AveragedModel
     for key, value in clean.items():
-        _check_tensor(key, value)
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
+        if value.layout != torch.strided or value.is_quantized:
+            raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
+        if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:  # small files may fill the memory
+            shape = tuple(value.shape)
+            raise CheckpointError(f'{key} {shape} of the checkpoint is an expanded tensor: save it with .contiguous().')
     return clean
-
-
-def _check_tensor(key: str, value: Any) -> None:
-    """Raises CheckpointError unless a value is a dense tensor with as many numbers in memory as in its shape."""
-    if not isinstance(value, Tensor):
-        raise CheckpointError(f'{key} of the checkpoint is a {type(value).__name__}, not a tensor.')
-    if value.layout != torch.strided or value.is_quantized:
-        raise CheckpointError(f'{key} of the checkpoint is a sparse or quantised tensor: save it as a dense one.')
-    if not value.is_meta and value.untyped_storage().nbytes() < value.nbytes:  # a small file that would fill the memory
-        raise CheckpointError(
-            f'{key} {tuple(value.shape)} of the checkpoint is an expanded tensor: save it with .contiguous().'
-        )
 
 
 def convert_state_dict(
@@ -137,7 +135,9 @@ def convert_state_dict(
             _check_basis(key, value, layers[name])
             continue
         if attribute == 'weight' and name in layers and layers[name].kept is None:
-            value = _coefficients_4d(value, layers[name].basis.shape[0])
+            count = layers[name].basis.shape[0]  # the authors have (O, I * P, 1, 1) or (O, I, P, 1, 1)
+            if value.shape[2:] == (count, 1, 1) or (value.shape[2:] == (1, 1) and value.shape[1] % count == 0):
+                value = value.reshape(value.shape[0], -1, count, 1)
         elif attribute == 'weight' and value.ndim == 2 and key in target and value.numel() == target[key].numel():
             value = value.reshape(target[key].shape)  # a linear layer of the authors, a 1 x 1 or 7 x 7 convolution here
         state[key] = value
@@ -166,15 +166,6 @@ def rename_keys(state: StateDict, names: dict[str, str]) -> StateDict:
             raise CheckpointError("the checkpoint has one parameter under two names, the authors' and ours.")
         state = renamed
     return state
-
-
-def _coefficients_4d(value: Tensor, count: int) -> Tensor:
-    """Reshapes (O, I * P, 1, 1) or (O, I, P, 1, 1), the authors' shapes, to (O, I, P, 1); other shapes stay."""
-    if value.ndim == 5 and tuple(value.shape[2:]) == (count, 1, 1):
-        return value[..., 0]
-    if value.ndim == 4 and tuple(value.shape[2:]) == (1, 1) and value.shape[1] % count == 0:
-        return value.reshape(value.shape[0], -1, count, 1)
-    return value
 
 
 def _check_basis(key: str, dct: Tensor, layer: HarmonicLayer) -> None:
@@ -274,6 +265,7 @@ def check_fit(state: StateDict, model: nn.Module, classifiers: Names, stems: Nam
     if any(problems.values()):
         found = '; '.join(f'{what}: {_shorten(items)}' for what, items in problems.items() if items)
         hints = [hint for telltale, hint in _TELLTALES.items() if any(re.search(telltale, key) for key in state)]
+        hints += [_OTHER_FUNCTIONS] * any(key in sides and misfit(key) for key in common)
         hint = ' '.join(['', *hints]) or _hint_of_prefix(state, problems['missing'])
         raise CheckpointError(f'the checkpoint does not fit the model, nothing was loaded. {found}.{hint}')
 

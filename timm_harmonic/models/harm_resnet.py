@@ -11,15 +11,12 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from ..common import InputError
-from ..layers import HarmonicLayer
+from ..conversion.swap import harmonic_layers
 from .checkpoints import convert_state_dict
 from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register, tap_indices
 from .paper import PAPER, notes_of, paper_cfg
 from .weights import TAG, build_model, released_cfg
 
-__all__ = ['HarmonicResNet', 'checkpoint_filter_fn']
-
-_STEM_POOLS = (None, 'avg', 'max')
 _TIMM_TAPS = 5  # of timm's ResNet: the stem and four stages
 
 
@@ -39,8 +36,7 @@ class HarmonicResNet(ResNet):
         harmonic_stem: Whether the stem is harmonic.
         harmonic_blocks: Whether the other convolutions are.
         normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
-        smoothness: None for the authors' network, or how much training favours smooth filters, from 0 to 10: see
-            `HarmonicConv2d`.
+        smoothness: How much training favours smooth filters, see `HarmonicConv2d`; None for the authors' network.
         zero_init_last: Whether residual branches start at zero, see timm's ResNet.
         **kwargs: Other options of timm's ResNet.
 
@@ -68,19 +64,17 @@ class HarmonicResNet(ResNet):
         **kwargs: Any,
     ) -> None:
         check_channels(num_classes, in_chans)
-        stage_levels = levels_of_stages(levels, 4)
-        if stem_pool not in _STEM_POOLS:
-            raise InputError(f'stem_pool must be one of {_STEM_POOLS}, got {stem_pool!r}.')
+        self.levels = levels_of_stages(levels, 4)
+        if stem_pool not in (None, 'avg', 'max'):
+            raise InputError(f"stem_pool must be one of (None, 'avg', 'max'), got {stem_pool!r}.")
         if stem_pool != 'max' and kwargs.get('replace_stem_pool'):
             raise InputError(f"replace_stem_pool replaces max pooling: set stem_pool='max', got {stem_pool!r}.")
         super().__init__(
             block, layers, num_classes=num_classes, in_chans=in_chans, zero_init_last=zero_init_last, **kwargs
         )
-        self.levels = stage_levels
         stem = 'conv1' if isinstance(self.conv1, nn.Conv2d) else 'conv1.0'  # timm's deep stem is a Sequential
         if stem_pool != 'max':
-            pool: nn.Module = nn.AvgPool2d(kernel_size=3, stride=2, padding=1) if stem_pool else nn.Identity()
-            self.maxpool = pool
+            self.maxpool = nn.AvgPool2d(kernel_size=3, stride=2, padding=1) if stem_pool else nn.Identity()
         if stem_pool is None:
             self.get_submodule(stem).stride = (4, 4)
             del self.feature_info[0]
@@ -95,9 +89,8 @@ class HarmonicResNet(ResNet):
     def init_weights(self, zero_init_last: bool = False) -> None:
         """Initialises the weights, see timm's ResNet and `reset_parameters` of the harmonic layers."""
         super().init_weights(zero_init_last=zero_init_last)
-        for module in self.modules():
-            if isinstance(module, HarmonicLayer):
-                module.reset_parameters()
+        for layer in harmonic_layers(self).values():
+            layer.reset_parameters()
 
     def _timm_taps(self, indices: int | Sequence[int] | None) -> list[int]:
         """Translates indices into feature_info into those of timm's ResNet, whose tap 0 is always the stem."""

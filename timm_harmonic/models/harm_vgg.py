@@ -12,8 +12,6 @@ from .options import StageLevels, check_channels, levels_of_stages, make_network
 from .paper import paper_cfg
 from .weights import build_model
 
-__all__ = ['HarmonicVGG', 'checkpoint_filter_fn']
-
 
 class HarmonicVGG(VGG):
     """timm's VGG with harmonic layers in place of its 3 x 3 convolutions.
@@ -23,13 +21,8 @@ class HarmonicVGG(VGG):
 
     Args:
         cfg: Widths and 'M' for pooling, as in timm's VGG.
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the images.
-        levels: The paper's lambda for the five resolutions, see `HarmonicResNet`. The stem belongs to the first.
-        harmonic_stem: See `HarmonicResNet`, also for harmonic_blocks, normalization and smoothness.
-        **kwargs: Other options of timm's VGG.
-
-    Raises InputError and TypeError as `HarmonicResNet` does.
+        levels: The paper's lambda for the five resolutions. The stem belongs to the first.
+        **kwargs: Other options of timm's VGG. See `HarmonicResNet` for arguments that are not listed, and for errors.
     """
 
     def __init__(
@@ -45,19 +38,15 @@ class HarmonicVGG(VGG):
         **kwargs: Any,
     ) -> None:
         check_channels(num_classes, in_chans)
-        resolution_levels = levels_of_stages(levels, cfg.count('M'))
+        self.levels = levels_of_stages(levels, cfg.count('M'))
         super().__init__(cfg, num_classes=num_classes, in_chans=in_chans, **kwargs)
         for layer in (self.pre_logits.fc1, self.pre_logits.fc2):
             nn.init.normal_(layer.weight, std=0.01)
-        self.levels = resolution_levels
         basis = dict(normalization=normalization, smoothness=smoothness)
-        make_network_harmonic(
-            self, 'features.0', self._level_of, harmonic_stem, harmonic_blocks, basis, within='features.'
-        )
+        make_network_harmonic(self.features, '0', self._level_of, harmonic_stem, harmonic_blocks, basis)
 
     def _level_of(self, name: str) -> int | None:
-        index = int(name.split('.')[1])
-        return self.levels[sum(end < index for end in self.feature_ends[:-1])]
+        return self.levels[sum(end < int(name) for end in self.feature_ends[:-1])]
 
 
 _BN = dict(norm_layer=nn.BatchNorm2d)
@@ -74,7 +63,6 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     'harm_vgg19_bn': dict(cfg='vgg19', **_BN),
 }
 
-# The authors' names of parameters, as regular expressions, and ours.
 KEY_NAMES = {
     r'^classifier\.0\.': 'pre_logits.fc1.',
     r'^classifier\.3\.': 'pre_logits.fc2.',

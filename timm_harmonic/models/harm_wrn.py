@@ -18,8 +18,6 @@ from .options import StageLevels, check_channels, levels_of_stages, make_network
 from .paper import paper_cfg
 from .weights import build_model
 
-__all__ = ['HarmonicWRN', 'checkpoint_filter_fn']
-
 _STEM_WIDTH = 16
 _TIMM_STRIDE = 4  # of timm's stem with its pool, which its ResNetV2 assumes
 
@@ -34,17 +32,12 @@ class HarmonicWRN(ResNetV2):
     Args:
         depth: Layers, 6 n + 4 with n blocks in each group.
         width: Factor of the groups' channels.
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the images.
-        levels: The paper's lambda for the three groups, see `HarmonicResNet`. The stem keeps all frequencies.
+        levels: The paper's lambda for the three groups. The stem keeps all frequencies.
         stem_stride: Stride of the stem, 1 for images of about 32 x 32, 2 for about 96 x 96 (the authors' for STL-10).
         conv_drop_rate: Dropout between the two convolutions of a block. drop_rate is that before the classifier.
-        harmonic_stem: See `HarmonicResNet`, also for harmonic_blocks, normalization and smoothness.
         output_stride: Largest stride of the features: later groups are dilated instead.
-        zero_init_last: Whether residual branches start at zero.
-        **kwargs: Other options of timm's ResNetV2, except its stem, widths and normalisation.
-
-    Raises InputError and TypeError as `HarmonicResNet` does.
+        **kwargs: Other options of timm's ResNetV2, except its stem, widths and normalisation. See `HarmonicResNet` for
+            arguments that are not listed, and for errors.
     """
 
     def __init__(
@@ -65,7 +58,7 @@ class HarmonicWRN(ResNetV2):
         **kwargs: Any,
     ) -> None:
         check_channels(num_classes, in_chans)
-        group_levels = levels_of_stages(levels, 3)
+        self.levels = levels_of_stages(levels, 3)
         if depth < 10 or (depth - 4) % 6:
             raise InputError(f'depth must be 6 n + 4 (10, 16, 22, 28, ...), got {depth!r}.')
         if stem_stride not in (1, 2):
@@ -85,7 +78,6 @@ class HarmonicWRN(ResNetV2):
             conv_layer=create_conv2d,
             **kwargs,
         )
-        self.levels = group_levels
         dd: dict[str, Any] = {name: kwargs.get(name) for name in ('device', 'dtype')}
         conv = nn.Conv2d(in_chans, _STEM_WIDTH, 3, stem_stride, 1, bias=False, **dd)
         self.stem = nn.Sequential(OrderedDict(conv=conv))
@@ -145,11 +137,9 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     'harm0_wrn28_10': dict(depth=28, width=10, **_PLAIN),
 }
 
-# The authors' names of parameters, as regular expressions, and ours.
 KEY_NAMES = {
-    r'^harmonic0\.conv$': 'stem.conv.weight',
+    r'^(harmonic0\.conv|conv0)$': 'stem.conv.weight',
     r'^harmonic0\.bn\.': 'stem.conv.bn.',
-    r'^conv0$': 'stem.conv.weight',
     r'^group(\d)\.block(\d+)\.': r'stages.\1.blocks.\2.',
     r'\.(harmonic0\.conv|conv0)$': '.conv1.weight',
     r'\.(harmonic1\.conv|conv1)$': '.conv2.weight',

@@ -24,11 +24,9 @@ from ..common import InputError
 from ..conversion.costs import Form
 from ..conversion.harmonize import ARCHITECTURE, PatternLevels, harmonize
 from ..conversion.swap import harmonic_layers
-from ..layers import HarmonicConv2d, options_of_basis
+from ..layers import options_of_basis
 from .checkpoints import CheckpointError, StateDict, check_fit, fit_keys, unwrap
 from .weights import build_model
-
-__all__ = ['checkpoint_filter_fn', 'harmonized']
 
 _DEFAULT_BASE = 'resnet50'
 _STAND_IN = 'the config of base_model replaces this one'
@@ -148,17 +146,5 @@ def _lowered(state: StateDict, whole: nn.Module, model: nn.Module) -> StateDict:
 def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
     """Checks the state dict of a harmonized network, or of its plain base, whose filters the layers project."""
     state, cfg = fit_keys(unwrap(checkpoint), model, {}), model.pretrained_cfg
-    for name, layer in harmonic_layers(model).items():
-        weight = state.get(f'{name}.weight')
-        if weight is None or not isinstance(layer, HarmonicConv2d) or weight.ndim != 4 or weight.shape[3] != 1:
-            continue
-        pairs = layer.kept is not None or f'{name}.kept' in state
-        ours, theirs = (x.shape[1:] if pairs else x.shape[2:] for x in (layer.weight, weight))
-        if ours != theirs:
-            raise CheckpointError(
-                f'{name}.weight of the checkpoint is {tuple(weight.shape)}, the network keeps other functions: '
-                f'{tuple(layer.weight.shape)} (level {layer.level}). Build the network with the level, levels and '
-                'pairs of the checkpoint, as a folder that was saved with it does, then truncate it.'
-            )
     check_fit(state, model, cfg.get('classifier'), get_model_traits(model).get('first_conv', cfg.get('first_conv')))
     return state

@@ -18,14 +18,11 @@ _TOP = full_level(3)  # the filters of every stage are 3 x 3
 
 def levels_of_stages(levels: StageLevels, stages: int) -> tuple[int | None, ...]:
     """Expands the option `levels` to one level per stage. Raises TypeError or InputError unless that is possible."""
-    if levels is None or isinstance(levels, int):
-        entries: Sequence[int | None] = (levels,) * stages
-    elif isinstance(levels, str) or not isinstance(levels, Sequence):
+    entries = (levels,) * stages if levels is None or isinstance(levels, int) else levels
+    if isinstance(entries, str) or not isinstance(entries, Sequence):
         raise TypeError(f'levels must be None, an integer, or {stages} of (integer or None), got {levels!r}.')
-    elif len(levels) != stages:
-        raise InputError(f'levels must have {stages} entries, one per stage, got {len(levels)}: {levels!r}.')
-    else:
-        entries = levels
+    if len(entries) != stages:
+        raise InputError(f'levels must have {stages} entries, one per stage, got {len(entries)}: {levels!r}.')
     for level in entries:
         check_level(level, _TOP, f'levels={levels!r}: a level')
     return tuple(entries)
@@ -46,30 +43,24 @@ def make_network_harmonic(
     harmonic_stem: bool,
     harmonic_blocks: bool,
     basis: Mapping[str, Any],
-    within: str = '',
 ) -> None:
     """Makes a new network harmonic in place: the `stem` a HarmonicBlock2d, the others by `level_of` their names."""
     for option, value in (('harmonic_stem', harmonic_stem), ('harmonic_blocks', harmonic_blocks)):
         if not isinstance(value, bool):
             raise TypeError(f'{option} must be True or False, got {value!r}.')
     name_of_basis(**basis)  # checks the options even if nothing becomes harmonic
-    wanted = {
-        name: level_of(name)
-        for name in reasons_to_skip(model)
-        if name.startswith(within) and (harmonic_stem if name == stem else harmonic_blocks)
-    }
-    make_harmonic(model, wanted, basis=basis, stem=stem)
+    harmonic = [name for name in reasons_to_skip(model) if (harmonic_stem if name == stem else harmonic_blocks)]
+    make_harmonic(model, {name: level_of(name) for name in harmonic}, basis=basis, stem=stem)
 
 
 def tap_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
     """Resolves timm's indices of `count` features: None for all, n for the last n, or a list. Raises InputError."""
-    if indices is None:
-        return list(range(count))
-    low, high = (1, count) if isinstance(indices, int) else (-count, count - 1)
-    given = [indices] if isinstance(indices, int) else list(indices)
-    if not all(low <= i <= high for i in given):
-        raise InputError(f'feature indices must be from {low} to {high}, got {indices!r}.')
-    return list(range(count - indices, count)) if isinstance(indices, int) else [i % count for i in given]
+    indices = count if indices is None else indices
+    places = range(-indices, 0) if isinstance(indices, int) else indices
+    if not places or not all(-count <= place < count for place in places):
+        allowed = f'from {-count} to {count - 1}, or one number of the last features, 1 to {count}'
+        raise InputError(f'feature indices must be {allowed}, got {indices!r}.')
+    return [place % count for place in places]
 
 
 def register(create: Callable[..., nn.Module], names: Iterable[str]) -> None:
