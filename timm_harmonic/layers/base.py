@@ -384,13 +384,13 @@ class HarmonicLayer(nn.Module):
 
     def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the separable form: responses (B, P * C, H', W') to the functions, mixed by the coefficients."""
-        if self.kept is not None:
-            return F.conv2d(self._respond(x, self.basis), coefficients, bias)
         repeated = self.repeats > 1
         if repeated:
             x = torch.cat([x] * self.repeats, x.dim() - 3)
-        filters = responding(self.basis.to(self.weight.dtype), self.in_channels, repeated)
-        responses = self._convolve(x, filters, None, self.in_channels * self.repeats)
+            filters = responding(self.basis.to(self.weight.dtype), self.in_channels, True)
+            responses = self._convolve(x, filters, None, self.in_channels * self.repeats)
+        else:
+            responses = self._respond(x, self.basis)
         return F.conv2d(responses, mixing(coefficients, repeated), bias, groups=self.groups)
 
     def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:

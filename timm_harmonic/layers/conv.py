@@ -16,8 +16,6 @@ from .dct import project
 torch.fx.wrap('compose')
 torch.fx.wrap('pad_same')
 
-_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of filters to project
-
 
 class HarmonicConv2d(HarmonicLayer):
     """Convolution with learned combinations of fixed DCT functions (arXiv:2001.06570).
@@ -155,7 +153,7 @@ class HarmonicConv2d(HarmonicLayer):
         fits = stored.shape == (*self.weight.shape[:2], *self.kernel_size)
         if not fits or self.kept is not None or self.kernel_size == (1, 1):
             return stored
-        if stored.dtype not in _PRECISIONS:
+        if stored.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise InputError(f'cannot project filters of dtype {stored.dtype}: convert them to floating point first')
         wide = stored.detach().to(torch.promote_types(stored.dtype, self.weight.dtype))
         coefficients = project(wide, self.basis_for(wide))
