@@ -2,11 +2,10 @@
 
 from .base import COMPUTED, HarmonicLayer, computes_weight, conv_args, owns_weight
 from .block import HarmonicBlock2d
-from .compose import compose, format_of
+from .compose import compose
 from .conv import HarmonicConv2d, HarmonicConv2dSame
 from .dct import (
     check_level,
-    check_smoothness,
     dct_basis,
     dct_frequencies,
     dct_spectrum,

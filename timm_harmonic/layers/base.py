@@ -3,7 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from ..common.device import float64_device, kind_of
 from .compose import FEW_CHANNELS, basis_for_product, format_of
 from .dct import (
     check_level,
-    check_smoothness,
     code_of_basis,
     dct_basis,
     dct_frequencies,
@@ -50,9 +49,9 @@ def computes_weight(hook: Any) -> bool:
 
 
 def refresh(layer: nn.Module) -> None:
-    """Recomputes what pre-hooks compute, such as a pruned weight, as the next forward pass would.
+    """Recomputes what pre-hooks compute, such as a pruned weight, as the next forward pass would; their state stays.
 
-    The state of the hooks (spectral_norm has one) stays. Raises InputError if an unknown hook may compute the weight.
+    Raises InputError if an unknown hook may compute the weight.
     """
     if isinstance(layer, HarmonicLayer):
         _complete(layer)
@@ -76,8 +75,7 @@ def owns_weight(layer: nn.Module) -> bool:
 
 def _complete(layer: 'HarmonicLayer', inputs: Any = None) -> None:
     """Builds the basis of a layer made on meta whose coefficients have values, however they were set; a pre-hook."""
-    made_on_meta = _complete in layer._forward_pre_hooks.values()
-    if made_on_meta and not layer._coefficients_in_memory().is_meta:
+    if _complete in layer._forward_pre_hooks.values() and not layer._coefficients_in_memory().is_meta:
         layer.init_non_persistent_buffers()
 
 
@@ -90,15 +88,6 @@ def _pairs_of(kept: Tensor, count: int) -> Tensor:
 
 class HarmonicLayer(nn.Module):
     """Arguments, coefficients and basis of a harmonic layer; subclasses define what is convolved."""
-
-    if TYPE_CHECKING:  # TorchScript would make an annotated bias optional
-        weight: Tensor
-        bias: Tensor | None
-        basis: Tensor
-        rounded: Tensor | None
-        basis_code: Tensor | None
-        kept: Tensor | None
-        pairs: Tensor
 
     dynamic_padding = False  # pads by the size of the input, as timm's Conv2dSame does
 
@@ -123,16 +112,15 @@ class HarmonicLayer(nn.Module):
     ) -> None:
         super().__init__()
         # Which coefficients (1, C, P, 1) are kept; None for all. Averages and casts leave booleans as they are.
+        self.kept: Tensor | None
         self.register_buffer('kept', None)
         self.register_buffer('pairs', None, persistent=False)
         for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):
             if channels < 1:
                 raise InputError(f'{name} must be at least 1, got {channels}.')
-        mode: Any = padding_mode
         # nn.Conv2d checks and completes its own arguments. On the meta device it allocates nothing.
-        conv: Any = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, mode, 'meta'
-        )
+        args: Any = (kernel_size, stride, padding, dilation, groups, False, padding_mode, 'meta')
+        conv: Any = nn.Conv2d(in_channels, out_channels, *args)
         for name in (*_CONV_ARGS, 'output_padding', '_reversed_padding_repeated_twice'):
             setattr(self, name, getattr(conv, name))
         side, width = conv.kernel_size
@@ -141,11 +129,10 @@ class HarmonicLayer(nn.Module):
         self.level = check_level(level, full_level(side))
         self.dc = dc
         self.normalization = normalization
-        options_of_basis(normalization, smoothness)  # raises before anything is allocated
-        self.smoothness = check_smoothness(smoothness)
+        self.smoothness = options_of_basis(normalization, smoothness).get('smoothness')
         self.form = check_form(form)
         # Share of the filters' energy that truncation left; None if unknown. Conversions set it.
-        self.energy_kept = self._energy_of_new()
+        self.energy_kept = 1.0 if self.is_complete() else None
         # Time of evaluation by form, for one batch of example images. Measurements set it.
         self.milliseconds: dict[str, float] | None = None
 
@@ -154,6 +141,7 @@ class HarmonicLayer(nn.Module):
         # accelerate's init_empty_weights moves parameters to meta, and needs buffers where they are without it.
         here, asked = torch.empty(0, dtype=dtype), torch.empty(0, **dd)
         self.weight = nn.Parameter(here)
+        self.basis: Tensor
         self.register_buffer('basis', here if asked.is_meta and self.weight.is_meta else asked, persistent=False)
         self.register_buffer('rounded', None, persistent=False)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, count, 1, **dd))
@@ -167,8 +155,10 @@ class HarmonicLayer(nn.Module):
         """Adds the module that normalises responses, in a layer that has one."""
 
     def reset_parameters(self) -> None:
-        """Initialises the coefficients and the bias."""
-        raise NotImplementedError
+        """Kaiming normal over fan-out, std sqrt(2 / (O * P)), as in the authors' code; bias zero."""
+        nn.init.kaiming_normal_(self.weight, mode='fan_out', nonlinearity='relu')
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def init_non_persistent_buffers(self) -> None:
         """Rebuilds the basis where the coefficients are; while they alone are on meta, it stays where it is."""
@@ -192,9 +182,8 @@ class HarmonicLayer(nn.Module):
 
     def _coefficients_in_memory(self) -> Tensor:
         """Returns the parameter that casts reach: the coefficients or, pruned or normed, what computes them."""
-        names = ('weight', 'parametrizations.weight.')
         for name, parameter in self.named_parameters():
-            if name.startswith(names):
+            if name.startswith(('weight', 'parametrizations.weight.')):
                 return parameter
         return self.weight
 
@@ -206,8 +195,7 @@ class HarmonicLayer(nn.Module):
         """Builds the basis (P, k, k) on a tensor's device and in its precision, but never below float32.
 
         Filters over few channels take float64 where the device has it, as few coefficients cost little. So does
-        everything on CUDA: where TF32 is allowed, as timm's scripts do, products in float32 keep three digits.
-        `rounded` is the basis of products for which those will do.
+        everything on CUDA, for products that TF32 would round; see `basis_for_product`.
         """
         exact = kind_of(like) == 'cuda' or self.in_channels // self.groups <= FEW_CHANNELS
         exact = exact and float64_device(like.device) == like.device
@@ -216,7 +204,6 @@ class HarmonicLayer(nn.Module):
         return dct_basis(*options, device=like.device, dtype=dtype)
 
     def _basis_for_product(self) -> Tensor:
-        """Returns the basis in the precision that filters need now, see `basis_for_product`."""
         return basis_for_product(self.weight, self.basis, self.rounded, self.in_channels // self.groups)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
@@ -249,7 +236,7 @@ class HarmonicLayer(nn.Module):
         if problem:
             error_msgs.append(f'{weight}: {problem}')
             return
-        self.energy_kept = self._energy_of_new()
+        self.energy_kept = 1.0 if self.is_complete() else None
         super()._load_from_state_dict({k: v for k, v in state_dict.items() if k != key}, prefix, metadata, *reports)
         if key in missing_keys:
             missing_keys.remove(key)  # it was compared above
@@ -257,7 +244,7 @@ class HarmonicLayer(nn.Module):
         self.init_non_persistent_buffers()
 
     def projected(self, stored: Tensor, assign: bool) -> Tensor:
-        """Returns coefficients from a state dict, which become the parameter (`assign`) or are copied into it."""
+        """Returns the coefficients of a state dict, which become the parameter (`assign`) or are copied into it."""
         return stored
 
     def named_basis(self) -> str:
@@ -286,12 +273,11 @@ class HarmonicLayer(nn.Module):
         if self.kept is None:
             return weight
         channels, count = self.kept.shape[1:3]
-        of_channel, of_function = self.pairs[0], self.pairs[1]
         zeros = weight.new_zeros(weight.shape[0], channels * count)
         if self.kept.is_contiguous():
-            places = of_channel * count + of_function
+            places = self.pairs[0] * count + self.pairs[1]
             return zeros.index_copy(1, places, weight.flatten(1)).reshape(-1, channels, count, 1)
-        places = of_function * channels + of_channel
+        places = self.pairs[1] * channels + self.pairs[0]
         return zeros.index_copy(1, places, weight.flatten(1)).reshape(-1, count, channels, 1).transpose(1, 2)
 
     def format(self) -> torch.memory_format:
@@ -302,15 +288,8 @@ class HarmonicLayer(nn.Module):
         """Tells whether the layer can express every filter: it keeps all frequencies, in all channels."""
         return self.kept is None and self.level == full_level(self.kernel_size[0])
 
-    def _energy_of_new(self) -> float | None:
-        """Returns the share of energy kept by new or loaded coefficients: unknown if some are left out."""
-        return 1.0 if self.is_complete() else None
-
     def energies(self) -> Tensor:
-        """Returns the energy of the filters by input channel of a group and frequency: (C / groups, P), float64, CPU.
-
-        The functions are orthogonal, so the energies add up to the squared norm of `filters()`.
-        """
+        """Returns the filters' energies by input channel of a group and frequency: (C / groups, P), float64, CPU."""
         functions = self.basis.detach().to('cpu', torch.float64).square().sum((1, 2))
         return self.coefficients().detach().to('cpu', torch.float64).square().sum((0, 3)) * functions
 
@@ -325,21 +304,17 @@ class HarmonicLayer(nn.Module):
         return range(self.level, min(sum(pairs[n]) for n in used), -1)
 
     def columns_at(self, level: int) -> Tensor:
-        """Returns the places, among the coefficients of a filter in the order of `weight`, of those kept at a level."""
-        functions = torch.tensor(self.kept_at(level)[0], device='cpu')
-        if self.kept is not None:
-            return torch.isin(self.pairs[1].cpu(), functions).nonzero()[:, 0]
-        channels = torch.arange(self.in_channels // self.groups, device='cpu')
-        return (len(self.basis) * channels[:, None] + functions).flatten()
+        """Returns the places of the coefficients kept at a level, among those of a filter in the order of `weight`."""
+        every = torch.arange(len(self.basis), device='cpu').repeat(self.in_channels // self.groups)
+        functions = every if self.kept is None else self.pairs[1].cpu()
+        return torch.isin(functions, torch.tensor(self.kept_at(level)[0], device='cpu')).nonzero()[:, 0]
 
     def kept_at(self, level: int) -> tuple[list[int], Tensor]:
-        """Returns the places of the functions kept at a lower level, and the factors of their coefficients.
-
-        The spectrum is relative to the functions that a layer keeps, so the coefficients change with it.
-        """
+        """Returns the places of the functions kept at a lower level, and the factors of their coefficients."""
         side, dc = self.kernel_size[0], self.dc
         present = dct_frequencies(side, self.level, dc)
         kept = [present.index(pair) for pair in dct_frequencies(side, level, dc)]
+        # The spectrum is relative to the functions that a layer keeps.
         before, after = (dct_spectrum(side, of, dc, self.smoothness) for of in (self.level, level))
         return kept, before[kept] / after
 
@@ -361,17 +336,12 @@ class HarmonicLayer(nn.Module):
         return self._at(level, self.kept)
 
     def _at(self, level: int, kept: Tensor | None, count: int = 0) -> Any:
-        """Returns a copy at a level that keeps the coefficients in `kept` (1, C, P, 1) of those that it has, or all.
-
-        On meta, nothing but `count` says how many that are.
-        """
+        """Returns a copy at a level with the coefficients in `kept` (1, C, P, 1), or all; on meta there are `count`."""
         functions, factors = self.kept_at(level)
         new = copy.deepcopy(self)
         new._keep_responses(functions)
-        weight = (
-            self._spread(self.weight.detach())[:, :, functions]
-            * factors.to(self.weight.device, self.basis.dtype)[:, None]
-        )
+        factors = factors.to(self.weight.device, self.basis.dtype)[:, None]
+        weight = self._spread(self.weight.detach())[:, :, functions] * factors
         if kept is not None:
             new.kept = kept[:, :, functions].contiguous(memory_format=self.format())
             new.pairs = _pairs_of(new.kept, count)
@@ -391,7 +361,6 @@ class HarmonicLayer(nn.Module):
         """Drops the normalisation of all responses but those to these functions, in a layer that has one."""
 
     def extra_repr(self) -> str:
-        """Lists the arguments that differ from the defaults, as nn.Conv2d does."""
         full = full_level(self.kernel_size[0])
         defaults = dict(level=full, dc=True, normalization='l1', smoothness=None, form='dense')
         ours = [f', {k}={getattr(self, k)!r}' for k, default in defaults.items() if getattr(self, k) != default]
@@ -415,13 +384,13 @@ class HarmonicLayer(nn.Module):
 
     def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the separable form: responses (B, P * C, H', W') to the functions, mixed by the coefficients."""
-        if self.kept is not None:
-            return F.conv2d(self._respond(x, self.basis), coefficients, bias)
         repeated = self.repeats > 1
         if repeated:
             x = torch.cat([x] * self.repeats, x.dim() - 3)
-        filters = responding(self.basis.to(self.weight.dtype), self.in_channels, repeated)
-        responses = self._convolve(x, filters, None, self.in_channels * self.repeats)
+            filters = responding(self.basis.to(self.weight.dtype), self.in_channels, True)
+            responses = self._convolve(x, filters, None, self.in_channels * self.repeats)
+        else:
+            responses = self._respond(x, self.basis)
         return F.conv2d(responses, mixing(coefficients, repeated), bias, groups=self.groups)
 
     def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:

@@ -1,12 +1,5 @@
-"""The harmonic block with normalised responses: the paper's choice for the stem (arXiv:2001.06570).
+"""The harmonic block with normalised responses."""
 
-    y = mix(normalise(respond(x)))
-
-respond() filters every input channel by every DCT function, mix() is a 1 x 1 convolution. Once the statistics of the
-responses are known, all three are linear, so the layer computes them as one dense convolution wherever it can.
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,52 +13,33 @@ from .base import HarmonicLayer, refresh
 from .compose import compose, outside_autocast
 from .dct import dct_spectrum
 
-# With smoothness, the floor under each variance. On images of mean 0 and deviation 1 the variances of the responses
-# average 1. Without a floor, normalisation amplifies a frequency by as much as it is rare in training, and sharper
-# images, which hold more of it, look like other images.
+# With smoothness, the floor under each variance; on images of mean 0 and deviation 1 these average 1. Without a floor,
+# a frequency is amplified by as much as it is rare in training, and sharper images look like other images.
 _FLOOR = 0.05
 # Responses computed at a time where only their statistics are needed.
 _PIECE_CPU, _PIECE = 2**19, 2**26
 
 
-def _scale(var: Tensor, gamma: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """Returns the factors (C * P,) by which normalisation scales the responses."""
-    scale = torch.rsqrt(var.to(dtype) + eps)
-    return scale if gamma is None else scale * gamma
-
-
-def _times(weight: Tensor, factors: Tensor, groups: int) -> Tensor:
-    """Multiplies coefficients (O, I, P, 1) by factors of the responses (C * P,), channel-major."""
-    # (groups, O / groups, I, P) * (groups, 1, I, P)
-    grouped = (groups, -1, weight.shape[1], weight.shape[2])
-    return (weight.reshape(grouped) * factors.reshape(grouped)).reshape(weight.shape)
-
-
 def _fuse_norm(
-    weight: Tensor,
-    spectrum: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    groups: int,
-    dtype: torch.dtype,
+    weight: Tensor, spectrum: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Fuses the normalisation of the responses into the mix: coefficients (O, I, P, 1) and bias (O,).
 
     A response r_cn enters the mix as weight_ocn s_n (gamma_cn (r_cn - mean_cn) / sqrt(var_cn + eps) + beta_cn), with
     the spectrum s. Statistics, gamma and beta are (C * P,), channel-major. The coefficients refer to the basis: s_n
-    times the functions whose responses are r_cn. The results have the given dtype.
+    times the functions whose responses are r_cn.
     """
-    weight = weight.to(dtype)
-    scale = _scale(var, gamma, eps, dtype)
+    scale = torch.rsqrt(var.to(weight.dtype) + eps)
+    if gamma is not None:
+        scale = scale * gamma
     shift = -mean * scale
     if beta is not None:
         shift = shift + beta
-    factors = shift.reshape(-1, weight.shape[2]) * spectrum.to(dtype)
-    mixed = _times(weight, factors, groups)
-    return _times(weight, scale, groups), mixed.sum((1, 2, 3))
+    channels, count = weight.shape[1:3]
+    scale, shift = scale.reshape(-1, 1, channels, count), shift.reshape(-1, 1, channels, count)
+    grouped = weight.reshape(scale.shape[0], -1, channels, count)  # (groups, O / groups, I, P)
+    bias = (grouped * (shift * spectrum.to(weight.dtype))).sum((2, 3)).flatten()
+    return (grouped * scale).reshape(weight.shape), bias
 
 
 def _in_format_of(y: Tensor, x: Tensor) -> Tensor:
@@ -85,14 +59,11 @@ class HarmonicBlock2d(HarmonicLayer):
     The layer filters every input channel by every DCT function, batch-normalises the C * P responses without affine
     parameters, and mixes them by a 1 x 1 convolution. It computes this as one dense convolution with the normalisation
     fused in: by running statistics in evaluation, by those of the batch in training. If the input needs a gradient in
-    training, it takes the three steps explicitly. `form` is the form of evaluation.
+    training, it takes the three steps explicitly.
 
-    Takes the arguments of `HarmonicConv2d` and has the same attributes.
-
-    Normalisation makes nearly empty high frequencies as large as the others. With a smoothness the layer undoes that:
-    it multiplies the normalised response to function n by s_n before mixing, and puts a floor under the variances. Its
-    coefficients then start at the scale of a plain convolution. The authors' start sqrt(P) times as large, so that
-    Adam-like optimizers need that much longer to change them.
+    It takes the arguments of `HarmonicConv2d`, where `form` is the form of evaluation, raises the same errors and has
+    the same attributes. With a smoothness it multiplies the normalised response to function n by s_n before mixing,
+    puts a floor under the variances, and starts at the scale of a plain convolution; docs/layers.md says why.
 
     Attributes:
         weight: Mixing coefficients (O, C / groups, P, 1).
@@ -101,10 +72,6 @@ class HarmonicBlock2d(HarmonicLayer):
             smoothness scales it.
         bn: BatchNorm2d(C * P, affine=False) over the responses, in the order c * P + n. Its eps is the authors' 1e-5;
             with a smoothness it is 0.05, for images of about mean 0 and deviation 1.
-
-    Raises:
-        TypeError: If kernel_size, level or smoothness has another type.
-        InputError: If an argument is out of range, naming it.
     """
 
     def _add_norm(self) -> None:
@@ -126,8 +93,7 @@ class HarmonicBlock2d(HarmonicLayer):
         if not self.bn.training and self.has_statistics():
             if self.form == 'separable':
                 return self._separate(x, *self._mix_in_eval())
-            filters, bias = self._fused()
-            return self._convolve(x, filters, bias, self.groups)
+            return self._convolve(x, *self._fused(), self.groups)
         if not torch.jit.is_scripting() and self._can_be_dense(x):
             return self._convolve(x, *self._fused_by_batch(x), self.groups)
         responses = self.bn(self.responses(x))
@@ -146,7 +112,6 @@ class HarmonicBlock2d(HarmonicLayer):
         return self._respond(x.contiguous(memory_format=torch.channels_last), self.functions)
 
     def init_non_persistent_buffers(self) -> None:
-        """Rebuilds the basis, the spectrum and the functions, see `HarmonicConv2d`."""
         super().init_non_persistent_buffers()
         with torch.inference_mode(False):
             self.spectrum = dct_spectrum(self.kernel_size[0], self.level, self.dc, self.smoothness).to(self.basis)
@@ -175,8 +140,7 @@ class HarmonicBlock2d(HarmonicLayer):
         """Returns the coefficients (O, C / groups, P, 1) of the filters of evaluation, normalisation included."""
         self._check_statistics('weigh frequencies')
         refresh(self)
-        scale = _scale(self.bn.running_var, self.bn.weight, self.bn.eps, self.basis.dtype)
-        return _times(self.weight.to(scale.dtype), scale, self.groups)
+        return self._mix_by(self.bn.running_mean, self.bn.running_var, self.basis.dtype)[0]
 
     def filters(self) -> Tensor:
         """Composes the filters (O, C / groups, k, k) of evaluation, differentiably."""
@@ -215,20 +179,17 @@ class HarmonicBlock2d(HarmonicLayer):
         return self._fused_by(self.bn.running_mean, self.bn.running_var, self._basis_for_product())
 
     def _fused_by(self, mean: Tensor, var: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Composes filters (O, C / groups, k, k) and bias (O,) that normalise the responses by these statistics."""
         coefficients, bias = self._mix_by(mean, var, basis.dtype)
         filters = compose(coefficients, basis, self.weight)
         return filters.to(self.weight.dtype), bias.to(self.weight.dtype)
 
     def _mix_in_eval(self) -> tuple[Tensor, Tensor]:
-        """Returns coefficients (O, C / groups, P, 1) and bias (O,), with the normalisation of evaluation fused in."""
         coefficients, bias = self._mix_by(self.bn.running_mean, self.bn.running_var, self.basis.dtype)
         return coefficients.to(self.weight.dtype), bias.to(self.weight.dtype)
 
     def _mix_by(self, mean: Tensor, var: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        bn = self.bn
-        statistics = (mean, var, bn.weight, bn.bias, bn.eps)
-        coefficients, bias = _fuse_norm(self.weight, self.spectrum, *statistics, self.groups, dtype)
+        norm = (mean, var, self.bn.weight, self.bn.bias, self.bn.eps)
+        coefficients, bias = _fuse_norm(self.weight.to(dtype), self.spectrum, *norm)
         return coefficients, bias if self.bias is None else bias + self.bias
 
     @torch.jit.unused
@@ -262,7 +223,7 @@ class HarmonicBlock2d(HarmonicLayer):
         functions = self.functions.to(x.dtype).unsqueeze(1)  # (P, 1, k, k)
         on_cpu = kind_of(x) == 'cpu'
         images = x.reshape(-1, 1, height, width)
-        parts: Sequence[Tensor] = (images,)
+        parts: tuple[Tensor, ...] = (images,)
         if not torch.compiler.is_exporting():  # a program must not depend on the number of pieces
             positions = max(1, height * width // (self.stride[0] * self.stride[1]))  # about
             # A compiled graph contains every piece, so there they are large.

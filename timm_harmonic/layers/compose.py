@@ -12,20 +12,13 @@ FEW_CHANNELS = 16  # of a filter: rounding shows in so short a sum
 
 
 def basis_for_product(like: Tensor, exact: Tensor, rounded: Tensor | None, channels: int) -> Tensor:
-    """Chooses between a basis in float64 and the same in float32, for filters as precise as a plain convolution's.
+    """Chooses between a basis in float64 and, unless it is None, the same rounded to float32.
 
+    Filters from coefficients `like`, which span so many channels, have to be as precise as a plain convolution's.
     In bfloat16, under autocast or throughout, filters are rounded to 8 bits. There float32 will do even if TF32 rounds
     the factors to 11. Everywhere else TF32 would show, and so would float32 if a filter spans few channels.
-
-    Args:
-        like: Coefficients.
-        exact: Basis (P, k, k).
-        rounded: The same in float32, or None if there is no choice.
-        channels: Channels that a filter spans.
     """
-    if torch.jit.is_scripting():  # cannot ask
-        return exact
-    if rounded is None:
+    if torch.jit.is_scripting() or rounded is None:  # TorchScript cannot ask what follows
         return exact
     kind = like.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -84,7 +77,7 @@ def outside_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 class _Off:
-    """Does what torch.autocast(..., enabled=False) does, in a seventh of the time, which a small network shows."""
+    """torch.autocast(..., enabled=False) in a seventh of the time, which a small network shows."""
 
     def __init__(self, device_type: str) -> None:
         self.device_type = device_type

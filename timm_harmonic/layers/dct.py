@@ -1,7 +1,4 @@
-"""The DCT basis of harmonic networks, as mathematics: pure functions of kernel size, level and smoothness.
-
-Type-II discrete cosine functions on a k x k grid (Ulicny, Krylov, Dahyot, arXiv:2001.06570).
-"""
+"""The DCT basis of harmonic networks (Ulicny, Krylov, Dahyot, arXiv:2001.06570), as mathematics: pure functions."""
 
 from typing import Any
 
@@ -31,30 +28,24 @@ def check_level(level: int | None, top: int, name: str = 'level') -> int:
     return level
 
 
-def check_smoothness(smoothness: float | None) -> float | None:
-    """Returns a smoothness as a float, or None. Raises TypeError for another type, InputError outside 0..10."""
+def options_of_basis(normalization: str, smoothness: float | None) -> dict[str, Any]:
+    """Checks the options of a basis and returns those that differ from the authors'.
+
+    Smoothness scales functions of unit energy, so that normalization 'l1' does not count with it. Raises TypeError if
+    smoothness has another type, InputError if an option is out of range.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise InputError(f'normalization must be one of {NORMALIZATIONS}, got {normalization!r}.')
+    usual = ('l1',) if smoothness is None else ('l1', 'ortho')
+    options: dict[str, Any] = {} if normalization in usual else dict(normalization=normalization)
     if smoothness is None:
-        return None
+        return options
     message = f'smoothness must be None or a number from 0 to {MAX_SMOOTHNESS:g}, got {smoothness!r}.'
     if not isinstance(smoothness, (int, float)) or isinstance(smoothness, bool):
         raise TypeError(message)
     if not 0 <= smoothness <= MAX_SMOOTHNESS:
         raise InputError(message)
-    return abs(float(smoothness))  # -0.0 is 0.0
-
-
-def options_of_basis(normalization: str, smoothness: float | None) -> dict[str, Any]:
-    """Checks the options of a basis and returns those that differ from the authors'.
-
-    Smoothness scales functions of unit energy, so that normalization 'l1' does not count with it. Raises InputError or
-    TypeError if an option is out of range.
-    """
-    if normalization not in NORMALIZATIONS:
-        raise InputError(f'normalization must be one of {NORMALIZATIONS}, got {normalization!r}.')
-    smoothness = check_smoothness(smoothness)
-    usual = ('l1',) if smoothness is None else ('l1', 'ortho')
-    options: dict[str, Any] = {} if normalization in usual else dict(normalization=normalization)
-    return options if smoothness is None else dict(options, smoothness=smoothness)
+    return dict(options, smoothness=abs(float(smoothness)))  # -0.0 is 0.0
 
 
 def name_of_basis(normalization: str, smoothness: float | None) -> str:
@@ -67,8 +58,7 @@ def name_of_basis(normalization: str, smoothness: float | None) -> str:
 def code_of_basis(normalization: str, smoothness: float | None) -> Tensor | None:
     """Encodes the options of a basis for a state dict: 32 binary digits (bool), None for the authors' basis.
 
-    The digits hold the place of the normalization in NORMALIZATIONS and the smoothness in millionths. Averaging equal
-    booleans leaves them as they are; averaged integers may come out one less.
+    They hold the place of the normalization in NORMALIZATIONS and the smoothness in millionths, and survive averages.
     """
     options = options_of_basis(normalization, smoothness)
     number = NORMALIZATIONS.index(options.get('normalization', 'l1'))
@@ -101,9 +91,8 @@ def dct_frequencies(kernel_size: int, level: int | None = None, dc: bool = True)
     level = check_level(level, full_level(kernel_size))
     pairs = [(i, j) for i in range(kernel_size) for j in range(kernel_size) if i + j < level and (dc or i + j > 0)]
     if not pairs:
-        raise InputError(
-            f'kernel_size={kernel_size}, level={level} and dc=False leave no function: raise level or set dc=True.'
-        )
+        options = f'kernel_size={kernel_size}, level={level} and dc=False'
+        raise InputError(f'{options} leave no function: raise level or set dc=True.')
     return pairs
 
 
@@ -115,7 +104,7 @@ def dct_spectrum(
     s_ij = c (1 + i + j)^(-smoothness), with c such that the mean of s^2 is 1. All factors are 1 without smoothness.
     """
     sums = torch.tensor([i + j for i, j in dct_frequencies(kernel_size, level, dc)], dtype=torch.float64, device='cpu')
-    spectrum = (1 + sums) ** -(check_smoothness(smoothness) or 0.0)
+    spectrum = (1 + sums) ** -(smoothness or 0.0)
     return spectrum / spectrum.square().mean().sqrt()
 
 
@@ -129,9 +118,9 @@ def dct_basis(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns the DCT-II basis functions d_ij(x, y) = cos(pi (x + 1/2) i / k) cos(pi (y + 1/2) j / k).
+    """Returns the DCT-II basis functions d_ij(x, y) = cos(pi (x + 1/2) i / k) cos(pi (y + 1/2) j / k): (P, k, k).
 
-    They are orthogonal in every scaling. They are computed on the CPU in float64, then cast.
+    They are orthogonal in every scaling, i is outer and j inner. They are computed on the CPU in float64, then cast.
 
     Args:
         kernel_size: Side k of the functions.
@@ -143,9 +132,6 @@ def dct_basis(
             (1 + i + j)^(-smoothness), and all by one factor that makes their mean energy 1 (`dct_spectrum`).
         device: Device of the result.
         dtype: Dtype of the result; None stands for torch's default dtype.
-
-    Returns:
-        Tensor (P, k, k), i outer and j inner.
 
     Raises:
         TypeError: If kernel_size, level or smoothness has another type.
@@ -169,5 +155,4 @@ def project(filters: Tensor, basis: Tensor) -> Tensor:
     orthogonal, and may have any norm. The result has the basis' dtype.
     """
     dual = basis / basis.square().sum((1, 2), keepdim=True)
-    # (O, I, k * k) @ (k * k, P)
     return (filters.to(basis.dtype).flatten(2) @ dual.flatten(1).t()).unsqueeze(-1)

@@ -2,14 +2,11 @@
 
     y = mix(respond(repeat(x)))
 
-respond() filters each channel by the P functions that the layer keeps, mix() holds the coefficients. The dense form
-computes the same by one k x k convolution with composed filters. For C input and O output channels the separable form
-takes P k^2 C + P C O / groups multiply-adds at each position, the dense one k^2 C O / groups: the lower the level, the
-more it saves.
+respond() filters each channel by the P functions that the layer keeps, mix() holds the coefficients. For C input and O
+output channels that takes P k^2 C + P C O / groups multiply-adds at each position, the dense form k^2 C O / groups.
 
-repeat() makes P copies of the channels first, in the order n * C + c. Every fixed filter then has one input and one
-output channel: runtimes have no fast kernel for a depth-wise convolution with more outputs. For a constant function
-alone that takes no longer than average pooling, and far less time in 8 bits.
+repeat() first makes P copies of the channels, in the order n * C + c, so that every fixed filter has one input and one
+output channel: runtimes have no fast kernel for a depth-wise convolution with more outputs.
 """
 
 import torch
@@ -38,7 +35,6 @@ class RepeatChannels(nn.Module):
         return torch.cat([x] * self.times, x.dim() - 3)  # keeps the memory format; images may come without a batch
 
     def extra_repr(self) -> str:
-        """Tells how often channels are repeated."""
         return f'times={self.times}'
 
 
