@@ -286,7 +286,7 @@ class HarmonicLayer(nn.Module):
 
     def is_complete(self) -> bool:
         """Tells whether the layer can express every filter: it keeps all frequencies, in all channels."""
-        return self.kept is None and self.level == full_level(self.kernel_size[0])
+        return self.dc and self.kept is None and self.level == full_level(self.kernel_size[0])
 
     def energies(self) -> Tensor:
         """Returns the filters' energies by input channel of a group and frequency: (C / groups, P), float64, CPU."""
