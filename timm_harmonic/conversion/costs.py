@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..common import InputError, explained
-from ..layers import FORMS, HarmonicLayer, check_form
+from ..common import explained
+from ..layers import HarmonicLayer
 from .running import Use, uses_of
 from .swap import harmonic_layers, in_fusing_blocks, make_plain
 from .timing import time_of, times_of_layers
 
 Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the first pattern that matches counts
 
-# `forms_by_rule`: the share of the dense form's multiply-adds, and the channels in each group of the 1 x 1 convolution.
+# `forms_by_rule`: the share of the dense form's multiply-adds, and the channels in each group of the 1 x 1 convolution;
+# with fewer, fixed filters take longer than they save.
 _SHARE, _CHANNELS = 0.5, dict(torch=128, onnxruntime=64)
 
 
@@ -59,7 +59,6 @@ class Costs:
         return self.rest + sum(min(of.cost for of in by_level.values()) for by_level in self.of.values())
 
     def text(self, cost: float) -> str:
-        """Formats a cost with its unit."""
         return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'
 
 
@@ -135,16 +134,11 @@ def reduced(layer: Any, choice: int, kept: Mapping[int, Tensor] | None = None) -
 
 
 def _saves(layer: HarmonicLayer, level: int) -> bool:
-    """Tells whether the separable form takes fewer multiply-adds at a level."""
     return multiply_adds(layer, level, 'separable') < multiply_adds(layer, level, 'dense')
 
 
 def forms_by_rule(model: nn.Module, runtime: str = 'torch') -> dict[str, str]:
-    """Chooses a form for each harmonic layer without a measurement, as is faster on most CPUs.
-
-    A layer becomes separable if that takes at most half of the multiply-adds, and it either keeps a single function or
-    has 128 channels in each group (64 in ONNX Runtime): with fewer, fixed filters take longer than they save.
-    """
+    """Chooses a form for each harmonic layer by the rule of `deploy`: what is faster on most CPUs."""
     found = {}
     for name, layer in harmonic_layers(model).items():
         separable, dense = (multiply_adds(layer, layer.level, form) for form in ('separable', 'dense'))
@@ -155,11 +149,7 @@ def forms_by_rule(model: nn.Module, runtime: str = 'torch') -> dict[str, str]:
 
 
 def forms_by_time(model: nn.Module, images: Tensor, runtime: str = 'torch') -> dict[str, str]:
-    """Chooses a form for each harmonic layer by timing both in a runtime, on the inputs that it gets from these images.
-
-    A layer becomes separable only where that is faster by more than the noise. Layers that are timed note their times
-    in `milliseconds`: those whose separable form takes fewer multiply-adds.
-    """
+    """Chooses a form for each harmonic layer by timing both, see `deploy`; layers that are timed note their times."""
     layers, uses, dense = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
     found = dict.fromkeys(layers, 'dense')
     able = [name for name, layer in layers.items() if uses[name] and name not in dense and _saves(layer, layer.level)]
@@ -200,32 +190,12 @@ def _time_levels(
 
 
 def _fused(layer: HarmonicLayer, level: int, form: str) -> nn.Module:
-    """Returns the plain modules of a layer at a level in a form."""
     low: Any = reduced(layer, level)
     low.form = form
     return low.fuse().eval()
 
 
-def forms_by_names(names: Sequence[str], form: Form) -> dict[str, str]:
-    """Returns the forms of layers by their names: one for all, or those of the patterns that match.
-
-    Raises InputError if a form is unknown, or a pattern matches none of the names.
-    """
-    if isinstance(form, str):
-        return dict.fromkeys(names, check_form(form))
-    if not isinstance(form, Mapping) or not all(isinstance(pattern, str) for pattern in form):
-        raise TypeError(f'form must be one of {FORMS}, or map patterns of names to them, got {form!r}.')
-    found: dict[str, str] = {}
-    for pattern, value in form.items():
-        matching = [name for name in names if fnmatchcase(name, pattern)]
-        if not matching:
-            raise InputError(f'form: {pattern!r} matches none of the harmonic layers.')
-        found = {**dict.fromkeys(matching, check_form(value)), **found}  # the first pattern counts
-    return found
-
-
 def set_forms(model: nn.Module, forms: Mapping[str, str]) -> None:
-    """Sets the forms of harmonic layers, in place."""
     layers = harmonic_layers(model)
     for name, form in forms.items():
         layers[name].form = form

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from ..common import InputError
 from ..layers import FORMS
-from .costs import forms_by_names, forms_by_rule, forms_by_time
+from .costs import forms_by_rule, forms_by_time
 from .running import trainable
 from .swap import check_unwrapped, harmonic_layers, make_plain
 from .timing import check_runtime
@@ -41,6 +41,6 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
         raise InputError(f"form must be 'auto' or one of {FORMS}, got {form!r}.")
     check_runtime(runtime)
     if form != 'auto':
-        return make_plain(model, forms_by_names(list(harmonic_layers(model)), form))
+        return make_plain(model, dict.fromkeys(harmonic_layers(model), form))
     found = forms_by_rule(model, runtime) if images is None else forms_by_time(model, images, runtime)
     return make_plain(model, found)

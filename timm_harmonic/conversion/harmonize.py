@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,8 +10,17 @@ from timm.models import get_model_args
 from torch import nn
 
 from ..common import InputError
-from ..layers import HarmonicBlock2d, HarmonicLayer, check_level, full_level, name_of_basis, options_of_basis
-from .costs import Form, forms_by_names, set_forms
+from ..layers import (
+    FORMS,
+    HarmonicBlock2d,
+    HarmonicLayer,
+    check_form,
+    check_level,
+    full_level,
+    name_of_basis,
+    options_of_basis,
+)
+from .costs import Form, set_forms
 from .running import trainable
 from .swap import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 
@@ -71,12 +80,12 @@ def harmonize(
     present = {name: layer.named_basis() for name, layer in layers.items()}
     basis: dict[str, Any] = dict(normalization=normalization, smoothness=smoothness)
     name, new = name_of_basis(**basis), set(wanted) - set(present)
-    if (new or name != 'l1') and set(present.values()) - {name}:
-        raise InputError(
-            f"the basis {name!r} differs from that of the network's harmonic layers: "
-            f'use {next(iter(present.values()))!r}.'
-        )
-    forms = forms_by_names(list(wanted), {} if form is None else form)
+    if (others := set(present.values()) - {name}) and (new or name != 'l1'):
+        raise InputError(f"the basis {name!r} differs from the network's harmonic layers: use {min(others)!r}.")
+    given = {'*': form} if isinstance(form, str) else {} if form is None else form
+    if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):
+        raise TypeError(f'form must be one of {FORMS}, or map patterns of names to them, got {form!r}.')
+    forms = _by_name('form', given, lambda value, what: check_form(value), wanted, {})
     for name in pairs or {}:
         if name not in wanted or isinstance(layers.get(name), HarmonicBlock2d):
             raise InputError(f'pairs: {name!r} is not a convolution of the network that is harmonic or becomes so.')
@@ -104,51 +113,43 @@ def plan(
     if '' in able:
         raise InputError(f'the network is itself a {type(model).__name__}: see HarmonicConv2d.from_conv2d.')
     if not able:
-        counts = '; '.join(f'{number} x {reason}' for reason, number in Counter(skipped.values()).items())
-        raise InputError(
-            f'{type(model).__name__} has no convolution that can become harmonic: {counts or "it has no convolutions"}.'
-        )
-    chosen = {
-        name: module
-        for name, module in able.items()
-        if (include is None or _selects(include, name, module))
-        and not (exclude is not None and _selects(exclude, name, module))
-    }
-    for what, selection in (('include', include), ('exclude', exclude)):
-        for pattern in _patterns(selection):
-            _check_pattern(what, pattern, able, skipped)
+        counts = [f'{number} x {reason}' for reason, number in Counter(skipped.values()).items()]
+        kind, why = type(model).__name__, '; '.join(counts) or 'it has no convolutions'
+        raise InputError(f'{kind} has no convolution that can become harmonic: {why}.')
+    chosen = _selected('include', '*' if include is None else include, able, skipped)
+    chosen -= _selected('exclude', () if exclude is None else exclude, able, skipped)
     if not chosen:
         raise InputError(f'include and exclude leave none of the {len(able)} convolutions that can become harmonic.')
     if levels is not None and not isinstance(levels, Mapping):
-        raise TypeError(
-            f'levels must map patterns of names to levels, got {levels!r}. For one level for all, pass level.'
-        )
-    full = {name: full_level(module.kernel_size[0]) for name, module in chosen.items()}
+        raise TypeError(f'levels must map patterns of names to levels, got {levels!r}. For one for all, pass level.')
+    full = {name: full_level(module.kernel_size[0]) for name, module in able.items() if name in chosen}
     top = max(full.values())
-    patterns: dict[str, int] = {}
-    for pattern, value in (levels or {}).items():
-        _check_pattern('levels', pattern, chosen, skipped)
-        patterns[pattern] = check_level(value, top, f'levels: {pattern!r}')
+    of_layer = _by_name('levels', levels or {}, lambda value, what: check_level(value, top, what), full, skipped)
     common = check_level(level, top)
-    of_layer = {n: next((v for pattern, v in patterns.items() if fnmatchcase(n, pattern)), common) for n in chosen}
-    return {name: min(value, full[name]) for name, value in of_layer.items()}
+    return {name: min(of_layer.get(name, common), most) for name, most in full.items()}
 
 
-def _patterns(selection: Selection | None) -> Sequence[str]:
-    if selection is None or callable(selection):
-        return ()
-    return (selection,) if isinstance(selection, str) else selection
-
-
-def _selects(selection: Selection, name: str, module: nn.Module) -> bool:
+def _selected(what: str, selection: Selection, able: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> set[str]:
     if callable(selection):
-        return bool(selection(name, module))
-    return any(fnmatchcase(name, pattern) for pattern in _patterns(selection))
+        return {name for name, module in able.items() if selection(name, module)}
+    patterns = (selection,) if isinstance(selection, str) else selection
+    return {name for pattern in patterns for name in _matching(what, pattern, able, skipped)}
 
 
-def _check_pattern(what: str, pattern: str, able: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> None:
-    if any(fnmatchcase(name, pattern) for name in able):
-        return
+def _by_name(
+    what: str, given: Mapping[str, Any], check: Callable[..., Any], able: Collection[str], skipped: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns checked values by the names that their patterns match. The first pattern that matches a name counts."""
+    found: dict[str, Any] = {}
+    for pattern, value in given.items():
+        matching = _matching(what, pattern, able, skipped)
+        found = {**dict.fromkeys(matching, check(value, f'{what}: {pattern!r}')), **found}
+    return found
+
+
+def _matching(what: str, pattern: str, able: Collection[str], skipped: Mapping[str, str]) -> list[str]:
+    if matching := [name for name in able if fnmatchcase(name, pattern)]:
+        return matching
     for name, reason in skipped.items():
         if reason and fnmatchcase(name, pattern):
             raise InputError(f'{what}: {pattern!r} matches only convolutions that stay plain: {name}, {reason}.')
@@ -172,8 +173,7 @@ def record_options(model: Any) -> nn.Module:
         args.pop(option, None)
     layers = harmonic_layers(model)
     full = {name: full_level(layer.kernel_size[0]) for name, layer in layers.items()}
-    lowered = {name: layer.level for name, layer in layers.items() if layer.level < full[name]}
-    if lowered:
+    if lowered := {name: layer.level for name, layer in layers.items() if layer.level < full[name]}:
         common = max(lowered.values())
         if all(layer.level == min(common, full[name]) for name, layer in layers.items()):
             args['level'] = common
@@ -181,8 +181,7 @@ def record_options(model: Any) -> nn.Module:
             args['levels'] = {name: lowered.get(name) for name in layers}
     if pairs := {name: layer.weight.shape[1] for name, layer in layers.items() if layer.kept is not None}:
         args['pairs'] = pairs  # the weights say which
-    separable = [name for name, layer in layers.items() if layer.form == 'separable']
-    if separable:
+    if separable := [name for name, layer in layers.items() if layer.form == 'separable']:
         args['form'] = 'separable' if len(separable) == len(layers) else dict.fromkeys(separable, 'separable')
     if '' in reasons_to_skip(model).values():  # other convolutions stayed plain by choice
         args['include'] = list(layers)

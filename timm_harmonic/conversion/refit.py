@@ -34,7 +34,7 @@ class Moments:
 
     def __init__(self, features: int, sums: Tensor) -> None:
         self.features, self._sums = features, sums
-        self._blocks: list[slice] = []  # whose lower half is old
+        self._blocks: list[slice] = []  # whose lower half is old, until `sums` is read
 
     def add(self, features: Tensor, outputs: Tensor) -> None:
         """Adds rows: features (groups, N, F) and outputs (groups, N, o) in float64."""
@@ -45,7 +45,6 @@ class Moments:
 
     @property
     def sums(self) -> Tensor:
-        """The sums."""
         while self._blocks:
             block = self._blocks.pop()
             self._sums[:, block.stop :, block] = self._sums[:, block, block.stop :].mT
@@ -53,7 +52,6 @@ class Moments:
 
     @property
     def rows(self) -> float:
-        """Number of rows added."""
         return float(self.sums[0, -1, -1])
 
     def plus(self, other: 'Moments') -> 'Moments':
@@ -129,12 +127,6 @@ class Samples:
         self.share = min(1.0, max(_POSITIONS * count, _FEWEST) / positions)
         self.generator = torch.Generator().manual_seed(0)
 
-    def check(self, name: str) -> None:
-        """Raises InputError, with the layer's name, if its inputs or outputs are not finite."""
-        for moments in (self.fit, self.test):
-            if not moments.sums.isfinite().all():
-                raise InputError(f'{name} has inputs or outputs that are not finite on the data.')
-
     def add(self, x: Tensor, outputs: Tensor, held_out: Tensor) -> None:
         """Adds inputs (B, C, H, W) and outputs (B, O, H', W'); `held_out` (B,) marks the held-out images."""
         number = outputs[0, 0].numel()
@@ -156,19 +148,18 @@ def refit(
     """Fits the coefficients of a truncated network to what the complete one computes, on unlabelled images.
 
     It fits layer after layer, in the order in which they run: least squares of the complete network's output of the
-    layer on the responses that the truncated layer keeps, for the input that it gets in the truncated network. Each
-    layer thus compensates for the layers before it. A ridge pulls towards the present coefficients. Every fourth image
-    is held out to choose the ridge, and whether a layer changes at all. Then the statistics of batch normalisation are
-    re-estimated. Three networks compete on the held-out images: the truncated one, the same with re-estimated
-    statistics, and the refitted one. So far the held-out images took part in neither the fit nor the statistics; the
-    winner is then fitted to all images. This makes it likely, not certain, that the result is nearer to the complete
-    network on other images too: the more images, the likelier.
+    layer on the responses that the truncated layer keeps, for its input in the truncated network. Each layer thus
+    compensates for those before it. A ridge pulls towards the present coefficients. Every fourth image is held out to
+    choose the ridge, and whether a layer changes at all. Then the statistics of batch normalisation are re-estimated.
+    The held-out images, which took no part so far, judge three networks: the truncated one, the same with re-estimated
+    statistics, and the refitted one; the winner is then fitted to all images. It is likely, not certain, that the
+    result is nearer to the complete network on other images too: the more images, the likelier.
 
     Both networks run once, and wait while a layer is fitted; they start again behind layers that are used repeatedly.
-    The images stay in memory, 2 GiB at most, and with them all that both networks hold in between, of the first 256 MiB
-    of images: limit `batches` if that is too much. Further images run again for each layer. One layer at a time needs
-    sums of 16 (F + o)^2 bytes for F features and o outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3,
-    and about as much again to solve them.
+    The images stay in memory, 2 GiB at most, and what both networks hold in between for the first 256 MiB of them:
+    limit `batches` if that is too much. Further images run again for each layer. One layer at a time needs sums of
+    16 (F + o)^2 bytes for F features and o outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3, and about
+    as much again to solve them.
 
     Args:
         model: Complete network. Layers that are harmonic in `small` may be plain in it.
@@ -185,7 +176,24 @@ def refit(
             batch is empty or not finite, or a layer's output on it is not. Nothing has changed then.
         TypeError: If an argument is not a network, or `data` are not batches.
     """
-    _check_pair(model, small)
+    for network in (model, small):
+        check_unwrapped(network)
+    layers = harmonic_layers(small)
+    if not layers:
+        raise InputError(f'{type(small).__name__} has no harmonic layers: nothing can be refitted.')
+    modules = dict(model.named_modules())
+    for name, layer in layers.items():
+        other: Any = modules.get(name)
+        alike = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'groups')
+        if any(getattr(other, key, None) != getattr(layer, key) for key in alike):
+            raise InputError(f'{name} of the truncated network has no equal in the complete one: use the same network.')
+        if isinstance(other, HarmonicLayer) and other.weight.numel() < layer.weight.numel():
+            raise InputError(f'{name} keeps less in the complete network than in the truncated one: swap them.')
+        if not owns_weight(layer):
+            raise InputError(f'cannot refit {name}: {COMPUTED}.')
+    first, second = (f'{p.dtype} on {p.device}' for p in (next(model.parameters()), next(small.parameters())))
+    if first != second:
+        raise InputError(f'the networks must be on one device and of one dtype, got {first} and {second}.')
     if inplace:
         check_changeable(small)
     best = refitted(model, small, read_images(data, next(small.parameters()), batches))
@@ -203,11 +211,12 @@ def take_over(model: nn.Module, best: nn.Module) -> nn.Module:
 
 def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.Module:
     """Returns a refitted copy of a truncated network, see `refit`, on images of `read_images`."""
-    _check_outputs(model, small, parts[0])
     fitted, final, counted = (copy.deepcopy(small) for _ in range(3))  # `final` is fitted to the held-out images too
-    with torch.no_grad(), evaluating(model):
-        norms, uses = [norms_behind(network, parts[0]) for network in (fitted, final)], uses_of(fitted, parts[0])
-        layers = harmonic_layers(fitted)
+    with torch.no_grad(), evaluating(model), evaluating(small):
+        wanted, found = ([tuple(x.shape) for x in _outputs(network, parts[0])] for network in (model, small))
+        if not wanted or wanted != found:
+            raise InputError(f'the networks must return tensors of the same shapes, got {wanted} and {found}.')
+        layers, norms, uses = harmonic_layers(fitted), norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
         lowered = {name: len(of) for name, of in uses.items() if of and not layers[name].is_complete()}
         with (
             suspended(model, parts, lowered) as whole,
@@ -216,9 +225,9 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         ):
             for name in progress(lowered, desc='refit', unit='layer', leave=False):
                 samples = _samples(name, layers[name], uses[name], parts, zip(whole, cut, strict=True))
-                if solved := solve_layer(layers[name], samples, name in norms[0]):
-                    for network, of, solution in zip((fitted, final), norms, solved, strict=True):
-                        _set_weights(network.get_submodule(name), of.get(name), *solution)
+                if solved := solve_layer(layers[name], samples, name in norms):
+                    for network, solution in zip((fitted, final), solved, strict=True):
+                        _set_weights(network, name, norms.get(name), *solution)
         for network in (fitted, counted):
             # One image has no statistics.
             estimate_statistics(network, [part[~mask] for part, mask in _with_held_out(parts) if (~mask).sum() > 1])
@@ -242,9 +251,8 @@ def losses_by_images(
     variance, because normalisation divides each channel by its own deviation, and averaged over output channels. With
     `refit` it is what refitting leaves over on held-out images, 1 at most; else the ratio r becomes r / (1 + r).
 
-    `parts` are images of `read_images`, see `refit` for the memory. One run gives all sums. Layers that no image
-    reaches are left out, and so are those whose output does not vary. Each chooser tells what a layer may keep, see
-    `Choices.places`.
+    `parts` are images of `read_images`, see `refit` for the memory; choosers are `Choices.places`. Layers that no image
+    reaches, or whose output does not vary, are left out.
     """
     layers = harmonic_layers(model)
     found: list[dict[str, dict[int, float]]] = [{} for _ in choosers]
@@ -282,7 +290,8 @@ def _samples(
     for (_, held_out), of_part in zip(_with_held_out(parts), runs, strict=True):
         for values in zip(*map(next, of_part), strict=True):
             samples.add(values[-1][0], values[0][1], held_out)
-    samples.check(name)
+    if not all(moments.sums.isfinite().all() for moments in (samples.fit, samples.test)):
+        raise InputError(f'{name} has inputs or outputs that are not finite on the data.')
     return samples
 
 
@@ -307,13 +316,15 @@ def _weights_of(layer: Any) -> tuple[Tensor, Tensor]:
     return weight, bias.to(weight).reshape(layer.groups, -1)
 
 
-def _set_weights(layer: Any, norm: Any, weight: Tensor, bias: Tensor) -> None:
+def _set_weights(network: nn.Module, name: str, norm: str | None, weight: Tensor, bias: Tensor) -> None:
     """Gives a layer new coefficients and a new bias; without one, the module that normalises its output takes that."""
+    layer: Any = network.get_submodule(name)
     layer.weight.copy_(weight.transpose(1, 2).reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_(bias.flatten())
     elif norm is not None:
-        norm.running_mean.sub_(bias.flatten().to(norm.running_mean))
+        mean: Any = network.get_submodule(norm).running_mean
+        mean.sub_(bias.flatten().to(mean))
     torch.clear_autocast_cache()  # which has a cast of the bias
 
 
@@ -350,81 +361,35 @@ def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [x.to(float64_device(x.device), torch.float64) for x in outputs]
 
 
-def _check_outputs(model: nn.Module, small: nn.Module, images: Tensor) -> None:
-    """Raises InputError if the networks' outputs cannot be compared."""
-    with torch.no_grad(), evaluating(model), evaluating(small):
-        wanted, found = _outputs(model, images), _outputs(small, images)
-    shapes = [[tuple(x.shape) for x in outputs] for outputs in (wanted, found)]
-    if not wanted or shapes[0] != shapes[1]:
-        raise InputError(f'the networks must return tensors of the same shapes, got {shapes[0]} and {shapes[1]}.')
-    if not all(x.isfinite().all() for x in wanted + found):
-        raise InputError('the networks give values that are not finite on the data.')
-
-
-def _check_pair(model: nn.Module, small: nn.Module) -> None:
-    for network in (model, small):
-        check_unwrapped(network)
-    layers = harmonic_layers(small)
-    if not layers:
-        raise InputError(f'{type(small).__name__} has no harmonic layers: nothing can be refitted.')
-    modules = dict(model.named_modules())
-    for name, layer in layers.items():
-        other: Any = modules.get(name)
-        alike = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'dilation', 'groups')
-        if other is None or any(getattr(other, key, None) != getattr(layer, key) for key in alike):
-            raise InputError(
-                f'{name} of the truncated network has no equal in the complete one: pass the same network.'
-            )
-        if isinstance(other, HarmonicLayer) and other.weight.numel() < layer.weight.numel():
-            raise InputError(f'{name} keeps less in the complete network than in the truncated one: swap them.')
-        if not owns_weight(layer):
-            raise InputError(f'cannot refit {name}: {COMPUTED}.')
-    first, second = (next(network.parameters()) for network in (model, small))
-    if (first.device, first.dtype) != (second.device, second.dtype):
-        raise InputError(
-            f'the networks must be on one device and of one dtype, got {first.dtype} on {first.device} and '
-            f'{second.dtype} on {second.device}.'
-        )
-
-
-def norms_of(model: nn.Module, blocks: bool = False) -> list[Any]:
-    """Returns the batch normalisations of a network whose statistics follow the data.
-
-    Those inside harmonic blocks are left out unless `blocks`: levels do not change the statistics of their responses. A
-    momentum of 0 freezes statistics, and so does evaluation in a network that trains.
-    """
-    inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d) and not blocks}
-    norms = [module for module in model.modules() if isinstance(module, _NORMS) and id(module) not in inside]
-    tracked = [norm for norm in norms if norm.track_running_stats and norm.num_batches_tracked is not None]
-    return [norm for norm in tracked if norm.momentum != 0 and norm.training >= model.training]
-
-
-def norms_behind(model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
-    """Returns the modules with a running mean that directly follow a harmonic layer, by the layer's name."""
-    found: dict[str, nn.Module] = {}
+def norms_behind(model: nn.Module, images: Tensor) -> dict[str, str]:
+    """Returns the names of modules with a running mean that directly follow a harmonic layer, by the layer's name."""
+    layers = harmonic_layers(model)
+    norms = {name: m for name, m in model.named_modules() if isinstance(getattr(m, 'running_mean', None), Tensor)}
+    found: dict[str, str] = {}
     outputs: dict[str, Tensor] = {}
 
-    def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
-        outputs[name] = output
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if name in layers:
+            outputs[name] = output
+        else:
+            found.update({layer: name for layer, of in outputs.items() if inputs and inputs[0] is of})
 
-    def follow(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found.update({name: module for name, output in outputs.items() if inputs and inputs[0] is output})
-
-    norms = [m for m in model.modules() if isinstance(getattr(m, 'running_mean', None), Tensor)]
-    handles = [norm.register_forward_pre_hook(follow) for norm in norms]
-    try:
-        with torch.no_grad(), evaluating(model), watching(model, note):
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), evaluating(model), watching({**layers, **norms}, note):
+        model(images)
     return found
 
 
 @contextmanager
 def training_norms(model: nn.Module, momentum: float | None, blocks: bool = False) -> Iterator[list[Any]]:
-    """Puts a network into evaluation except for its batch normalisation, see `norms_of`, which gets this momentum."""
-    norms = norms_of(model, blocks)
+    """Puts a network into evaluation except for its batch normalisation, which gets this momentum.
+
+    That inside harmonic blocks is left out unless `blocks`: levels do not change the statistics of their responses. So
+    are frozen statistics: a momentum of 0 freezes them, and so does evaluation in a network that trains.
+    """
+    inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d) and not blocks}
+    norms = [module for module in model.modules() if isinstance(module, _NORMS) and id(module) not in inside]
+    norms = [norm for norm in norms if norm.track_running_stats and norm.num_batches_tracked is not None]
+    norms = [norm for norm in norms if norm.momentum != 0 and norm.training >= model.training]
     before = [norm.momentum for norm in norms]
     with evaluating(model):
         for norm in norms:

@@ -100,10 +100,9 @@ class HarmonicReport:
             table.add_column(title.partition('.')[0], justify='left' if title in _TEXTS else 'right', no_wrap=True)
         for row in rows:
             table.add_row(*(row[title] for title in columns))
-        console = Console(file=io.StringIO(), width=1000, highlight=False, color_system=None)
-        with console.capture() as captured:
-            console.print(table)
-        return [line.rstrip() for line in captured.get().splitlines() if line.strip()]
+        text = io.StringIO()
+        Console(file=text, width=1000, highlight=False, color_system=None).print(table)
+        return [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
 
 
 _TEXTS = ('convolution', 'basis', 'form', 'stays plain')
@@ -147,10 +146,7 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
     `deploy`, or `truncate` with cost='time', has timed layers.
     """
     reasons, layers = reasons_to_skip(model), harmonic_layers(model)
-    positions: dict[str, int] = {}
-    if images is not None:
-        uses = uses_of(model, images)
-        positions = {name: sum(use.positions for use in of) // len(images) for name, of in uses.items()}
+    uses = {} if images is None else uses_of(model, images)
     found = []
     for name, module in model.named_modules():
         if name not in layers and name not in reasons:
@@ -165,9 +161,9 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
             about |= dict(parameters_before=before, basis=module.named_basis(), form=module.form)
             if module.kept is not None and not module.kept.is_meta:
                 about |= dict(channels=module.kept.sum(2).flatten().bincount(minlength=frequencies + 1).tolist())
-            if name in positions:
-                forms = ('dense', module.form)
-                before, now = (multiply_adds(module, module.level, form, positions[name]) for form in forms)
+            if images is not None:
+                positions = sum(use.positions for use in uses[name]) // len(images)
+                before, now = (multiply_adds(module, module.level, form, positions) for form in ('dense', module.form))
                 about |= dict(macs_before=before, macs=now)
             if module.milliseconds:
                 about |= dict(ms_before=module.milliseconds['dense'], ms=module.milliseconds.get(module.form))
@@ -180,19 +176,14 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
 
 
 def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool = False) -> None:
-    """Draws a PNG of a truncation, refitted or not: what each layer keeps, as levels or as functions of its channels.
-
-    With levels alone it shows the energy by frequency, too.
-    """
+    """Draws a PNG of what each layer keeps: levels, with the energy by frequency, or the functions of its channels."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     layers, report = harmonic_layers(small), harmonic_report(small)
     maps = any(layer.kept is not None for layer in layers.values())
     with matplotlib.rc_context(_FONTS):
-        figure = Figure(figsize=(8, 8), layout='constrained')
-        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
+        figure = Figure(figsize=(8, 8), layout='constrained')  # no window, whatever backend the user has set
         axes = figure.subplots()
         height, image, label, caption = _draw_maps(axes, layers) if maps else _draw_levels(axes, layers, model, refit)
         figure.set_figheight(height := max(4.2, height))

@@ -1,4 +1,4 @@
-"""Running images through a network and watching its harmonic layers, without leaving a trace."""
+"""Running images through a network and watching its modules, without leaving a trace."""
 
 import copy
 import threading
@@ -21,17 +21,15 @@ _BATCH = 32  # images that run through a network together
 _SUSPENDED = 2**28  # bytes of images whose runs stay suspended, 4 MiB at least for each part
 
 P = ParamSpec('P')
-R = TypeVar('R')
 T = TypeVar('T')
-Watch = Callable[[str, Any, Tensor, Tensor], None]  # gets a module's name, the module, its input and its output
 Visit = list[tuple[Tensor, ...]]  # the input of a module, or its input and output, in each of its uses
 
 
-def trainable(function: Callable[P, R]) -> Callable[P, R]:
+def trainable(function: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
     """Makes a function create trainable tensors even when it is called in inference mode."""
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call(*args: P.args, **kwargs: P.kwargs) -> nn.Module:
         gradients = torch.is_grad_enabled()  # leaving inference mode would switch gradients on
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             return function(*args, **kwargs)
@@ -60,18 +58,22 @@ class Use(NamedTuple):
         return x.copy_(torch.randn(self.shape, device=self.device))
 
 
-def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> Iterator[Tensor]:
-    """Yields the images (B, C, H, W) of each batch, on the device and in the dtype of `like`.
+def read_images(
+    data: Iterable[Any], like: Tensor, batches: int | None = None, least: int = 2 * HELD_OUT
+) -> list[Tensor]:
+    """Reads images (B, C, H, W) into parts of about 32 of one size, on the device and in the dtype of `like`.
 
-    A batch is a tensor of images, alone or first in a tuple or list. At most `batches` are read. Raises InputError if
-    there are none, or if one is empty or not finite, naming it; TypeError if `data` are not batches.
+    A batch of `data` is a tensor of images, alone or first in a tuple or list. At most `batches` are read. Raises
+    TypeError if `data` are not batches. Raises InputError if a batch is empty or not finite, naming it, if images are
+    fewer than `least` or more than 2 GiB, or if one is the only one of its size, unless `least` is 1.
     """
     if isinstance(data, (Tensor, str)):
         given = f'images {tuple(data.shape)}: pass [images]' if isinstance(data, Tensor) else repr(data)
         raise TypeError(f'data must be batches of images, a loader or a list, got {given}.')
     if batches is not None and (isinstance(batches, bool) or not isinstance(batches, Integral) or batches < 1):
         raise InputError(f'batches must be an integer of at least 1, got {batches!r}.')
-    number = -1
+    read: list[Tensor] = []
+    total = 0
     for number, batch in enumerate(islice(data, batches)):
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, Tensor) or images.ndim != 4 or not images.numel():
@@ -79,28 +81,12 @@ def images_in(data: Iterable[Any], like: Tensor, batches: int | None = None) -> 
             raise InputError(f'batch {number} of data must be images (B, C, H, W), got {found}.')
         if not images.isfinite().all():
             raise InputError(f'batch {number} of data has values that are not finite.')
-        yield images.detach().to(like)
-    if number < 0:
-        raise InputError('data hold no batches: pass at least one batch of images.')
-
-
-def read_images(
-    data: Iterable[Any], like: Tensor, batches: int | None = None, least: int = 2 * HELD_OUT
-) -> list[Tensor]:
-    """Reads all images of `data`, see `images_in`, into parts of about 32 images of one size.
-
-    Raises InputError if they are fewer than `least` or more than 2 GiB, or if one is the only one of its size, unless
-    `least` is 1.
-    """
-    read: list[Tensor] = []
-    total = 0
-    for images in images_in(data, like, batches):
-        read.append(images)
-        total += images.nbytes
+        read.append(images.detach().to(like))
+        total += read[-1].nbytes
         if total > _BYTES:
-            raise InputError(
-                f'data hold more than {_BYTES / 2**30:g} GiB of images, which stay in memory: limit batches.'
-            )
+            raise InputError(f'data hold over {_BYTES / 2**30:g} GiB of images, which stay in memory: limit batches.')
+    if not read:
+        raise InputError('data hold no batches: pass at least one batch of images.')
     if (count := sum(map(len, read))) < least:
         raise InputError(f'data hold {count} images: at least {least} are needed.')
     parts: list[Tensor] = []
@@ -127,14 +113,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def watching(model: nn.Module, watch: Watch) -> Iterator[None]:
-    """Reports what the harmonic layers of a network compute while the context lasts."""
-
-    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        watch(name, module, inputs[0], output)
-
-    layers = harmonic_layers(model)
-    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in layers.items()]
+def watching(modules: Mapping[str, nn.Module], watch: Callable[..., None]) -> Iterator[None]:
+    """Tells `watch` of each use of modules in the context: a module's name, the module, its inputs and its output."""
+    handles = [module.register_forward_hook(partial(watch, name)) for name, module in modules.items()]
     try:
         yield
     finally:
@@ -209,7 +190,7 @@ def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
 
 
 def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], before: bool, stay: bool) -> Iterator[Visit]:
-    """Yields what `suspended` has of one part. Without `stay`, each module gets a run of its own."""
+    """Yields what `suspended` yields for one part. Without `stay`, each module gets a run of its own."""
     # A copy with the same tensors: networks may keep values in attributes while they run.
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     ahead = set(uses)
@@ -286,12 +267,14 @@ def uses_of(model: nn.Module, images: Tensor) -> dict[str, list[Use]]:
     if images.device != parameter.device:
         raise InputError(f'images are on {images.device}, the network is on {parameter.device}: move one of them.')
     found: dict[str, list[Use]] = {}
+    layers = harmonic_layers(model)
 
-    def note(name: str, layer: nn.Module, x: Tensor, output: Tensor) -> None:
+    def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0]
         # The strides of a copy: elements of an expanded input share memory.
         stride = torch.empty_like(x, device='meta').stride()
         found.setdefault(name, []).append(Use(x.shape, stride, x.dtype, x.device, output[:, 0].numel()))
 
-    with evaluating(model), watching(model, note), torch.no_grad():
+    with evaluating(model), watching(layers, note), torch.no_grad():
         model(images)
-    return found | {name: [] for name in harmonic_layers(model) if name not in found}
+    return found | {name: [] for name in layers if name not in found}

@@ -65,17 +65,14 @@ def reasons_to_skip(model: nn.Module) -> dict[str, str]:
             owners.setdefault(id(parameter), []).append(owner if owner in found else f'{owner}.{key}'.lstrip('.'))
     reasons = {}
     for name, conv in found.items():
-        others = [
-            f'{key} with {other}'
-            for key, parameter in (('weight', conv.weight), ('bias', conv.bias))
-            for other in owners.get(id(parameter), ())
+        shared = [
+            f'shares its {key} with {other}'
+            for key, parameter in conv.named_parameters(recurse=False)
+            for other in owners[id(parameter)]
             if other != name
         ]
-        reasons[name] = _reason_to_skip(conv)
-        if not reasons[name] and id(conv) in patches:
-            reasons[name] = 'patch embedding: timm resizes its filters to the patches'
-        elif not reasons[name] and others:
-            reasons[name] = f'shares its {others[0]}'
+        patch = 'patch embedding: timm resizes its filters to the patches' if id(conv) in patches else ''
+        reasons[name] = _reason_to_skip(conv) or patch or next(iter(shared), '')
     return reasons
 
 
@@ -137,13 +134,11 @@ def make_harmonic(
     convolutions for inference (RepVGG, MobileOne and others) will fuse their harmonic layers first.
     """
     layers: dict[str, nn.Module] = {}
-    options: dict[str, Any] = dict(basis or {})
     for name, reason in reasons_to_skip(model).items():
         if reason or name not in levels:
             continue
         conv: Any = model.get_submodule(name)
-        options['level'] = levels[name]
-        kind = _HARMONIC[type(conv)]
+        kind, options = _HARMONIC[type(conv)], dict(basis or {}, level=levels[name])
         if keep_filters:
             layers[name] = layer = kind.from_conv2d(conv, **options)
             if layer.energy_kept is None and not conv.weight.is_meta:
@@ -151,13 +146,12 @@ def make_harmonic(
                 layer.energy_kept = float(layer.energy().sum()) / whole if whole else 1.0
         else:
             layers[name] = (HarmonicBlock2d if name == stem else kind)(**conv_args(conv), **options)
-    blocks = {name.rpartition('.')[0] for name in replace_layers(model, layers)}
-    while blocks - {''}:
-        for block in (model.get_submodule(name) for name in blocks - {''}):
+    for name in replace_layers(model, layers):
+        while name := name.rpartition('.')[0]:
+            block = model.get_submodule(name)
             for method in _FUSING:
                 if hasattr(block, method) and not isinstance(getattr(block, method), _FuseHarmonicFirst):
                     setattr(block, method, _FuseHarmonicFirst(block, method))
-        blocks = {name.rpartition('.')[0] for name in blocks}
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -195,10 +189,7 @@ class _FuseHarmonicFirst:
 
 
 def make_plain(model: nn.Module, forms: Mapping[str, str]) -> nn.Module:
-    """Returns a plain copy of a network in evaluation, with harmonic layers fused in these forms (else dense).
-
-    Raises InputError if a layer cannot be fused or has hooks.
-    """
+    """Returns a plain copy of a network in evaluation, with harmonic layers fused in these forms (else dense)."""
     plain = copy.deepcopy(model).eval()
     layers, within = harmonic_layers(plain), in_fusing_blocks(plain)
     for name, layer in layers.items():

@@ -57,12 +57,11 @@ def truncate(
     layer counts its share of its own energy, because a normalisation after it removes its scale.
 
     With per='channel', every input channel keeps its own functions: pairs of channel and function go one after another
-    (see `eliminate`), those last whose absence the others cannot make up for. Pass `data` and refit=True: without data,
-    pairs of little energy go, which loses far more than levels do, and without refitting nothing is gained. Some layers
-    keep to levels: see `sizes_of`. If levels alone, at the same budget, come nearer to the complete network on held-out
-    images, the result has levels, with a warning. Images stay in memory, and one layer at a time takes the sums of
-    `refit`, 400 MiB for 512 channels (F = 4608 features), and about four matrices of 8 F^2 bytes to eliminate pairs and
-    to compare what is left: 680 MiB there, and 14 seconds of one core (measured).
+    (see `eliminate`), those last whose absence the others cannot make up for. Pass `data` and refit=True: without data
+    this loses far more than levels do, without refitting it gains nothing. Some layers keep to levels, see `sizes_of`.
+    If levels alone, at the same budget, come nearer to the complete network on held-out images, the result has levels,
+    with a warning. Images stay in memory, and one layer at a time takes the sums of `refit`, 400 MiB for 512 channels
+    (F = 4608 features), and about four matrices of 8 F^2 bytes: 680 MiB there, and 14 seconds of one core (measured).
 
     With 'macs' or 'time' as the cost, each layer counts in its cheaper form, and takes that form: timm's
     `reparameterize_model` then makes the network of that cost. `deploy` chooses forms again.
@@ -77,12 +76,11 @@ def truncate(
         include: Patterns, or a predicate of name and layer: change only these.
         exclude: Patterns, or a predicate: leave these as they are.
         cost: The cost: 'parameters' (of the whole network), 'macs' (multiply-adds), or 'time' (measured).
-        images: Example batch (B, C, H, W) for macs and time, on the device and in the dtype and memory format that
-            count.
+        images: Example batch (B, C, H, W) for macs and time, on the device, in the dtype and memory format that count.
         runtime: Where to measure time: 'torch', or 'onnxruntime', see `deploy`.
         data: Batches of images (B, C, H, W), alone or first in a tuple or list. For energy, ratio and refit.
-        refit: Whether to fit the remaining coefficients to the outputs of the complete network on `data`, by the
-            function `refit`. Losses are then what refitting leaves over. Labels are not used.
+        refit: Whether to fit what is kept to the complete network's outputs on `data`, without labels, by the function
+            `refit`. Losses are then what refitting leaves over.
         batches: The most batches of `data` to read. Endless data need it.
         inplace: Whether to change the network itself rather than a copy.
 
@@ -101,15 +99,14 @@ def truncate(
     if not layers:
         raise InputError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
     by_hand = level is not None or levels is not None
-    _check_amount(dict(level=level, levels=levels, energy=energy, ratio=ratio))
-    _check_cost(cost, images, ratio, runtime)
+    _check_amounts(dict(level=level, levels=levels, energy=energy, ratio=ratio), cost, images, runtime)
     if per not in _PER or (by_hand and per == 'channel'):
         raise InputError(f"per must be one of {_PER}, 'channel' with energy or ratio, got {per!r}.")
     if refit and data is None:
         raise InputError('refit needs data: batches of images.')
     if by_hand and data is not None and not refit:
         raise InputError('data serve to choose levels or to refit: with given levels, pass refit=True or no data.')
-    selected = plan(model, include=include, exclude=exclude) if include is not None or exclude is not None else layers
+    selected = plan(model, include=include, exclude=exclude)
     if not (names := [name for name in layers if name in selected]):
         raise InputError('include and exclude leave none of the harmonic layers.')
     held = refit or per == 'channel'
@@ -132,7 +129,8 @@ def truncate(
         small = cut(choices[0], chosen)
     elif energy is not None:
         (losses,) = _losses(model, choices, parts, held)
-        small = cut(choices[0], {name: _enough(of, energy) for name, of in losses.items()})
+        enough = {name: [level for level, lost in of.items() if lost <= 1 - energy] for name, of in losses.items()}
+        small = cut(choices[0], {name: min(of, default=max(losses[name])) for name, of in enough.items()})
     else:
         assert ratio is not None
         costs = [costs_of(model, cost, images, runtime, choices[0].of)]
@@ -153,26 +151,15 @@ def truncate(
 
 
 def _losses(model: nn.Module, choices: Sequence[Choices], parts: Sequence[Tensor] | None, refit: bool) -> list[Losses]:
-    """Weighs choices by images, see `losses_by_images`, and by filters where there are none."""
     found = [losses_by_filters(model, of) for of in choices]
     if parts is not None:
-        for losses, weighed in zip(
-            found, losses_by_images(model, parts, [of.places for of in choices], refit), strict=True
-        ):
-            losses |= weighed
+        by_images = losses_by_images(model, parts, [of.places for of in choices], refit)
+        return [losses | weighed for losses, weighed in zip(found, by_images, strict=True)]
     return found
 
 
-def _enough(losses: dict[int, float], energy: float) -> int:
-    """Returns the cheapest choice that keeps this share of a layer's energy."""
-    return min((choice for choice, lost in losses.items() if lost <= 1 - energy), default=max(losses))
-
-
 def _nearest(model: nn.Module, rivals: Sequence[nn.Module], parts: Sequence[Tensor] | None) -> nn.Module:
-    """Returns the network with functions of each channel or, if its outputs on held-out images are nearer, the other.
-
-    The other one, if there is one, has levels.
-    """
+    """Returns the first network, of pairs, or the other, of levels, if its outputs on held-out images are nearer."""
     if len(rivals) == 1 or parts is None:
         return rivals[0]
     errors = [math.sqrt(output_error(model, network, parts)) for network in rivals]
@@ -183,24 +170,21 @@ def _nearest(model: nn.Module, rivals: Sequence[nn.Module], parts: Sequence[Tens
     return rivals[1]
 
 
-def _check_amount(options: dict[str, Any]) -> None:
-    given = [name for name, value in options.items() if value is not None]
+def _check_amounts(amounts: dict[str, Any], cost: str, images: Tensor | None, runtime: str) -> None:
+    given = [name for name, value in amounts.items() if value is not None]
     if len(given) != 1 and given != ['level', 'levels']:
         raise InputError(f'pass exactly one of level and levels, energy, ratio; got {" and ".join(given) or "none"}.')
-    for name in ('energy', 'ratio'):
-        share = options[name]
-        if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
+    for name in {'energy', 'ratio'}.intersection(given):
+        share = amounts[name]
+        if isinstance(share, bool) or not isinstance(share, Real):
             raise TypeError(f'{name} must be a number above 0 and at most 1, got {share!r}.')
-        if share is not None and not 0 < float(share) <= 1:
+        if not 0 < float(share) <= 1:
             raise InputError(f'{name} must be above 0 and at most 1, got {share!r}.')
-
-
-def _check_cost(cost: str, images: Tensor | None, ratio: float | None, runtime: str) -> None:
     if cost not in _COSTS:
         raise InputError(f'cost must be one of {_COSTS}, got {cost!r}.')
     if cost == 'parameters' and images is not None:
         raise InputError("images are for cost='macs' and cost='time'. To weigh frequencies by images, pass data.")
-    if cost != 'parameters' and ratio is None:
+    if cost != 'parameters' and amounts['ratio'] is None:
         raise InputError(f'cost={cost!r} needs ratio, the share of it to keep.')
     if cost != 'parameters' and not isinstance(images, Tensor):
         raise InputError(
@@ -235,14 +219,10 @@ def losses_by_filters(model: nn.Module, choices: Choices | None = None) -> Losse
         for choice in of:
             dropped = sorted_energies[choice:] if isinstance(choice, Pairs) else energies[:, sums >= choice]
             lost[choice] = float(dropped.sum()) / total if total else float(choice < max(of))
-        found[name] = _check_finite(name, lost)
+        if not torch.tensor(list(lost.values())).isfinite().all():
+            raise InputError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')
+        found[name] = lost
     return found
-
-
-def _check_finite(name: str, losses: dict[int, float]) -> dict[int, float]:
-    if not torch.tensor(list(losses.values())).isfinite().all():
-        raise InputError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')
-    return losses
 
 
 def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]:
@@ -254,9 +234,8 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]
     if costs.present <= budget:
         return {name: max(of) for name, of in losses.items()}
     unit = max(budget - costs.least, torch.finfo(torch.float64).tiny) / _STEPS
-    least = torch.zeros(
-        _STEPS + len(losses), dtype=torch.float64, device='cpu'
-    )  # by steps: the harm of the best choice so far
+    # By steps: the harm of the best choice so far.
+    least = torch.zeros(_STEPS + len(losses), dtype=torch.float64, device='cpu')
     picks: dict[str, tuple[Tensor, list[tuple[int, int]]]] = {}  # by steps: the place of the level; levels and steps
     for name, of in losses.items():
         before, least = least, torch.full_like(least, torch.inf)
