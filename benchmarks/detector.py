@@ -276,8 +276,8 @@ def table(report: Row) -> str:
         'ONNX files, 10^6 bytes. Time: ONNX Runtime, one picture, as a ratio to the uncut network in float, median '
         '[quartiles]; "nothing cut" times the same file twice: the noise.',
         '',
-        'Levels by energy and by error are as cut. Refitted levels and functions, pruned networks and low rank get '
-        'statistics of batch normalisation from the pictures. Pruned: by Torch-Pruning, the best of '
+        'Levels by energy and by error are as cut. In all others statistics of batch normalisation are re-estimated '
+        'on the pictures where that is better on the held-out ones. Pruned: by Torch-Pruning, the best of '
         f'{len(SETTINGS)} settings, with least squares of {_FITTED} of them, in all convolutions. Low rank: k x 1 and '
         '1 x k convolutions, ranks chosen for all layers together, the second one by least squares. 8 bits: by ONNX '
         f'Runtime, static, ranges of {options["ranges"]} of the pictures.',

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_harmonic.conversion.refit import Samples, estimate_statistics, output_error, solve_layer, training_norms
+from timm_harmonic.conversion.refit import Samples, estimate_statistics, output_error, solve_layer
 from timm_harmonic.conversion.running import HELD_OUT, evaluating, suspended
 
 __all__ = ['fitted', 'samples_of', 'with_statistics']
@@ -51,10 +51,11 @@ def _held_out(part: Tensor) -> Tensor:
 
 
 def fitted(model: nn.Module, small: nn.Module, wanted: Wanted, parts: Sequence[Tensor]) -> tuple[nn.Module, float]:
-    """Fits convolutions of a cut network, one after another, and re-estimates the statistics of batch normalisation.
+    """Fits convolutions of a cut network, one after another.
 
     Each gets the outputs of the complete network on the inputs that it has in the cut one. The ridge of each is chosen
-    on the held-out images, and so is whether anything but the statistics changes. All have a bias.
+    on the held-out images, and so is whether anything changes, and whether the statistics of batch normalisation are
+    re-estimated. All have a bias.
 
     Returns:
         The network, fitted to all images, and its root relative error on the held-out ones before it was fitted to
@@ -65,8 +66,8 @@ def fitted(model: nn.Module, small: nn.Module, wanted: Wanted, parts: Sequence[T
     with (
         torch.no_grad(),
         evaluating(model),
+        evaluating(judged),
         suspended(model, parts, dict.fromkeys((name for name, _ in wanted.values()), 1)) as whole,
-        training_norms(judged, 0.0),  # normalises by each batch
         suspended(judged, parts, dict.fromkeys(wanted, 1), before=True) as cut,
     ):
         for name, (_, channels) in wanted.items():
@@ -78,18 +79,19 @@ def fitted(model: nn.Module, small: nn.Module, wanted: Wanted, parts: Sequence[T
                 conv: Any = network.get_submodule(name)
                 conv.weight.copy_(weight.transpose(1, 2).reshape(conv.weight.shape))
                 conv.bias.copy_(bias.flatten())
-    found = _with_statistics(model, judged, final, parts), with_statistics(model, small, parts)
+    found = _better(model, judged, final, parts), with_statistics(model, small, parts)
     return min(found, key=lambda network_and_error: network_and_error[1])
 
 
 def with_statistics(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> tuple[nn.Module, float]:
-    """Re-estimates the statistics of batch normalisation alone. Returns what `fitted` does."""
-    return _with_statistics(model, copy.deepcopy(small), copy.deepcopy(small), parts)
+    """Re-estimates the statistics of batch normalisation, if that is better. Returns what `fitted` does."""
+    return _better(model, copy.deepcopy(small), copy.deepcopy(small), parts)
 
 
-def _with_statistics(
-    model: nn.Module, judged: nn.Module, final: nn.Module, parts: Sequence[Tensor]
-) -> tuple[nn.Module, float]:
+def _better(model: nn.Module, judged: nn.Module, final: nn.Module, parts: Sequence[Tensor]) -> tuple[nn.Module, float]:
+    as_is = output_error(model, judged, parts)
     estimate_statistics(judged, [part[~_held_out(part)] for part in parts])
-    estimate_statistics(final, parts)
-    return final, math.sqrt(output_error(model, judged, parts))
+    counted = output_error(model, judged, parts)
+    if counted < as_is:
+        estimate_statistics(final, parts)
+    return final, math.sqrt(min(counted, as_is))

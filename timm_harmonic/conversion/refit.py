@@ -211,34 +211,45 @@ def take_over(model: nn.Module, best: nn.Module) -> nn.Module:
 
 def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.Module:
     """Returns a refitted copy of a truncated network, see `refit`, on images of `read_images`."""
-    fitted, final, counted = (copy.deepcopy(small) for _ in range(3))  # `final` is fitted to the held-out images too
-    with torch.no_grad(), evaluating(model), evaluating(small):
+    same, fitted, final = (copy.deepcopy(small) for _ in range(3))  # `final` is fitted to the held-out images too
+    with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
         wanted, found = ([tuple(x.shape) for x in _outputs(network, parts[0])] for network in (model, small))
         if not wanted or wanted != found:
             raise InputError(f'the networks must return tensors of the same shapes, got {wanted} and {found}.')
         layers, norms, uses = harmonic_layers(fitted), norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
         lowered = {name: len(of) for name, of in uses.items() if of and not layers[name].is_complete()}
-        with (
-            suspended(model, parts, lowered) as whole,
-            training_norms(fitted, 0.0),  # normalises by each batch
-            suspended(fitted, parts, lowered, before=True) as cut,
-        ):
+        for network in (fitted, final):
+            _take_statistics(network, model)  # what is fitted are the outputs that these normalise
+        with suspended(model, parts, lowered) as whole, suspended(fitted, parts, lowered, before=True) as cut:
             for name in progress(lowered, desc='refit', unit='layer', leave=False):
                 samples = _samples(name, layers[name], uses[name], parts, zip(whole, cut, strict=True))
                 if solved := solve_layer(layers[name], samples, name in norms):
                     for network, solution in zip((fitted, final), solved, strict=True):
                         _set_weights(network, name, norms.get(name), *solution)
-        for network in (fitted, counted):
-            # One image has no statistics.
-            estimate_statistics(network, [part[~mask] for part, mask in _with_held_out(parts) if (~mask).sum() > 1])
-        errors = {network: output_error(model, network, parts) for network in (small, counted, fitted)}
-        if not math.isfinite(errors[small]):
+        # One image has no statistics.
+        fit = [part[~mask] for part, mask in _with_held_out(parts) if (~mask).sum() > 1]
+        errors: dict[tuple[nn.Module, bool], float] = {}
+        for judged, result in ((small, same), (fitted, final)):
+            errors[result, False] = output_error(model, judged, parts)
+            estimate_statistics(judged := copy.deepcopy(judged), fit)
+            errors[result, True] = output_error(model, judged, parts)
+        if not math.isfinite(next(iter(errors.values()))):
             raise InputError('the networks give values that are not finite on the data.')
-        best = min(errors, key=lambda network: math.inf if math.isnan(errors[network]) else errors[network])
-        if best is not small:
-            best = final if best is fitted else counted
+        best, counted = min(errors, key=lambda of: math.inf if math.isnan(errors[of]) else errors[of])
+        if counted:
             estimate_statistics(best, parts)
-    return copy.deepcopy(small) if best is small else best
+    return best
+
+
+def _take_statistics(small: nn.Module, model: nn.Module) -> None:
+    """Gives a truncated network the statistics of the complete one's batch normalisation, where they are alike."""
+    modules = dict(model.named_modules())
+    for name, norm in small.named_modules():
+        other = modules.get(name)
+        if isinstance(norm, _NORMS) and isinstance(other, _NORMS) and norm.num_features == other.num_features:
+            theirs = dict(other.named_buffers())
+            for key, buffer in norm.named_buffers():
+                buffer.copy_(theirs.get(key, buffer))
 
 
 def losses_by_images(
