@@ -155,8 +155,26 @@ def test_refitted_networks_are_nearer_to_the_complete_ones(level):
     assert errors[0] < 0.9 * min(errors[1:])
 
 
+@pytest.mark.parametrize('counted', [False, True])
+def test_statistics_of_other_images_are_kept(counted):
+    """Those that the network was trained on. Only with them the layers' outputs mean what they did."""
+    model, data = tiny()
+    data = 3 * data + 1
+    small = truncate(model, level=2)
+    if counted:  # refitting goes back to the complete network's
+        estimate_statistics(small, read_images([data], data))
+    better = refit(model, small, [data])
+    for name, buffer in model.named_buffers():
+        if name.endswith('running_var'):
+            assert torch.equal(better.get_buffer(name), buffer)
+    estimated = copy.deepcopy(better)
+    estimate_statistics(estimated, read_images([data], data))
+    new = [3 * smooth(64, seed=2) + 1]
+    assert output_error(model, better, new) < 0.5 * output_error(model, estimated, new)
+
+
 def test_images_held_out_take_no_part_in_what_they_judge(monkeypatch):
-    """Other held-out images lead to the same three networks; the best one is then fitted to them as well."""
+    """Other held-out images lead to the same four networks; the best one is then fitted to them as well."""
     judged = []
 
     def note(model, network, parts):
@@ -537,7 +555,7 @@ def test_the_fit_is_that_of_one_layer_after_another(suspended, monkeypatch):
         return seen
 
     by_hand = copy.deepcopy(small)
-    with torch.no_grad(), training_norms(by_hand, 0.0):
+    with torch.no_grad():
         for name in ('first', 'twice', 'rare', 'between', 'last'):
             layer, place = by_hand.get_submodule(name), 0
             samples = Samples(layer, 1)

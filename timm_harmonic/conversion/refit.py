@@ -150,9 +150,9 @@ def refit(
     It fits layer after layer, in the order in which they run: least squares of the complete network's output of the
     layer on the responses that the truncated layer keeps, for its input in the truncated network. Each layer thus
     compensates for those before it. A ridge pulls towards the present coefficients. Every fourth image is held out to
-    choose the ridge, and whether a layer changes at all. Then the statistics of batch normalisation are re-estimated.
-    The held-out images, which took no part so far, judge three networks: the truncated one, the same with re-estimated
-    statistics, and the refitted one; the winner is then fitted to all images. It is likely, not certain, that the
+    choose the ridge, and whether a layer changes at all. Batch normalisation has the complete network's statistics.
+    The held-out images, which took no part so far, judge four networks: the truncated and the refitted one, each as it
+    is and with statistics re-estimated; the winner is then fitted to all images. It is likely, not certain, that the
     result is nearer to the complete network on other images too: the more images, the likelier.
 
     Both networks run once, and wait while a layer is fitted; they start again behind layers that are used repeatedly.
