@@ -247,11 +247,9 @@ def table(report: dict[str, Any]) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Draws accuracy against parameters and time, as cut and after fine-tuning, of networks cut by parameters."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout='constrained')
-    FigureCanvasAgg(figure)
     whole, *rows = report['summary']
     rows = [row for row in rows if row['axis'] == 'parameters']
     moments = dict(before='as cut', after='after fine-tuning')

@@ -312,12 +312,10 @@ def table(report: Row) -> str:
 
 def plot(report: Row, path: Path) -> None:
     """Draws error against time, in float and in 8 bits, or against multiply-adds before anything is timed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, some_timed = report['rows'], any(row['time'] for row in report['rows'])
     figure = Figure(figsize=(11, 4.8), layout='constrained')
-    FigureCanvasAgg(figure)
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), _KINDS.items(), strict=True):
         for method, (colour, marker) in _LOOKS.items():
             line = sorted(

@@ -320,14 +320,12 @@ def _cell(row: dict[str, Any] | None, gain: dict[str, Any] | None) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Draws differences to plain by task, and their mean: a panel per contender of the small network with AdamW."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = _settings(report)['small', 'adamw', None]
     found, tasks = gains(rows), list(dict.fromkeys(row['task'] for row in rows))
     shown = [name for name in VARIANTS if all((name, task) in found for task in tasks)]
     figure = Figure(figsize=(1.6 + 1.35 * len(shown), 1.3 + 0.27 * len(tasks)), layout='constrained')
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shown), sharey=True, sharex=True, squeeze=False)[0]
     for axes, variant in zip(panels, shown, strict=True):
         points = [*(found[variant, task] for task in tasks), over_tasks(found, variant, tasks)]

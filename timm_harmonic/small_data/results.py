@@ -179,13 +179,11 @@ def write_results(folder: Path, picture: str, results: dict[str, Any], title: st
 def draw(results: dict[str, Any], title: str, path: Path, differences: bool) -> None:
     """Draws a comparison as a PNG: learning curves, optionally beside the differences paired by seed."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_FONTS):
         height = max(4.4, 3.4 + 0.35 * len(results['networks']))
         figure = Figure(figsize=(11 if differences else 6.5, height), layout='constrained')
-        FigureCanvasAgg(figure)  # no window, whatever backend the user has set
         left, *right = figure.subplots(1, 1 + differences, squeeze=False, width_ratios=(1.2, 1)[: 1 + differences])[0]
         _draw_curves(left, results, title)
         for axes in right:
