@@ -8,9 +8,10 @@ import pytest
 import reference
 import timm
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from timm_harmonic import dct_basis, deploy, export_onnx, harmonize, truncate
+from timm_harmonic import HarmonicConv2d, dct_basis, deploy, export_onnx, harmonize, truncate
 from timm_harmonic.common import InputError
 from timm_harmonic.conversion.swap import harmonic_layers
 from timm_harmonic.export import onnx as ours
@@ -81,14 +82,32 @@ def test_eight_bits(trained, batches, level, tmp_path):
     convolutions = [node for node in graph.node if node.op_type == 'Conv']
     assert len(convolutions) == sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
     functions = dct_basis(3, level).numpy()
+    functions /= np.abs(functions).max((1, 2), keepdims=True)
     for node in convolutions:
-        weights, scales, _ = (constants[name] for name in made[node.input[1]].input)
+        weights = constants[made[node.input[1]].input[0]]
         assert made[node.input[0]].op_type == 'DequantizeLinear'
         assert (weights.dtype, np.abs(weights).max()) == (np.int8, 64)  # sums of two products fit into 16 bits
         if onnx.helper.get_node_attr_value(node, 'group') > 1:
-            filters = weights * scales[:, None, None, None]  # (C, 1, k, k)
+            filters = weights / np.abs(weights).max((1, 2, 3), keepdims=True)  # (C, 1, k, k), any scale
             distances = np.abs(filters - functions).max((2, 3))  # from every function
             assert distances.min(1).max() < 1e-7
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_eight_bits_with_a_channel_that_is_rarely_active(groups, tmp_path):
+    """Its large weights must not round the others away."""
+    torch.manual_seed(0)
+    layer = HarmonicConv2d(8, 16, 3, padding=1, groups=groups, level=2, form='separable')
+    images = torch.randn(32, 8, 16, 16)
+    with torch.no_grad():
+        images[:, 2] /= 1000
+        layer.weight[:, 2] *= 50
+        network = nn.Sequential(layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+        plain = deploy(network, form='separable')
+        before = plain(images)
+        check = export_onnx(plain, images[:1], tmp_path / 'int8.onnx', int8=[images])
+        assert check.error < STATED
+        assert torch.equal(plain(images), before)
 
 
 def test_eight_bits_of_a_network_that_resizes(batches, tmp_path):

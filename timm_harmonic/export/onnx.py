@@ -41,7 +41,8 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, int8: Ite
     of `deploy`'s rule: to choose the forms, pass what `deploy` returns.
 
     In 8 bits, ranges of activations are static: the extremes on three quarters of the images, or all but the outermost
-    values if the logits of the other quarter are closer to the network's then. Weights are signed and take 7 of the 8
+    values if the logits of the other quarter are closer to the network's then. The responses of separable layers are
+    scaled to one range. Weights are signed and take 7 of the 8
     bits, a scale for each filter: processors without 8-bit dot products add pairs of products in 16 bits, which 8 bits
     overflow. So the file computes the same on all of them, and the 3 x 3 functions of the DCT are exact.
 
@@ -69,6 +70,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, int8: Ite
 
     def write(file: Path) -> None:
         with explained(f'{file.name} cannot be written or run', Exception), torch.inference_mode():
+            _equalise(plain, data or [])
             write_onnx(plain, images, file)
             logits, expected = logits_of(file, images), plain(images)
             error = float((logits - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo().tiny))
@@ -90,6 +92,34 @@ def compared(logits: Tensor, expected: Tensor) -> Check:
     """Compares logits (B, classes) with the expected ones."""
     error = (logits - expected).norm() / expected.norm().clamp_min(torch.finfo().tiny)
     return Check(error.item(), (logits.argmax(1) == expected.argmax(1)).float().mean().item())
+
+
+def _equalise(plain: nn.Module, data: Iterable[Tensor]) -> None:
+    """Scales the responses in separable layers to one range, and the weights that mix them the other way, in place.
+
+    In 8 bits all responses of a layer have one scale, and so have all weights of an output. A channel that is rarely
+    active has small responses and may have large weights: the others would be rounded away. As in Nagel et al. 2019
+    (arXiv:1906.04721), section 4.1.
+    """
+    largest: dict[nn.Module, Tensor] = {}
+
+    def note(respond: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found = output.abs().amax((0, 2, 3))
+        largest[respond] = found.maximum(largest.get(respond, found))
+
+    layers: list[Any] = [
+        m for m in plain.modules() if isinstance(m, nn.Sequential) and {'respond', 'mix'} <= {*m._modules}
+    ]
+    handles = [layer.respond.register_forward_hook(note) for layer in layers]
+    for part in data:
+        plain(part)
+    for layer, handle in zip(layers, handles, strict=True):
+        handle.remove()
+        if layer.respond in largest:
+            factors = largest[layer.respond].where(largest[layer.respond] > 0, 1.0)
+            layer.respond.weight.data /= factors[:, None, None, None]
+            grouped = layer.mix.weight.data.unflatten(0, (layer.mix.groups, -1))
+            grouped *= factors.view(layer.mix.groups, 1, -1, 1, 1)
 
 
 def _quantize(file: Path, images: Tensor) -> Check:
