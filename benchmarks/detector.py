@@ -328,8 +328,10 @@ def plot(report: Row, path: Path) -> None:
         for row in rows:
             if row['share'] is None and (row['time'] or not some_timed):
                 at = row['time'][kind]['ratio'] if some_timed else row['macs']
-                axes.plot(at, row[kind]['error'], 'k*', markersize=11, linestyle='', label='nothing cut')
+                style: Row = dict(markersize=11, linestyle='', label='nothing cut', clip_on=False)
+                axes.plot(at, row[kind]['error'], 'k*', **style)
         axes.set(title=title, xlabel=f'{"time" if some_timed else "multiply-adds"} / uncut network in float')
+        axes.set_xlim(left=0)
         axes.set_ylim(0, min(1.1, 1.1 * max(row['int8']['error'] for row in rows)))
         axes.grid(color='0.92')
         axes.set_axisbelow(True)
@@ -337,7 +339,8 @@ def plot(report: Row, path: Path) -> None:
     figure.axes[0].set_ylabel('error of the score maps')
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
-    figure.suptitle('CRAFT cut to 70, 50 and 35 % of its multiply-adds: left and low is better', fontsize=10)
+    shares = ', '.join(f'{share:.0%}' for share in sorted({row['share'] for row in rows} - {None}))
+    figure.suptitle(f'CRAFT cut to {shares} of its multiply-adds: left and low is better', fontsize=10)
     figure.savefig(path, format='png', dpi=140)
 
 
