@@ -438,7 +438,7 @@ def test_the_detector_is_cut_and_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(pruning, '_STEPS', 3)
     options = dict(calibration=8, ranges=8, test=2)
     whole, images = harmonize(small_craft(), normalization='ortho'), pages.pages('calibration', 8).pixels
-    monkeypatch.setattr('timm_harmonic.conversion.truncate._nearer', lambda model, small, *args: small)
+    monkeypatch.setattr('timm_harmonic.conversion.truncate._nearest', lambda model, rivals, parts: rivals[0])
     cutting = detector.Cutting(tmp_path, options)
     for method, per in (('levels', 'layer'), ('channels', 'channel')):
         ours, _ = cutting.cut(method, 0.5)

@@ -163,6 +163,13 @@ def test_the_choice_is_near_the_best_of_random_instances(seed):
     check_choice(losses, costs, costs.least + random.random() * (costs.present - costs.least))
 
 
+def test_choices_of_equal_time():
+    """Times by form are not compared."""
+    of = {level: Cost(1.0, 'dense', dict(dense=1.0)) for level in (2, 1)} | {3: Cost(2.0, 'dense', dict(dense=2.0))}
+    costs = Costs('ms', 0.0, dict(a=of))
+    assert choose_levels(dict(a={3: 0.0, 2: 0.1, 1: 0.2}), costs, 1.5) == dict(a=2)
+
+
 def smooth(batches=2, channels=3, size=32):
     generator = torch.Generator().manual_seed(0)
     for _ in range(batches):

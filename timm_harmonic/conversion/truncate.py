@@ -241,7 +241,7 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]
         before, least = least, torch.full_like(least, torch.inf)
         pick, options = torch.zeros_like(least, dtype=torch.uint8), []
         for place, level in enumerate(sorted(of)):
-            cost = costs.of[name][level].cost - min(costs.of[name].values()).cost
+            cost = costs.of[name][level].cost - min(x.cost for x in costs.of[name].values())
             options.append((level, steps := round(min(cost / unit, len(least)))))
             harm = before[: len(least) - steps] - math.log(max(1 - of[level], _LEAST))
             pick[steps:].masked_fill_(harm < least[steps:], place)

@@ -391,7 +391,8 @@ class HarmonicLayer(nn.Module):
             responses = self._convolve(x, filters, None, self.in_channels * self.repeats)
         else:
             responses = self._respond(x, self.basis)
-        return F.conv2d(responses, mixing(coefficients, repeated), bias, groups=self.groups)
+        mix = mixing(coefficients, repeated) if self.kept is None else coefficients
+        return F.conv2d(responses, mix, bias, groups=self.groups)
 
     def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:
         """Builds a plain convolution with these filters and the layer's geometry, except for the arguments changed."""
