@@ -268,7 +268,15 @@ def each_norm(change):
         each_norm(lambda norm: setattr(norm, 'track_running_stats', False)),
     ],
 )
-def test_frozen_statistics_stay(freeze):
+def test_frozen_statistics_stay(freeze, monkeypatch):
+    """In the result, and in all networks that are judged for it."""
+    judged = []
+
+    def note(model, network, parts):
+        judged.append(copy.deepcopy(network))
+        return output_error(model, network, parts)
+
+    monkeypatch.setattr('timm_harmonic.conversion.refit.output_error', note)
     model, data = tiny()
     frozen = freeze(copy.deepcopy(model))
     with training_norms(frozen, 0.0) as norms:
@@ -279,9 +287,11 @@ def test_frozen_statistics_stay(freeze):
     for old, new in zip(small.modules(), better.modules(), strict=True):
         for flag in ('training', 'momentum', 'track_running_stats'):
             assert getattr(old, flag, None) == getattr(new, flag, None)
-    for name, module in better.named_modules():
-        if hasattr(module, 'running_var') and name:
-            assert torch.equal(module.running_var, small.get_submodule(name).running_var)
+    assert len(judged) == 4
+    for network in (better, *judged):
+        for name, module in network.named_modules():
+            if hasattr(module, 'running_var') and name:
+                assert torch.equal(module.running_var, small.get_submodule(name).running_var)
 
 
 def test_the_stem_of_a_network_in_training_keeps_its_statistics():

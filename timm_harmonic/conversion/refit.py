@@ -23,6 +23,7 @@ _ELEMENTS = 2**24  # of features held at a time: 128 MiB in float64
 _BLOCK = 640  # rows of the symmetric sums that are added together
 # Random positions suffice: this many for each feature of a group, and at least this many for a group.
 _POSITIONS, _FEWEST = 64, 2**14
+_NOT_FINITE = 'the networks give values that are not finite on the data.'
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -211,16 +212,24 @@ def take_over(model: nn.Module, best: nn.Module) -> nn.Module:
 
 def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.Module:
     """Returns a refitted copy of a truncated network, see `refit`, on images of `read_images`."""
-    same, fitted, final = (copy.deepcopy(small) for _ in range(3))  # `final` is fitted to the held-out images too
-    with torch.no_grad(), evaluating(model), evaluating(small), evaluating(fitted):
-        wanted, found = ([tuple(x.shape) for x in _outputs(network, parts[0])] for network in (model, small))
+    unfitted, fitted, final = (copy.deepcopy(small) for _ in range(3))  # `final` is fitted to the held-out images too
+    with torch.no_grad(), evaluating(model):
+        with evaluating(small):
+            outputs = [_outputs(network, parts[0]) for network in (model, small)]
+        wanted, found = ([tuple(x.shape) for x in of] for of in outputs)
         if not wanted or wanted != found:
             raise InputError(f'the networks must return tensors of the same shapes, got {wanted} and {found}.')
+        if not all(x.isfinite().all() for of in outputs for x in of):
+            raise InputError(_NOT_FINITE)
         layers, norms, uses = harmonic_layers(fitted), norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
         lowered = {name: len(of) for name, of in uses.items() if of and not layers[name].is_complete()}
         for network in (fitted, final):
             _take_statistics(network, model)  # what is fitted are the outputs that these normalise
-        with suspended(model, parts, lowered) as whole, suspended(fitted, parts, lowered, before=True) as cut:
+        with (
+            evaluating(fitted),
+            suspended(model, parts, lowered) as whole,
+            suspended(fitted, parts, lowered, before=True) as cut,
+        ):
             for name in progress(lowered, desc='refit', unit='layer', leave=False):
                 samples = _samples(name, layers[name], uses[name], parts, zip(whole, cut, strict=True))
                 if solved := solve_layer(layers[name], samples, name in norms):
@@ -229,12 +238,12 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         # One image has no statistics.
         fit = [part[~mask] for part, mask in _with_held_out(parts) if (~mask).sum() > 1]
         errors: dict[tuple[nn.Module, bool], float] = {}
-        for judged, result in ((small, same), (fitted, final)):
+        for judged, result in ((small, unfitted), (fitted, final)):
             errors[result, False] = output_error(model, judged, parts)
             estimate_statistics(judged := copy.deepcopy(judged), fit)
             errors[result, True] = output_error(model, judged, parts)
         if not math.isfinite(next(iter(errors.values()))):
-            raise InputError('the networks give values that are not finite on the data.')
+            raise InputError(_NOT_FINITE)
         best, counted = min(errors, key=lambda of: math.inf if math.isnan(errors[of]) else errors[of])
         if counted:
             estimate_statistics(best, parts)
@@ -242,14 +251,14 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
 
 
 def _take_statistics(small: nn.Module, model: nn.Module) -> None:
-    """Gives a truncated network the statistics of the complete one's batch normalisation, where they are alike."""
+    """Gives a truncated network the statistics of the complete one's batch normalisation; frozen ones stay."""
     modules = dict(model.named_modules())
-    for name, norm in small.named_modules():
-        other = modules.get(name)
-        if isinstance(norm, _NORMS) and isinstance(other, _NORMS) and norm.num_features == other.num_features:
-            theirs = dict(other.named_buffers())
-            for key, buffer in norm.named_buffers():
-                buffer.copy_(theirs.get(key, buffer))
+    with training_norms(small, 0.0) as norms:
+        for name, norm in small.named_modules():
+            if norm in norms and isinstance(modules.get(name), _NORMS):
+                theirs = dict(modules[name].named_buffers())
+                for key, buffer in norm.named_buffers():
+                    buffer.copy_(theirs.get(key, buffer))
 
 
 def losses_by_images(

@@ -240,9 +240,10 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]
     for name, of in losses.items():
         before, least = least, torch.full_like(least, torch.inf)
         pick, options = torch.zeros_like(least, dtype=torch.uint8), []
+        cheapest = min(cost.cost for cost in costs.of[name].values())
         for place, level in enumerate(sorted(of)):
-            cost = costs.of[name][level].cost - min(x.cost for x in costs.of[name].values())
-            options.append((level, steps := round(min(cost / unit, len(least)))))
+            steps = round(min((costs.of[name][level].cost - cheapest) / unit, len(least)))
+            options.append((level, steps))
             harm = before[: len(least) - steps] - math.log(max(1 - of[level], _LEAST))
             pick[steps:].masked_fill_(harm < least[steps:], place)
             least[steps:] = least[steps:].minimum(harm)

@@ -24,6 +24,7 @@ from ..conversion.timing import times_of
 
 _TOLERANCE = 1e-3  # of the largest output, in float32
 _METHODS = ('MinMax', 'Percentile')  # of choosing the ranges of activations, by onnxruntime's names
+_NARROWEST = 1e-6  # range of responses that are scaled, as a share of the widest one in their layer
 _TOGETHER = 8  # images that run through ONNX Runtime together
 
 
@@ -99,7 +100,7 @@ def _equalise(plain: nn.Module, data: Iterable[Tensor]) -> None:
 
     In 8 bits all responses of a layer have one scale, and so have all weights of an output. A channel that is rarely
     active has small responses and may have large weights: the others would be rounded away. As in Nagel et al. 2019
-    (arXiv:1906.04721), section 4.1.
+    (arXiv:1906.04721), section 4.1, but by the responses to images (B, C, H, W) in place of the filters.
     """
     largest: dict[nn.Module, Tensor] = {}
 
@@ -116,7 +117,8 @@ def _equalise(plain: nn.Module, data: Iterable[Tensor]) -> None:
     for layer, handle in zip(layers, handles, strict=True):
         handle.remove()
         if layer.respond in largest:
-            factors = largest[layer.respond].where(largest[layer.respond] > 0, 1.0)
+            found = largest[layer.respond]
+            factors = found.clamp_min(_NARROWEST * found.max()) if found.any() else torch.ones_like(found)
             layer.respond.weight.data /= factors[:, None, None, None]
             grouped = layer.mix.weight.data.unflatten(0, (layer.mix.groups, -1))
             grouped *= factors.view(layer.mix.groups, 1, -1, 1, 1)
