@@ -452,3 +452,11 @@ def test_computed_weights(wrap):
     with pytest.raises(ValueError, match=r'its weight is computed .* make that permanent first'):
         layer.at_level(2)
     assert layer.to('meta').basis.is_meta
+
+
+def test_a_layer_without_the_constant_function_is_not_complete():
+    """It cannot express every filter, at any level."""
+    layer = HarmonicConv2d(2, 2, 3, dc=False)
+    assert not layer.is_complete()
+    assert layer.energy_kept is None
+    assert HarmonicConv2d(2, 2, 3).is_complete()

@@ -185,3 +185,18 @@ def test_computed_weights_refer_to_a_basis_too(cls, compute):
         with pytest.raises(RuntimeError, match='its coefficients refer to the basis'):
             ours.load_state_dict(theirs.state_dict(), strict=False)
     ours.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize('assign', [False, True])
+@pytest.mark.parametrize('dtypes', [('float32', 'float16'), ('float16', 'float32')])
+def test_coefficients_that_overflow_are_refused(dtypes, assign):
+    """In the dtype in which they end: the layer's or, assigned, that of the filters."""
+    stored, own = (getattr(torch, name) for name in dtypes)
+    layer = HarmonicConv2d(2, 2, 7, bias=False, smoothness=10, dtype=own)
+    filters = dict(weight=torch.randn(2, 2, 7, 7).to(stored))
+    if (stored if assign else own) == torch.float16:
+        with pytest.raises(RuntimeError, match=r'overflow torch.float16: lower the smoothness'):
+            layer.load_state_dict(filters, assign=assign)
+    else:
+        layer.load_state_dict(filters, assign=assign)
+        assert layer.weight.isfinite().all()
