@@ -14,6 +14,8 @@ from timm_harmonic.conversion.running import HELD_OUT, evaluating, suspended
 
 __all__ = ['fitted', 'samples_of', 'with_statistics']
 
+_POSITIONS, _FEWEST = 64, 2**14  # for each input of a convolution, and at least, as for ours
+
 # Convolutions of a cut network, in the order in which they run -> the complete network's whose output they should have,
 # and which channels of that.
 Wanted = Mapping[str, tuple[str, Tensor]]
@@ -40,7 +42,8 @@ def samples_of(conv: nn.Module, number: int, values: Iterable[tuple[Tensor, Tens
     samples: Any = None
     for x, outputs in values:
         if samples is None:
-            samples = Samples(_Patches(conv), number * outputs[0, 0].numel())
+            patches, positions = _Patches(conv), number * outputs[0, 0].numel()
+            samples = Samples(patches, min(1.0, max(_POSITIONS * conv.weight[0].numel(), _FEWEST) / positions))
         samples.add(x, outputs, _held_out(x))
     return samples
 
@@ -67,12 +70,15 @@ def fitted(model: nn.Module, small: nn.Module, wanted: Wanted, parts: Sequence[T
         torch.no_grad(),
         evaluating(model),
         evaluating(judged),
-        suspended(model, parts, dict.fromkeys((name for name, _ in wanted.values()), 1)) as whole,
-        suspended(judged, parts, dict.fromkeys(wanted, 1), before=True) as cut,
+        suspended(model, parts, [dict.fromkeys((name for name, _ in wanted.values()), 1)] * len(parts)) as whole,
+        suspended(judged, parts, [dict.fromkeys(wanted, 1)] * len(parts)) as cut,
     ):
-        for name, (_, channels) in wanted.items():
-            visits = ((next(ours)[0][0], next(theirs)[0][1]) for ours, theirs in zip(cut, whole, strict=True))
-            samples = samples_of(judged.get_submodule(name), number, ((x, y[:, channels]) for x, y in visits))
+        for name, (complete, channels) in wanted.items():
+            visits = ((next(ours)[0], next(theirs)[0]) for ours, theirs in zip(cut, whole, strict=True))
+            outputs_of = model.get_submodule(complete)
+            samples = samples_of(
+                judged.get_submodule(name), number, ((x, outputs_of(theirs)[:, channels]) for x, theirs in visits)
+            )
             if not (solved := solve_layer(judged.get_submodule(name), samples, True)):
                 continue
             for network, (weight, bias) in zip((judged, final), solved, strict=True):

@@ -117,9 +117,11 @@ def factors(model: nn.Module, parts: Sequence[Tensor]) -> dict[str, dict[int, Fa
         if isinstance(conv, nn.Conv2d) and conv.kernel_size[0] > 1 and _ranks(conv)
     }
     number, found = sum(map(len, parts)), {}
-    with torch.no_grad(), evaluating(model), suspended(model, parts, dict.fromkeys(convs, 1)) as runs:
+    uses = [dict.fromkeys(convs, 1)] * len(parts)
+    with torch.no_grad(), evaluating(model), suspended(model, parts, uses) as runs:
         for name, conv in tqdm(convs.items(), desc='low rank', unit='layer', leave=False):
-            samples = samples_of(conv, number, (next(run)[0] for run in runs))
+            inputs = (next(run)[0] for run in runs)
+            samples = samples_of(conv, number, ((x, conv(x)) for x in inputs))
             found[name] = _of_layer(conv, samples.fit, samples.test)
     return found
 
@@ -155,5 +157,5 @@ def low_rank(
 
 def _positions(model: nn.Module, convs: Mapping[str, nn.Module], images: Tensor) -> dict[str, int]:
     """Positions of the outputs of convolutions for one image."""
-    with torch.no_grad(), evaluating(model), suspended(model, [images[:1]], dict.fromkeys(convs, 1)) as (visits,):
-        return {name: visit[0][1][0, 0].numel() for name, visit in zip(convs, visits, strict=True)}
+    with torch.no_grad(), evaluating(model), suspended(model, [images[:1]], [dict.fromkeys(convs, 1)]) as (visits,):
+        return {name: convs[name](visit[0])[0, 0].numel() for name, visit in zip(convs, visits, strict=True)}

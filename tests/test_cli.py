@@ -229,23 +229,23 @@ def test_a_closed_pipe_ends_the_command(tmp_path):
 
 @pytest.mark.parametrize('outer', [dict(leave=False), dict(unit='step', leave=False, miniters=1, mininterval=0)])
 def test_progress_follows_the_terminal_and_the_command(outer, monkeypatch):
-    """A terminal gets a bar, a pipe a line every 30 seconds, --quiet nothing: whenever tqdm was imported."""
+    """A terminal gets a bar, a pipe its state every 30 seconds, --quiet nothing: whenever tqdm was imported."""
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
     terminal, pipe, seconds = io.StringIO(), io.StringIO(), [0.0]
     terminal.isatty = lambda: True
     assert not progress(file=terminal).disable
     monkeypatch.setattr('tqdm.std.time', lambda: seconds[0])
-    monkeypatch.setattr('time.monotonic', lambda: seconds[0])
     for _ in progress(range(10), file=pipe, desc='outer', **outer):
         for _ in progress(range(4), file=pipe, desc='inner', leave=False):
             seconds[0] += 2.5
-    lines = pipe.getvalue().splitlines()
-    assert [line[:11] for line in lines] == ['outer:  30%', 'outer:  60%', 'outer:  90%']
+    states = [state.strip()[:11] for state in pipe.getvalue().split('\r') if state.strip()]
+    assert states == ['outer:  30%', 'outer:  60%', 'outer:  90%']
     pipe.seek(0)
     pipe.truncate()
     for _ in progress(range(4), file=pipe, desc='alone'):
         seconds[0] += 20
-    assert [line[:10] for line in pipe.getvalue().splitlines()] == ['alone:  50', 'alone: 100']
+    states = [state.strip()[:10] for state in pipe.getvalue().split('\r') if state.strip()]
+    assert list(dict.fromkeys(states)) == ['alone:  50', 'alone: 100']
     pipe.write = None  # has no reader: a call would fail
     monkeypatch.setenv('TQDM_DISABLE', '1')
     for file in (terminal, pipe, None):

@@ -105,10 +105,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.deploy:
         require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
 
-    def draw(folder: Path, small: Any) -> None:
+    def draw(folder: Path, network: Any) -> None:
         if importlib.util.find_spec('matplotlib') is not None:
             with explained(f'matplotlib cannot draw {_PICTURE}', Exception):
-                draw_truncation(folder / _PICTURE, whole, small, args.refit)
+                draw_truncation(folder / _PICTURE, network)
 
     with progress(total=9, desc='build', **STEPS) as steps, tempfile.TemporaryDirectory() as temporary:
         weights = (args.model, args.checkpoint, args.pretrained, args.model_kwargs, args.use_ema)

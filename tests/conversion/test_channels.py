@@ -195,7 +195,7 @@ def test_report_and_picture(network, tmp_path, monkeypatch):
     assert 'on average' not in harmonic_report(copy.deepcopy(small).to('meta')).summary()
     shown, imshow = [], Axes.imshow
     monkeypatch.setattr(Axes, 'imshow', lambda axes, of, **style: shown.append(of) or imshow(axes, of, **style))
-    draw_truncation(tmp_path / 'drawn.png', network, small)
+    draw_truncation(tmp_path / 'drawn.png', small)
     with Image.open(tmp_path / 'drawn.png') as picture:
         assert picture.width == 1040
     by_name = dict(zip(harmonic_layers(small), shown, strict=True))

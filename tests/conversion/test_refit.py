@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import threading
+import warnings
 
 import pytest
 import reference
@@ -23,7 +25,6 @@ from timm_harmonic.conversion.refit import (
     norms_behind,
     output_error,
     refitted,
-    training_norms,
 )
 from timm_harmonic.conversion.running import read_images, watching
 from timm_harmonic.conversion.swap import harmonic_layers
@@ -78,10 +79,10 @@ def same(a, b):
 @pytest.mark.parametrize('ridge', [1e-4, 1.0, 1e9])
 @pytest.mark.parametrize('groups', [1, 3])
 def test_least_squares(groups, ridge, intercept):
-    """Against the formula on the rows themselves, added in two parts."""
+    """Against the formula on the rows themselves, added in two parts. Some features have little energy."""
     torch.manual_seed(0)
     rows, features, outputs = 40, 5, 2
-    x = torch.randn(groups, rows, features, dtype=torch.float64) + 1
+    x = (torch.randn(groups, rows, features, dtype=torch.float64) + 1) * torch.tensor([1.0, 0.1, 2.0, 0.01, 1.0])
     y = torch.randn(groups, rows, outputs, dtype=torch.float64) + x.sum(2, keepdim=True)
     start = torch.randn(groups, features, outputs, dtype=torch.float64)
     size = features + outputs + 1
@@ -92,7 +93,8 @@ def test_least_squares(groups, ridge, intercept):
     for group in range(groups):
         a, b = x[group], y[group]
         a, b = (a - a.mean(0), b - b.mean(0)) if intercept else (a, b)
-        penalty = (ridge * a.square().sum(0)).sqrt().diag()
+        energy = a.square().sum(0)
+        penalty = (ridge * energy.maximum(energy.mean())).sqrt().diag()
         stacked = torch.linalg.lstsq(torch.cat([a, penalty]), torch.cat([b, penalty @ start[group]])).solution
         torch.testing.assert_close(weight[group], stacked, rtol=1e-6, atol=1e-6)
         offset = (y[group] - x[group] @ weight[group]).mean(0) if intercept else torch.zeros(outputs)
@@ -279,8 +281,6 @@ def test_frozen_statistics_stay(freeze, monkeypatch):
     monkeypatch.setattr('timm_harmonic.conversion.refit.output_error', note)
     model, data = tiny()
     frozen = freeze(copy.deepcopy(model))
-    with training_norms(frozen, 0.0) as norms:
-        assert norms == []
     small = weakened(truncate(frozen, level=2))
     better = refit(frozen, small, [data])
     assert nearer(frozen, better, small, data)
@@ -568,7 +568,7 @@ def test_the_fit_is_that_of_one_layer_after_another(suspended, monkeypatch):
     with torch.no_grad():
         for name in ('first', 'twice', 'rare', 'between', 'last'):
             layer, place = by_hand.get_submodule(name), 0
-            samples = Samples(layer, 1)
+            samples = Samples(layer, 1.0)
             for part in parts:
                 held_out = torch.arange(place, place + len(part)) % 4 == 3
                 place += len(part)
@@ -627,3 +627,62 @@ def test_truncate_refits(tmp_path):
     assert same(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), small)
     with pytest.raises(ValueError, match='refit needs data'):
         truncate(model, level=2, refit=True)
+
+
+def test_layers_take_as_many_images_as_they_need(monkeypatch):
+    """Wide ones on small maps take more. What later layers do not take is held in memory no longer."""
+    monkeypatch.setattr('timm_harmonic.conversion.refit._FEWEST', 1)
+    monkeypatch.setattr('timm_harmonic.conversion.refit._POSITIONS', 24)
+    monkeypatch.setattr('timm_harmonic.conversion.refit._IMAGES', 16)
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, stride=4), nn.Upsample(scale_factor=4), nn.Conv2d(16, 8, 3))
+    model = harmonize(nn.Sequential(*layers).eval())
+    small = weakened(truncate(model, level=2))
+    taken, add = {}, Samples.add
+
+    def note(samples, x, outputs, held_out):
+        key = samples.layer.out_channels, samples.layer.stride[0]
+        images, threads = taken.get(key, (0, 0))
+        waiting = [thread for thread in threading.enumerate() if '(run)' in thread.name]
+        taken[key] = images + len(x), max(threads, len(waiting))
+        return add(samples, x, outputs, held_out)
+
+    monkeypatch.setattr(Samples, 'add', note)
+    data = [smooth(60, size=16), smooth(60, size=20)]
+    assert [tuple(part.shape) for part in read_images(data, data[0])] == 2 * [(30, 3, 16, 16), (30, 3, 20, 20)]
+    better = refit(model, small, data)
+    # Images, and the runs of both networks that wait at that time, for the part that has layers ahead.
+    assert taken == {(16, 1): (30, 2), (16, 4): (120, 2), (8, 1): (30, 0)}
+    assert nearer(model, better, small, smooth(seed=3))
+
+
+def test_parts_are_small_for_large_images(monkeypatch):
+    monkeypatch.setattr('timm_harmonic.conversion.running._PART', 2**16)
+    images = smooth(24, size=32)
+    assert [len(part) for part in read_images([images], images)] == [5, 5, 5, 5, 4]
+    assert [len(part) for part in read_images([smooth(10, size=64)], images)] == [5, 5]
+    assert [len(part) for part in read_images([smooth(2, size=64)], images, least=1)] == [2]
+
+
+def spied(init, seen):
+    def note(samples, layer, share):
+        seen.append(layer)
+        init(samples, layer, share)
+
+    return note
+
+
+def test_layers_with_too_many_features_stay(monkeypatch):
+    """Neither weighing nor fitting allocates their sums."""
+    monkeypatch.setattr('timm_harmonic.conversion.refit._SUMS', 200**2)
+    torch.manual_seed(0)
+    model = harmonize(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 4, 5)).eval())
+    seen = []
+    monkeypatch.setattr(Samples, '__init__', spied(Samples.__init__, seen))
+    for per in ('layer', 'channel'):
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'levels come nearer')
+            small = truncate(model, ratio=0.6, per=per, data=[smooth(64)], refit=True)
+        assert not torch.equal(small[1].weight, truncate(model, level=small[1].level)[1].weight)
+        assert small[2].weight.numel() < model[2].weight.numel()
+    assert {layer.kernel_size for layer in seen} == {(3, 3)}

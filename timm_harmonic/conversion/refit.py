@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from .swap import check_unwrapped, harmonic_layers
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e9)  # the last keeps the coefficients
 _RIDGE = 1e-2  # while levels are compared
 _ELEMENTS = 2**24  # of features held at a time: 128 MiB in float64
+_SUMS = 2**27  # of a layer at most: 1 GiB in float64, for 10,000 features without groups
 _BLOCK = 640  # rows of the symmetric sums that are added together
-# Random positions suffice: this many for each feature of a group, and at least this many for a group.
-_POSITIONS, _FEWEST = 64, 2**14
+# Random positions suffice: this many for each feature of a group, and at least this many for a group, of this many
+# images at least.
+_POSITIONS, _FEWEST, _IMAGES = 64, 2**14, 64
 _NOT_FINITE = 'the networks give values that are not finite on the data.'
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -86,14 +89,15 @@ class Moments:
     def solve(self, start: Tensor, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
         """Solves least squares for weights (groups, F, o) and biases (groups, o), which are 0 without intercept.
 
-        The ridge pulls the weights towards `start`, by this share of each feature's energy.
+        The ridge pulls the weights towards `start`, by this share of each feature's energy, or of the features' mean
+        energy for those that have less: large weights of features that are rarely active would not survive 8 bits.
         """
         ff, fy = self.products(intercept)
         f, y = self.sums[:, : self.features, -1:], self.sums[:, self.features : -1, -1:]
         energy = ff.diagonal(dim1=1, dim2=2)
-        least = 1e-9 * energy.amax(1, keepdim=True) + torch.finfo(ff.dtype).tiny  # for features that are always 0
+        energy = energy.maximum(energy.mean(1, keepdim=True)) + torch.finfo(ff.dtype).tiny
         change = fy - ff @ start
-        ff.diagonal(dim1=1, dim2=2).add_(ridge * energy + least)
+        ff.diagonal(dim1=1, dim2=2).add_(ridge * energy)
         weight = start + torch.cholesky_solve(change, torch.linalg.cholesky(ff))
         bias = (y - weight.transpose(1, 2) @ f)[..., 0] / self.rows
         return weight, bias if intercept else torch.zeros_like(bias)
@@ -114,18 +118,17 @@ def by_group(weight: Tensor, groups: int) -> Tensor:
 class Samples:
     """Moments of a layer on the images that it is fitted to and, apart, on the held-out ones.
 
-    A random share of the positions of its output counts, enough for the features of a group. The layer computes in
-    float32 at least.
+    A random share of the positions of its output counts. The layer computes in float32 at least.
     """
 
-    def __init__(self, layer: HarmonicLayer, positions: int) -> None:
+    def __init__(self, layer: HarmonicLayer, share: float) -> None:
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         self.layer: Any = layer if dtype == layer.weight.dtype else copy.deepcopy(layer).to(dtype)
         count = layer.weight[0].numel()  # what one output mixes
         size = count + layer.out_channels // layer.groups + 1
         sums = torch.zeros(layer.groups, size, size, dtype=torch.float64, device=float64_device(layer.weight.device))
         self.fit, self.test = Moments(count, sums), Moments(count, sums.clone())
-        self.share = min(1.0, max(_POSITIONS * count, _FEWEST) / positions)
+        self.share = share
         self.generator = torch.Generator().manual_seed(0)
 
     def add(self, x: Tensor, outputs: Tensor, held_out: Tensor) -> None:
@@ -157,10 +160,11 @@ def refit(
     result is nearer to the complete network on other images too: the more images, the likelier.
 
     Both networks run once, and wait while a layer is fitted; they start again behind layers that are used repeatedly.
-    The images stay in memory, 2 GiB at most, and what both networks hold in between for the first 256 MiB of them:
-    limit `batches` if that is too much. Further images run again for each layer. One layer at a time needs sums of
-    16 (F + o)^2 bytes for F features and o outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3, and about
-    as much again to solve them.
+    A layer takes 64 images or, if these have fewer than 64 positions for each of its features, as many as have. The
+    images stay in memory, 2 GiB at most, and what both networks hold in between for the first 128 MiB of them: limit
+    `batches` if that is too much. Further images run again for each layer that takes them. One layer at a time needs
+    sums of 16 (F + o)^2 bytes for F features and o outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3,
+    and about as much again to solve them. Layers with sums of over 2 GiB, such as the first classifier of a VGG, stay.
 
     Args:
         model: Complete network. Layers that are harmonic in `small` may be plain in it.
@@ -222,16 +226,14 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         if not all(x.isfinite().all() for of in outputs for x in of):
             raise InputError(_NOT_FINITE)
         layers, norms, uses = harmonic_layers(fitted), norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
-        lowered = {name: len(of) for name, of in uses.items() if of and not layers[name].is_complete()}
+        lowered = {name: of for name, of in _fittable(layers, uses).items() if not layers[name].is_complete()}
         for network in (fitted, final):
             _take_statistics(network, model)  # what is fitted are the outputs that these normalise
-        with (
-            evaluating(fitted),
-            suspended(model, parts, lowered) as whole,
-            suspended(fitted, parts, lowered, before=True) as cut,
-        ):
+        shares, steps = _shares(layers, lowered, parts)
+        with evaluating(fitted), suspended(model, parts, steps) as whole, suspended(fitted, parts, steps) as cut:
             for name in progress(lowered, desc='refit', unit='layer', leave=False):
-                samples = _samples(name, layers[name], uses[name], parts, zip(whole, cut, strict=True))
+                both = zip(_with_held_out(parts[: shares[name][0]]), whole, cut, strict=False)
+                samples = _samples(name, layers[name], model.get_submodule(name), shares[name][1], both)
                 if solved := solve_layer(layers[name], samples, name in norms):
                     for network, solution in zip((fitted, final), solved, strict=True):
                         _set_weights(network, name, norms.get(name), *solution)
@@ -253,12 +255,11 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
 def _take_statistics(small: nn.Module, model: nn.Module) -> None:
     """Gives a truncated network the statistics of the complete one's batch normalisation; frozen ones stay."""
     modules = dict(model.named_modules())
-    with training_norms(small, 0.0) as norms:
-        for name, norm in small.named_modules():
-            if norm in norms and isinstance(modules.get(name), _NORMS):
-                theirs = dict(modules[name].named_buffers())
-                for key, buffer in norm.named_buffers():
-                    buffer.copy_(theirs.get(key, buffer))
+    for name, norm in _norms_of(small).items():
+        if isinstance(modules.get(name), _NORMS):
+            theirs = dict(modules[name].named_buffers())
+            for key, buffer in norm.named_buffers():
+                buffer.copy_(theirs.get(key, buffer))
 
 
 def losses_by_images(
@@ -271,18 +272,20 @@ def losses_by_images(
     variance, because normalisation divides each channel by its own deviation, and averaged over output channels. With
     `refit` it is what refitting leaves over on held-out images, 1 at most; else the ratio r becomes r / (1 + r).
 
-    `parts` are images of `read_images`, see `refit` for the memory; choosers are `Choices.places`. Layers that no image
-    reaches, or whose output does not vary, are left out.
+    `parts` are images of `read_images`, see `refit` for the memory; choosers are `Choices.places`. Layers that `refit`
+    passes over, and those whose output does not vary, are left out.
     """
     layers = harmonic_layers(model)
     found: list[dict[str, dict[int, float]]] = [{} for _ in choosers]
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
-        reached = {name: len(of) for name, of in uses.items() if of}
-        with suspended(model, parts, reached) as runs:
+        reached = _fittable(layers, uses)
+        shares, steps = _shares(layers, reached, parts)
+        with suspended(model, parts, steps) as runs:
             for name in progress(reached, desc='weigh', unit='layer', leave=False):
                 layer, (present, bias) = layers[name], _weights_of(layers[name])
-                samples = _samples(name, layer, uses[name], parts, zip(runs))
+                one = zip(_with_held_out(parts[: shares[name][0]]), runs, strict=False)
+                samples = _samples(name, layer, layer, shares[name][1], one)
                 intercept = layer.bias is not None or name in norms
                 if not samples.fit.variance().any():
                     continue
@@ -301,15 +304,35 @@ def losses_by_images(
     return found
 
 
-def _samples(
-    name: str, layer: Any, uses: Sequence[Use], parts: Sequence[Tensor], runs: Iterable[Sequence[Iterator[Any]]]
-) -> Samples:
-    """Sums up a layer's inputs, from the last of the runs of each part, and its wanted outputs, from the first."""
-    positions = sum(use.positions for use in uses) * sum(map(len, parts)) // len(parts[0])  # as in the first part
-    samples = Samples(layer, positions)
-    for (_, held_out), of_part in zip(_with_held_out(parts), runs, strict=True):
-        for values in zip(*map(next, of_part), strict=True):
-            samples.add(values[-1][0], values[0][1], held_out)
+def _fittable(layers: Mapping[str, Any], uses: Mapping[str, list[Use]]) -> dict[str, list[Use]]:
+    """Returns the uses of layers that images reach and whose sums do not take too much memory."""
+    sums = {n: of.groups * (of.weight[0].numel() + of.out_channels // of.groups + 1) ** 2 for n, of in layers.items()}
+    return {name: of for name, of in uses.items() if of and sums[name] <= _SUMS}
+
+
+def _shares(
+    layers: Mapping[str, Any], uses: Mapping[str, Sequence[Use]], parts: Sequence[Tensor]
+) -> tuple[dict[str, tuple[int, float]], list[dict[str, int]]]:
+    """Returns how many parts each layer needs with which share of its output's positions, and each part's layers."""
+    counts = list(accumulate(map(len, parts)))
+    found: dict[str, tuple[int, float]] = {}
+    for name, of in uses.items():
+        of_image = sum(use.positions for use in of) / counts[0]  # as in the first part
+        positions = max(_POSITIONS * layers[name].weight[0].numel(), _FEWEST)
+        last = bisect_left(counts, max(positions / of_image, _IMAGES), hi=len(counts) - 1)
+        found[name] = last + 1, min(1.0, positions / of_image / counts[last])
+    return found, [{name: len(uses[name]) for name in uses if found[name][0] > k} for k in range(len(parts))]
+
+
+def _samples(name: str, layer: Any, complete: nn.Module, share: float, parts: Iterable[Any]) -> Samples:
+    """Sums up a layer's inputs and wanted outputs in parts: images and mask of those held out, and runs to the layer.
+
+    The first run is that of the complete network, whose layer makes the outputs. The last one has the inputs.
+    """
+    samples = Samples(layer, share)
+    for (_, held_out), *runs in parts:
+        for values in zip(*map(next, runs), strict=True):
+            samples.add(values[-1], complete(values[0]), held_out)
     if not all(moments.sums.isfinite().all() for moments in (samples.fit, samples.test)):
         raise InputError(f'{name} has inputs or outputs that are not finite on the data.')
     return samples
@@ -399,26 +422,16 @@ def norms_behind(model: nn.Module, images: Tensor) -> dict[str, str]:
     return found
 
 
-@contextmanager
-def training_norms(model: nn.Module, momentum: float | None, blocks: bool = False) -> Iterator[list[Any]]:
-    """Puts a network into evaluation except for its batch normalisation, which gets this momentum.
+def _norms_of(model: nn.Module, blocks: bool = False) -> dict[str, Any]:
+    """Returns a network's batch normalisation with running statistics that training would change, by name.
 
     That inside harmonic blocks is left out unless `blocks`: levels do not change the statistics of their responses. So
     are frozen statistics: a momentum of 0 freezes them, and so does evaluation in a network that trains.
     """
     inside = {id(module.bn) for module in model.modules() if isinstance(module, HarmonicBlock2d) and not blocks}
-    norms = [module for module in model.modules() if isinstance(module, _NORMS) and id(module) not in inside]
-    norms = [norm for norm in norms if norm.track_running_stats and norm.num_batches_tracked is not None]
-    norms = [norm for norm in norms if norm.momentum != 0 and norm.training >= model.training]
-    before = [norm.momentum for norm in norms]
-    with evaluating(model):
-        for norm in norms:
-            norm.training, norm.momentum = True, momentum
-        try:
-            yield norms
-        finally:
-            for norm, own in zip(norms, before, strict=True):
-                norm.training, norm.momentum = False, own
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, _NORMS) and id(m) not in inside}
+    norms = {n: m for n, m in norms.items() if m.track_running_stats and m.num_batches_tracked is not None}
+    return {n: m for n, m in norms.items() if m.momentum != 0 and m.training >= model.training}
 
 
 def estimate_statistics(model: nn.Module, parts: Iterable[Tensor], blocks: bool = False) -> None:
@@ -428,12 +441,17 @@ def estimate_statistics(model: nn.Module, parts: Iterable[Tensor], blocks: bool 
     everything else in evaluation: no dropout. Modules that no image reaches in evaluation, such as an auxiliary head,
     keep their statistics.
     """
-    with torch.no_grad(), training_norms(model, None, blocks) as norms:
-        before = [copy.deepcopy(norm.state_dict()) for norm in norms]
+    norms = _norms_of(model, blocks).values()
+    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    with torch.no_grad(), evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
-        for part in parts if norms else ():
-            model(part)
-        for norm, state in zip(norms, before, strict=True):
-            if not norm.num_batches_tracked:
-                norm.load_state_dict(state)
+            norm.training, norm.momentum = True, None
+        try:
+            for part in parts if norms else ():
+                model(part)
+        finally:
+            for norm, (momentum, state) in zip(norms, before, strict=True):
+                norm.training, norm.momentum = False, momentum
+                if not norm.num_batches_tracked:
+                    norm.load_state_dict(state)

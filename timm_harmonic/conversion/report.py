@@ -1,4 +1,4 @@
-"""What is harmonic in a network and what it costs, as a table; what a truncation keeps, as a picture."""
+"""What is harmonic in a network and what it costs, as a table; what its layers keep, as a picture."""
 
 import dataclasses
 import io
@@ -11,19 +11,12 @@ import numpy as np
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from ..layers import HarmonicLayer, dct_frequencies
+from ..layers import dct_frequencies
 from .costs import multiply_adds
 from .running import uses_of
 from .swap import harmonic_layers, reasons_to_skip
-from .truncate import losses_by_filters
 
 _CAPTION = (
-    'A layer at level L keeps the frequencies i + j < L, left of the line. Frequency: sign changes of a DCT function, '
-    'down\nand across. Energy: the sum of squared coefficients, before truncation. '
-)
-_CUT = 'Dark cells right of the line cost little.'
-_REFITTED = '\nWhat is left of the line was then fitted to outputs on images, to compensate for what is right of it.'
-_CAPTION_OF_MAPS = (
     'One map for each layer: row i and column j stand for the DCT function with i sign changes down and j across, the\n'
     'colour says how many input channels keep it. Below the name: functions that a channel keeps, on average.'
 )
@@ -175,61 +168,34 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
     return HarmonicReport(name, tuple(found), parameters + dropped, parameters)
 
 
-def draw_truncation(path: Path, model: nn.Module, small: nn.Module, refit: bool = False) -> None:
-    """Draws a PNG of what each layer keeps: levels, with the energy by frequency, or the functions of its channels."""
+def draw_truncation(path: Path, model: nn.Module) -> None:
+    """Draws a PNG of what harmonic layers keep: for each a map of functions, by the share of channels with them."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    layers, report = harmonic_layers(small), harmonic_report(small)
-    maps = any(layer.kept is not None for layer in layers.values())
-    with matplotlib.rc_context(_FONTS):
-        figure = Figure(figsize=(8, 8), layout='constrained')  # no window, whatever backend the user has set
-        axes = figure.subplots()
-        height, image, label, caption = _draw_maps(axes, layers) if maps else _draw_levels(axes, layers, model, refit)
-        figure.set_figheight(height := max(4.2, height))
-        axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
-        figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.02, aspect=4 * height)
-        figure.supxlabel(caption, x=0.01, ha='left', fontsize=8, color='0.35')
-        figure.savefig(path, format='png', dpi=130)
-
-
-def _draw_levels(axes: Any, layers: dict[str, HarmonicLayer], model: nn.Module, refit: bool) -> Any:
-    """Draws energy by frequency, and levels. Returns the height in inches, the image, what it shows, and a caption."""
-    from matplotlib.colors import LogNorm
-
-    losses = losses_by_filters(model)
-    names, top = list(losses), max(max(of) for of in losses.values())
-    shares = np.full((len(names), top), np.nan)
-    for row, name in enumerate(names):
-        lost = [losses[name].get(level, 1.0) for level in range(max(losses[name]) + 1)]
-        shares[row, : len(lost) - 1] = -100 * np.diff(lost)
-    norm = LogNorm(vmin=0.05, vmax=100, clip=True)
-    image = axes.imshow(shares, aspect='auto', cmap='viridis', norm=norm, interpolation='nearest')
-    edges = np.array([layers[name].level - 0.5 for name in names])
-    axes.step([*edges, edges[-1]], np.arange(len(names) + 1) - 0.5, where='pre', color='#D55E00', linewidth=2)
-    axes.set_yticks(range(len(names)), [f'{name}  L={layers[name].level}' for name in names])
-    axes.set_xticks(range(top))
-    axes.tick_params(length=2)
-    axes.set_xlabel('frequency i + j')
-    height = 1.9 + 0.16 * len(names)  # room for every name
-    return height, image, "share of the energy of a layer's filters (%)", _CAPTION + (_REFITTED if refit else _CUT)
-
-
-def _draw_maps(axes: Any, layers: dict[str, HarmonicLayer]) -> Any:
-    """Draws which share of the channels keeps each function, by layer. Returns the same as `_draw_levels`."""
+    layers, report = harmonic_layers(model), harmonic_report(model)
     columns = min(max(4, math.isqrt(2 * len(layers))), 6)
-    room = 0.06 * columns  # for the text, where a map and its margin are 1 wide
-    for number, (name, layer) in enumerate(layers.items()):
-        side, (row, column) = layer.kernel_size[0], divmod(number, columns)
-        shares = np.zeros((side, side))
-        places = tuple(zip(*dct_frequencies(side, layer.level, layer.dc), strict=True))
-        shares[places] = 100 if layer.kept is None else 100 * layer.kept[0, :, :, 0].double().mean(0).cpu().numpy()
-        left, top = column + 0.08, (0.95 + room) * row + room
-        image = axes.imshow(shares, cmap='viridis', vmin=0, vmax=100, extent=(left, left + 0.84, top + 0.84, top))
-        longest = 114 // columns  # characters that fit
-        title = name if len(name) <= longest else f'...{name[3 - longest :]}'
-        axes.text(left, top - 0.04, f'{title}\n{shares.sum() / 100:.3g} of {side**2}', fontsize=7, va='bottom')
-    height = (0.95 + room) * (row + 1)
-    axes.set(xlim=(0, columns), ylim=(height, 0))
-    axes.axis('off')
-    return 1.2 + 6.7 * height / columns, image, 'share of input channels that keep a function (%)', _CAPTION_OF_MAPS
+    row_height = 0.95 + 0.06 * columns  # with room for the text, where a map and its margin are 1 wide
+    rows = -(-len(layers) // columns)
+    height = max(4.2, 1.2 + 6.7 * rows * row_height / columns)
+    with matplotlib.rc_context(_FONTS):
+        figure = Figure(figsize=(8, height), layout='constrained')  # no window, whatever backend the user has set
+        axes = figure.subplots()
+        for number, (name, layer) in enumerate(layers.items()):
+            side, (row, column) = layer.kernel_size[0], divmod(number, columns)
+            shares = np.zeros((side, side))
+            places = tuple(zip(*dct_frequencies(side, layer.level, layer.dc), strict=True))
+            shares[places] = 100 if layer.kept is None else 100 * layer.kept[0, :, :, 0].double().mean(0).cpu().numpy()
+            left, low = column + 0.08, row_height * (row + 1) - 0.11
+            image = axes.imshow(shares, cmap='viridis', vmin=0, vmax=100, extent=(left, left + 0.84, low, low - 0.84))
+            longest = 114 // columns  # characters that fit
+            title = name if len(name) <= longest else f'...{name[3 - longest :]}'
+            text = f'{title}\n{shares.sum() / 100:.3g} of {side**2}'
+            axes.text(left, low - 0.88, text, fontsize=7, va='bottom')
+        axes.set(xlim=(0, columns), ylim=(rows * row_height, 0))
+        axes.axis('off')
+        axes.set_title(f'{report.model}: {report.parameters:,} of {report.parameters_before:,} parameters')
+        label = 'share of input channels that keep a function (%)'
+        figure.colorbar(image, ax=axes, label=label, shrink=0.8, pad=0.02, aspect=4 * height)
+        figure.supxlabel(_CAPTION, x=0.01, ha='left', fontsize=8, color='0.35')
+        figure.savefig(path, format='png', dpi=130)

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from itertools import accumulate, islice
+from itertools import accumulate, islice, zip_longest
 from numbers import Integral
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -17,12 +17,12 @@ from .swap import harmonic_layers
 
 HELD_OUT = 4  # one image in this many is held out
 _BYTES = 2**31  # of images kept in memory
-_BATCH = 32  # images that run through a network together
-_SUSPENDED = 2**28  # bytes of images whose runs stay suspended, 4 MiB at least for each part
+_BATCH, _PART = 32, 2**25  # images that run through a network together, and their bytes, at most
+_SUSPENDED = 2**27  # bytes of images whose runs stay suspended, 4 MiB at least for each part
 
 P = ParamSpec('P')
 T = TypeVar('T')
-Visit = list[tuple[Tensor, ...]]  # the input of a module, or its input and output, in each of its uses
+Visit = list[Tensor]  # the input of a module in each of its uses
 
 
 def trainable(function: Callable[P, nn.Module]) -> Callable[P, nn.Module]:
@@ -89,15 +89,16 @@ def read_images(
         raise InputError('data hold no batches: pass at least one batch of images.')
     if (count := sum(map(len, read))) < least:
         raise InputError(f'data hold {count} images: at least {least} are needed.')
-    parts: list[Tensor] = []
+    parts: list[Sequence[Tensor]] = []
     for size in dict.fromkeys(images.shape[1:] for images in read):
         alike = torch.cat([images for images in read if images.shape[1:] == size])
         if len(alike) == 1 < least:
             raise InputError(f'data hold a single image of size {tuple(size)}: two or more of each size are needed.')
         # Shuffled, always in the same way: folders come class by class, and every batch should resemble all images.
         order = torch.randperm(len(alike), generator=torch.Generator().manual_seed(0))
-        parts += alike[order.to(alike.device)].tensor_split(-(-len(alike) // _BATCH))
-    return parts
+        number = max(-(-len(alike) // _BATCH), min(-(-alike.nbytes // _PART), len(alike) // HELD_OUT))
+        parts.append(alike[order.to(alike.device)].tensor_split(number))
+    return [part for of in zip_longest(*parts) for part in of if part is not None]  # sizes take turns
 
 
 @contextmanager
@@ -189,7 +190,7 @@ def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
             thread.join()
 
 
-def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], before: bool, stay: bool) -> Iterator[Visit]:
+def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], stay: bool) -> Iterator[Visit]:
     """Yields what `suspended` yields for one part. Without `stay`, each module gets a run of its own."""
     # A copy with the same tensors: networks may keep values in attributes while they run.
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
@@ -197,32 +198,30 @@ def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], before: b
     report: Any = None
     turns: Any = None
 
-    def run(to: Callable[[tuple[str, tuple[Tensor, ...]]], None]) -> None:
+    def run(to: Callable[[tuple[str, Tensor]], None]) -> None:
         nonlocal report
         report = to
         model(images)
 
-    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...], *outputs: Tensor) -> None:
+    def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if name in ahead:
-            report((name, (inputs[0], *outputs)))
+            report((name, inputs[0]))
 
     for name in uses:
-        module: Any = model.get_submodule(name)
-        (module.register_forward_pre_hook if before else module.register_forward_hook)(partial(hook, name))
+        model.get_submodule(name).register_forward_pre_hook(partial(hook, name))
 
     def visit(name: str, number: int) -> Visit:
         nonlocal turns
         found: Visit = []
         turns, passed = turns or in_turns(run), 0
-        for key, values in turns:
+        for key, x in turns:
             passed += 1
             if key == name:
-                # The network may go on in place.
-                found.append(tuple(value.clone() for value in values) if number > 1 else values)
+                found.append(x.clone() if number > 1 else x)  # the network may go on in place
             if len(found) == number:
                 break
         ahead.remove(name)
-        if not (passed == len(found) == number == 1 and stay):
+        if not (passed == len(found) == number == 1 and stay and ahead):
             turns = turns.close()
         return found
 
@@ -236,18 +235,18 @@ def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], before: b
 
 @contextmanager
 def suspended(
-    model: nn.Module, parts: Sequence[Tensor], uses: Mapping[str, int], before: bool = False
+    model: nn.Module, parts: Sequence[Tensor], uses: Sequence[Mapping[str, int]]
 ) -> Iterator[list[Iterator[Visit]]]:
-    """Runs parts of images through a network, each suspended at one module after another while the context lasts.
+    """Runs parts of images through a network, each suspended before one module after another while the context lasts.
 
-    Each part yields, for each module in `uses`, its input and output in as many uses, or fewer if there are no more.
-    With `before`, it stops before the last of them, yields inputs alone, and goes on with the module as it is then. It
-    starts again behind a module that is used repeatedly or out of turn, and for each module if more than 256 MiB of
-    images come up to here: the live activations of the others stay in memory.
+    Each part yields, for each of its modules in `uses`, the input in as many uses, or fewer if there are no more. Then
+    it goes on with the module as it is by then. It starts again behind a module that is used repeatedly or out of turn,
+    and for each module if more than 128 MiB of images come up to here: the live activations of the others stay in
+    memory until the last module of their part.
     """
     sizes = accumulate(max(part.nbytes, 2**22) for part in parts)
     with ExitStack() as stack:
-        runs: Any = [_visits(model, part, uses, before, next(sizes) <= _SUSPENDED) for part in parts]
+        runs: Any = [_visits(model, part, of, next(sizes) <= _SUSPENDED) for part, of in zip(parts, uses, strict=True)]
         for visits in runs:
             stack.callback(visits.close)
         yield runs

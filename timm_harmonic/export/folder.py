@@ -249,7 +249,7 @@ def convert(
 
 def next_step(steps: tqdm, what: str) -> None:
     """Moves a progress bar to its next step."""
-    steps.set_description(what)
+    steps.set_description(what, refresh=False)
     steps.update()
 
 

@@ -200,7 +200,7 @@ class Protocol:
             return run(net, *draw(seed), len(self.classes), recipe, seed, self.bar.update, self.device, curve)
 
         done, total = (trial, self.trials) if stage == 'search' else (seed, self.seeds)
-        self.bar.set_description(f'{stage} {done + 1}/{total} {network.name}')
+        self.bar.set_description(f'{stage} {done + 1}/{total} {network.name}', refresh=False)
         return self.store.get(f'{stage} {network.name} {trial} {seed}', make)
 
     def best(self, network: Network, seed: int | None = None) -> int:
@@ -227,7 +227,7 @@ class Protocol:
     def keep(self, train: Images) -> tuple[str, nn.Module]:
         """Trains the network that all searches judge best. Returns its name and it. Test images choose nothing."""
         best = max(self.networks, key=lambda network: self.trial(network, self.best(network)))
-        self.bar.set_description(f'keep {best.name}')
+        self.bar.set_description(f'keep {best.name}', refresh=False)
         network, recipe = self._at(best, self.best(best))
         train, model = train.to(self.device), network.build(len(self.classes), train.pixels.shape[1], 0)
         model = model.to(self.device).to(memory_format=torch.channels_last)
