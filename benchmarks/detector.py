@@ -49,12 +49,15 @@ METHODS = {
     'data': 'levels by error on the pictures',
     'levels': 'levels, refitted',
     'channels': 'functions of each channel, refitted',
+    'time': 'functions of each channel, refitted, by time',
     'pruned': 'pruned',
     'pruned, fitted': 'pruned, with least squares',
     'low rank': 'low rank, with least squares',
 }
-UNITS = [('none', None), *((method, share) for share in SHARES for method in METHODS)]
-_OURS = tuple(METHODS)[:4]
+# In ONNX Runtime, so that this is cut when nothing else runs.
+BY_TIME = ('time', 0.6)
+UNITS = [('none', None), *((method, share) for share in SHARES for method in METHODS if method != 'time'), BY_TIME]
+_OURS = tuple(METHODS)[:5]
 OPTIONS = dict(calibration=128, ranges=32, test=128)  # numbers of pictures; those for 8-bit ranges are the first ones
 _FITTED = 3  # settings of pruning that least squares tries, those with the least error without it
 _BAR = 0.5  # the share of the multiply-adds that the bars are about
@@ -63,9 +66,10 @@ _LOOKS = {
     'data': ('#D55E00', 'o'),
     'levels': ('#56B4E9', '^'),
     'channels': ('#0072B2', 's'),
+    'time': ('#0072B2', 'D'),
     'pruned': ('#999999', 'x'),
     'pruned, fitted': ('#404040', 'P'),
-    'low rank': ('#009E73', 'D'),
+    'low rank': ('#009E73', 'p'),
 }
 
 _KINDS = dict(float='float', int8='8 bits')
@@ -123,8 +127,10 @@ class Cutting:
         if method in ('filters', 'data'):
             data = self.parts if method == 'data' else None
             return truncate(whole, ratio=share, cost='macs', images=self.images, data=data)
-        choices, losses = self._kept('weighed', lambda: weighed(whole, self.parts))[method]
-        costs = costs_of(whole, 'macs', self.images, choices=choices.of)
+        by_time = method == 'time'
+        choices, losses = self._kept('weighed', lambda: weighed(whole, self.parts))['channels' if by_time else method]
+        how = ('time', self.images, 'onnxruntime') if by_time else ('macs', self.images, 'torch')
+        costs = costs_of(whole, *how, choices.of)
         chosen = choose_levels(losses, costs, budget_of(costs, share))
         lower = choices.lowered(chosen)
         for name, layer in lower.items():
@@ -156,7 +162,7 @@ def weighed(whole: nn.Module, parts: list[Tensor]) -> dict[str, tuple[Choices, d
     layers = harmonic_layers(whole)
     choices = [Choices(layers, list(layers), per) for per in ('layer', 'channel')]
     losses = losses_by_images(whole, parts, [of.places for of in choices], True)
-    return dict(zip(_OURS[2:], zip(choices, losses, strict=True), strict=True))
+    return dict(zip(('levels', 'channels'), zip(choices, losses, strict=True), strict=True))
 
 
 def error_of(maps: Tensor, expected: Tensor) -> float:
@@ -287,7 +293,8 @@ def table(report: Row) -> str:
     ]
     for row in report['rows']:
         title = title_of(row) + (f' ({row["setting"]})' if row['setting'] else '')
-        cells = ['' if row['share'] is None else f'{row["share"]:.0%}', title, f'{row["macs"]:.1%}']
+        of = ' of the time' if row['method'] == 'time' else ''
+        cells = ['' if row['share'] is None else f'{row["share"]:.0%}{of}', title, f'{row["macs"]:.1%}']
         for kind in _KINDS:
             of = row[kind]
             cells += [
@@ -339,7 +346,7 @@ def plot(report: Row, path: Path) -> None:
     figure.axes[0].set_ylabel('error of the score maps')
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
-    shares = ', '.join(f'{share:.0%}' for share in sorted({row['share'] for row in rows} - {None}))
+    shares = ', '.join(f'{share:.0%}' for share in sorted({row['share'] for row in rows if row['share'] in SHARES}))
     figure.suptitle(f'CRAFT cut to {shares} of its multiply-adds: left and low is better', fontsize=10)
     figure.savefig(path, format='png', dpi=140)
 
@@ -380,13 +387,15 @@ def main() -> None:
     methods, shares = only - {f'{share}' for share in SHARES}, only - {'none', *METHODS}
     wanted = [unit for unit in UNITS if unit[1] is None or not methods or unit[0] in methods]
     wanted = [unit for unit in wanted if unit[1] is None or not shares or f'{unit[1]}' in shares]
-    wanted = [unit for unit in wanted if (unit in rows and not rows[unit]['time'] if args.time else unit not in rows)]
+    wanted = [unit for unit in wanted if args.time or unit != BY_TIME]
+    wanted = [unit for unit in wanted if (not rows.get(unit, {}).get('time') if args.time else unit not in rows)]
+    wanted = [unit for unit in wanted if unit in rows or not args.time or unit == BY_TIME]
     with fresh_processes(args.threads) as fresh:
         for unit in tqdm(wanted, unit='row'):
+            if unit not in rows:
+                rows[unit] = fresh.apply(measure, (*unit, args.work, OPTIONS))
             if args.time:
                 rows[unit] = fresh.apply(timed, (rows[unit], args.work, OPTIONS))
-            else:
-                rows[unit] = fresh.apply(measure, (*unit, args.work, OPTIONS))
             if saved:
                 saved.parent.mkdir(parents=True, exist_ok=True)
                 saved.write_text(json.dumps(report(), indent=1) + '\n')
