@@ -216,7 +216,7 @@ def measure(study: str, unit: Unit, work: Path) -> dict[str, Any]:
     amounts = (of.trials, min(of.seeds, GROUPS[unit.group][3]))
     with one_thread():
         draw = cache(lambda seed: task.draw(unit.count, seed))
-        protocol = Protocol(draw, [net], task.classes, recipe, *amounts, store, curves=False, ranges=ranges)
+        protocol = Protocol(draw, [net], task.classes, recipe, *amounts, store, ranges=ranges)
         runs = [protocol.final(net, seed) for seed in range(protocol.seeds)]
         (chosen,) = protocol.chosen(net)['chosen']
     found = {key: [run[key] for run in runs] for key in ('accuracy', 'accuracy_as_trained')}

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     mean, std = (' '.join(f'{value:.4g}' for value in data[key]) for key in ('mean', 'std'))
     scale = '' if data['scale'] is None else f' --scale {data["scale"]:g}'
     print(f'Images: --img-size {size} --mean {mean} --std {std}{scale}.', *task.notes, *results.advice(found), sep='\n')
-    results.write_results(args.out, 'compare.png', found, about, differences=True)
+    results.write_results(args.out, 'compare.png', found, about)
     if kept is not None:
         name, network = kept
         source = Provenance(base=f'{name}, trained on {len(task.train)} images by timm-harmonic compare')

@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         found = results.report(comparison, comparison.run_all(), baseline, covers)
     about = f'{len(train)} training and {len(test)} test patches'
     show(results.table(found, about))
-    question = f'Which of {len(photographs)} photographs is a patch from?\n{about}'
-    results.write_results(args.out, 'quickstart.png', found, question, differences=False)
+    results.write_results(args.out, 'quickstart.png', found, about)
     return found
 
 

@@ -33,7 +33,7 @@ DRAW = results.draw
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch):
     """Most tests need no picture, which takes longer than their training."""
-    monkeypatch.setattr(results, 'draw', lambda found, title, path, differences: path.write_text(''))
+    monkeypatch.setattr(results, 'draw', lambda found, title, path: path.write_text(''))
 
 
 def picture(random, label, size, channels=3):
@@ -79,7 +79,7 @@ def test_a_comparison_from_the_command_line(pictures, tmp_path, capsys, monkeypa
     assert list(found['networks']) == models
     assert found['baseline'] == 'harm0'
     for name, of in found['networks'].items():
-        assert len(of['accuracy']) == len(of['curves']) == 3
+        assert len(of['accuracy']) == 3
         gains = np.subtract(of['accuracy'], found['networks']['harm0']['accuracy'])
         assert of['difference']['mean'] == pytest.approx(gains.mean())
         best = max(of['trials'], key=lambda trial: trial['accuracy'])
@@ -447,17 +447,14 @@ def test_networks_are_added_to_a_comparison(pictures, tmp_path):
 
 
 def test_advice():
-    """Curves that still rise, and settings at the edge of the search; nothing otherwise."""
-    epochs = [4, 8, 12, 16, 20]
+    """Settings at the edge of the search; nothing otherwise."""
 
-    def found(lr, last):
+    def found(lr):
         chosen = [dict(lr=lr, weight_decay=0.05), dict(lr=0.005, weight_decay=0.05)]
-        of = dict(chosen=chosen, curves=[[10, 20, 30, 40, last]])
-        return dict(curve_epochs=epochs, networks=dict(harm=of), search=dict(ranges=RANGES['adamw']))
+        return dict(networks=dict(harm=dict(chosen=chosen)), search=dict(ranges=RANGES['adamw']))
 
-    assert results.advice(found(0.005, 41)) == []
-    assert 'still rises at the end (harm)' in results.advice(found(0.005, 45))[0]
+    assert results.advice(found(0.005)) == []
     for lr in (0.0004, 0.025):  # the outermost of eight trials
-        (line,) = results.advice(found(lr, 40))
+        (line,) = results.advice(found(lr))
         where = f'in 1 of 2 choices: harm {lr:g} (searched: 0.0002 to 0.05)'
         assert line == f'The best lr is at the edge of the search {where}.'

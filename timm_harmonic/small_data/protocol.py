@@ -28,7 +28,6 @@ RANGES: dict[str, Ranges] = {
 }
 INNER_SPLITS = 2  # a setting is judged by its mean over these, or by one for each seed
 INNER_SHARE = 0.25  # share of the training images that judges
-_POINTS = 5  # of a learning curve
 
 Draw = Callable[[int], tuple[Images, Images]]  # training and test images of a seed
 
@@ -75,11 +74,6 @@ def fingerprint(images: Images) -> str:
     return hashlib.sha256(b''.join(content)).hexdigest()[:16]
 
 
-def curve_epochs(epochs: int) -> list[int]:
-    """Epochs at whose end accuracy is measured, the last one included."""
-    return sorted({max(1, round(epochs * i / _POINTS)) for i in range(1, _POINTS + 1)})
-
-
 def run(
     network: Network,
     train: Images,
@@ -89,25 +83,16 @@ def run(
     seed: int,
     after_epoch: Callable[[], object] = lambda: None,
     device: torch.device | str = 'cpu',
-    curve: bool = True,
 ) -> dict[str, Any]:
     """Trains a new network and measures it on the test images; accuracies are in percent.
 
-    Statistics are re-estimated first, see `settled`; `accuracy_as_trained` is without that. In a curve, they rest on
-    one pass, which costs little. `correct` has a digit for each test image. The seed determines everything random.
+    Statistics are re-estimated first, see `settled`; `accuracy_as_trained` is without that. `correct` has a digit for
+    each test image. The seed determines everything random.
     """
     train, test = train.to(device), test.to(device)
     model = network.build(num_classes, train.pixels.shape[1], seed)
     model = model.to(device).to(memory_format=torch.channels_last)  # twice as fast on a CPU
-    points: list[float] = []
-    wanted = curve_epochs(recipe.epochs) if curve else []
-
-    def after(epoch: int) -> None:
-        if epoch in wanted[:-1]:
-            points.append(evaluate(settled(model, train, recipe, seed, passes=1), test)[0])
-        after_epoch()
-
-    fit(model, train, recipe, seed, after)
+    fit(model, train, recipe, seed, after_epoch)
     as_trained = evaluate(model, test)[0]
     accuracy, loss, right = evaluate(settled(model, train, recipe, seed), test)
     return dict(
@@ -115,7 +100,6 @@ def run(
         accuracy_as_trained=as_trained,
         correct=''.join(map(str, right.int().tolist())),
         loss=loss,
-        curve=[*points, accuracy] if curve else [],
         parameters=sum(p.numel() for p in model.parameters()),
     )
 
@@ -160,7 +144,6 @@ class Protocol:
     seeds: int
     store: Store = dataclasses.field(default_factory=Store)
     device: torch.device | str = 'cpu'
-    curves: bool = True  # whether the final runs measure test accuracy during training
     validation: Images | None = None  # judges settings in place of inner splits
     nested: bool = False
     ranges: Ranges | None = None  # that are searched; RANGES by default
@@ -188,16 +171,16 @@ class Protocol:
 
     def trial(self, network: Network, trial: int, seed: int | None = None) -> tuple[float, float]:
         """Mean accuracy of a setting on the inner splits of a seed or of all, and its negated mean cross-entropy."""
-        found = [self._run('search', network, trial, self.inner, split, False) for split in self.splits(seed)]
+        found = [self._run('search', network, trial, self.inner, split) for split in self.splits(seed)]
         return tuple(np.mean([(of['accuracy'], -of['loss']) for of in found], 0).tolist())
 
     def _at(self, network: Network, trial: int) -> tuple[Network, Recipe]:
         return network.at(place(trial)[2]), setting(self.recipe, trial, self.ranges)
 
-    def _run(self, stage: str, network: Network, trial: int, draw: Draw, seed: int, curve: bool) -> Any:
+    def _run(self, stage: str, network: Network, trial: int, draw: Draw, seed: int) -> Any:
         def make() -> dict[str, Any]:
             net, recipe = self._at(network, trial)
-            return run(net, *draw(seed), len(self.classes), recipe, seed, self.bar.update, self.device, curve)
+            return run(net, *draw(seed), len(self.classes), recipe, seed, self.bar.update, self.device)
 
         done, total = (trial, self.trials) if stage == 'search' else (seed, self.seeds)
         self.bar.set_description(f'{stage} {done + 1}/{total} {network.name}', refresh=False)
@@ -222,7 +205,7 @@ class Protocol:
 
     def final(self, network: Network, seed: int) -> dict[str, Any]:
         """One run with the best setting, on all training images of a seed."""
-        return self._run('final', network, self.best(network, seed), self.draw, seed, self.curves)
+        return self._run('final', network, self.best(network, seed), self.draw, seed)
 
     def keep(self, train: Images) -> tuple[str, nn.Module]:
         """Trains the network that all searches judge best. Returns its name and it. Test images choose nothing."""
@@ -231,7 +214,7 @@ class Protocol:
         network, recipe = self._at(best, self.best(best))
         train, model = train.to(self.device), network.build(len(self.classes), train.pixels.shape[1], 0)
         model = model.to(self.device).to(memory_format=torch.channels_last)
-        fit(model, train, recipe, 0, lambda epoch: self.bar.update())
+        fit(model, train, recipe, 0, self.bar.update)
         return best.name, settled(model, train, recipe, 0).eval()
 
     def run_all(self) -> dict[str, list[dict[str, Any]]]:

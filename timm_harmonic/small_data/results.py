@@ -1,7 +1,6 @@
 """Results of a comparison: statistics with intervals, the table, the picture, and the files."""
 
 import dataclasses
-import itertools
 import json
 import platform
 import statistics
@@ -19,17 +18,16 @@ from rich.table import Table
 
 from ..common import explained
 from ..common.files import write_text, write_whole
-from .protocol import Protocol, curve_epochs
+from .protocol import Protocol
 from .training import MEANINGS
 
 _CONFIDENCE = 0.95
-_LAST, _RISE = 0.2, 2.0  # a curve still rises if this share of the epochs, the last ones, adds so many points
 _EDGE = 0.15  # share of a range, in logarithms, that is its edge: the outermost of eight trials are in it
 Runs = Sequence[dict[str, Any]]
 # What results depend on, and its modules. The photographs are files of the last two.
 _PACKAGES = dict(timm_harmonic='timm_harmonic', torchvision='torchvision', timm='timm')
 _PACKAGES |= dict(scikit_image='skimage', scikit_learn='sklearn')
-# Colours of Okabe and Ito, which colour-blind readers can tell apart, with markers, in the order of the networks.
+# Of Okabe and Ito: colour-blind readers can tell them apart.
 _COLOURS = ('#404040', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8}
 
@@ -85,7 +83,6 @@ def report(
             accuracy_as_trained=of['accuracy_as_trained'],
             difference=difference(of['accuracy'], base['accuracy'], overlap),
             parameters=of['parameters'][0],
-            curves=of['curve'],
             **comparison.chosen(net),
         )
     packages = {name: version(name) for name, module in _PACKAGES.items() if find_spec(module)}
@@ -97,7 +94,6 @@ def report(
         baseline=baseline,
         covers=covers,
         data=dict(train=len(train), test=len(test), chance=chance, classes=comparison.classes, **data),
-        curve_epochs=curve_epochs(comparison.recipe.epochs),
         networks=networks,
     )
 
@@ -144,13 +140,8 @@ def at_edge(value: float, bounds: Sequence[float]) -> bool:
 
 
 def advice(found: dict[str, Any]) -> list[str]:
-    """What a comparison's curves and chosen settings say about its options."""
-    lines, epochs = [], np.array(found['curve_epochs'])
-    before = int((epochs >= (1 - _LAST) * epochs[-1]).argmax())
-    curves = {name: np.mean(of['curves'], 0) for name, of in found['networks'].items()}
-    rising = [name for name, curve in curves.items() if curve[-1] - curve[before] > _RISE]
-    if rising:
-        lines.append(f'Test accuracy still rises at the end ({", ".join(rising)}): try more --epochs.')
+    """Which chosen settings of a comparison are at the edge of what was searched."""
+    lines = []
     for key, bounds in found['search']['ranges'].items():
         chosen = [(name, choice[key]) for name, of in found['networks'].items() for choice in of['chosen']]
         edge = [f'{name} {value:.2g}' for name, value in chosen if at_edge(value, bounds)]
@@ -169,75 +160,50 @@ def open_folder(folder: Path) -> None:
             pass
 
 
-def write_results(folder: Path, picture: str, results: dict[str, Any], title: str, differences: bool) -> None:
+def write_results(folder: Path, picture: str, results: dict[str, Any], title: str) -> None:
     """Writes results.json and a picture, see `draw`, and prints where they are."""
     write_whole(folder / 'results.json', lambda path: write_text(path, json.dumps(results, indent=1) + '\n'))
-    write_whole(folder / picture, lambda path: draw(results, title, path, differences))
+    write_whole(folder / picture, lambda path: draw(results, title, path))
     print(f'Wrote {folder / "results.json"} and {folder / picture}.')
 
 
-def draw(results: dict[str, Any], title: str, path: Path, differences: bool) -> None:
-    """Draws a comparison as a PNG: learning curves, optionally beside the differences paired by seed."""
+def draw(results: dict[str, Any], title: str, path: Path) -> None:
+    """Draws a comparison as a PNG: accuracies with their deviation, and the differences paired by seed."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    networks, baseline = results['networks'], results['baseline']
+    accuracies, differences = [], []
+    for name, of in networks.items():
+        deviation, gain = of['accuracy_deviation'] or 0, of['difference']
+        reach = [gain['mean'] if gain[key] is None else gain[key] for key in ('low', 'high')]
+        accuracies.append((of['accuracy'], of['accuracy_mean'], [deviation, deviation], accuracy(of)))
+        around = [gain['mean'] - reach[0], reach[1] - gain['mean']]
+        differences.append((gain['pairs'], gain['mean'], around, '' if name == baseline else interval(gain)))
     with matplotlib.rc_context(_FONTS):
-        height = max(4.4, 3.4 + 0.35 * len(results['networks']))
-        figure = Figure(figsize=(11 if differences else 6.5, height), layout='constrained')
-        left, *right = figure.subplots(1, 1 + differences, squeeze=False, width_ratios=(1.2, 1)[: 1 + differences])[0]
-        _draw_curves(left, results, title)
-        for axes in right:
-            _draw_differences(axes, results)
-        for axes in figure.axes:
-            axes.set_axisbelow(True)
-            axes.spines[['top', 'right']].set_visible(False)
+        figure = Figure(figsize=(11, 2 + 0.6 * len(networks)), layout='constrained')
+        left, right = figure.subplots(1, 2, sharey=True)
+        _draw_dots(left, accuracies)
+        _draw_dots(right, differences)
+        names = [textwrap.fill(f'{name}: {MEANINGS[name]}' if name in MEANINGS else name, 24) for name in networks]
+        left.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.6))
+        left.set_title(f'{title}\nA dot per seed, mean and standard deviation', loc='left')
+        left.set_xlabel('test accuracy (%); dotted: chance')
+        left.axvline(results['data']['chance'], color='0.5', linestyle=':', linewidth=1)
+        right.set_title(f'Minus {baseline}\nPaired by seed, mean and 95 % interval', loc='left')
+        right.set_xlabel('percentage points (right is better)')
+        right.axvline(0, color='0.5', linestyle=':', linewidth=1)
         figure.savefig(path, format='png', dpi=160)
 
 
-def _draw_curves(axes: Any, results: dict[str, Any], title: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    epochs, chance, seeds = results['curve_epochs'], results['data']['chance'], 1
-    for name, of, colour, marker in _styled(results):
-        curves = np.array(of['curves'])  # (seed, epoch)
-        mean, seeds = curves.mean(0), len(curves)
-        meaning = f' ({MEANINGS[name]})' if name in MEANINGS else ''
-        label = textwrap.fill(f'{name}{meaning}: {of["accuracy_mean"]:.1f} %', 60)
-        axes.plot(epochs, mean, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=label)
-        if seeds > 1:
-            spread = curves.std(0, ddof=1)
-            axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(chance, color='0.5', linestyle=':', linewidth=1)
-    look: Any = dict(textcoords='offset points', ha='right', va='top', color='0.35')
-    axes.annotate('chance', (max(epochs), chance), (0, -2), **look)
-    axes.set(xlabel='epoch', ylabel='test accuracy (%)', xlim=(0, max(epochs) * 1.02), ylim=(0, None))
-    axes.grid(color='0.92')
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), fontsize=8, frameon=False)
-    shown = f'mean over {seeds} seeds, shaded: ±1 standard deviation' if seeds > 1 else 'one seed'
-    axes.set_title(f'{title}\n{shown}', loc='left')
-
-
-def _draw_differences(axes: Any, results: dict[str, Any]) -> None:
-    """Differences to the baseline: a dot per seed, with mean and interval."""
-    baseline = results['baseline']
-    others = [(name, of['difference'], *style) for name, of, *style in _styled(results) if name != baseline]
-    for place, (_, found, colour, marker) in enumerate(others):
-        axes.scatter(found['pairs'], [place + 0.15] * len(found['pairs']), s=12, color=colour, alpha=0.6, linewidths=0)
-        low, high = (found[key] if found[key] is not None else found['mean'] for key in ('low', 'high'))
-        reach = [[found['mean'] - low], [high - found['mean']]]
-        axes.errorbar(found['mean'], place, xerr=reach, color=colour, marker=marker, capsize=4, linewidth=1.6)
-        axes.annotate(interval(found), (found['mean'], place), (0, 8), textcoords='offset points', ha='center')
-    axes.axvline(0, color='0.5', linestyle=':', linewidth=1)
-    names = [textwrap.fill(name, 24) for name, *_ in others]
-    axes.set(yticks=range(len(others)), yticklabels=names, ylim=(max(1, len(others)) - 0.4, -0.6))
-    axes.set_xlabel(f'percentage points above {baseline} (right is better)')
+def _draw_dots(axes: Any, rows: Sequence[tuple[Sequence[float], float, Sequence[float], str]]) -> None:
+    """Draws a row for each network: values, their mean, how far its interval reaches to both sides, and a text."""
+    for place, (values, mean, reach, text) in enumerate(rows):
+        look: Any = dict(color=_COLOURS[place % len(_COLOURS)])
+        axes.scatter(values, [place + 0.15] * len(values), s=12, alpha=0.6, linewidths=0, **look)
+        marker = 'os^DvPX'[place % 7]
+        axes.errorbar(mean, place, xerr=[[side] for side in reach], marker=marker, capsize=4, linewidth=1.6, **look)
+        axes.annotate(text, (mean, place), (0, 8), textcoords='offset points', ha='center')
     axes.grid(color='0.92', axis='x')
-    axes.spines['left'].set_visible(False)
-    axes.set_title(f'Test accuracy minus that of {baseline}\na dot per seed, mean and 95 % interval', loc='left')
-
-
-def _styled(results: dict[str, Any]) -> zip:
-    """Names of networks, with their results, colours and markers."""
-    networks = results['networks']
-    return zip(networks, networks.values(), itertools.cycle(_COLOURS), itertools.cycle('os^DvPX'), strict=False)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right', 'left']].set_visible(False)

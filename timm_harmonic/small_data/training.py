@@ -171,9 +171,9 @@ def fit(
     train: Images,
     recipe: Recipe,
     seed: int,
-    after_epoch: Callable[[int], object] = lambda epoch: None,
+    after_epoch: Callable[[], object] = lambda: None,
 ) -> None:
-    """Trains a network in place. The seed determines order, augmentation and dropout; epochs count from 1."""
+    """Trains a network in place. The seed determines order, augmentation and dropout."""
     options: dict[str, Any] = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9)
     optimizer = create_optimizer_v2(model, **options, fused=True)  # a tenth less time on a CPU
     warmup = dict(warmup_epochs=recipe.warmup_share * recipe.epochs, warmup_lr=0.0)
@@ -191,16 +191,16 @@ def fit(
             loss.backward()
             optimizer.step()
             updates += 1
-        after_epoch(epoch)
+        after_epoch()
 
 
-def settled(model: nn.Module, train: Images, recipe: Recipe, seed: int, passes: int = _PASSES) -> nn.Module:
+def settled(model: nn.Module, train: Images, recipe: Recipe, seed: int) -> nn.Module:
     """Returns a copy of a network whose batch-norm statistics, stems included, are re-estimated on training images.
 
     After few updates the running ones have not arrived: they start at 0 and 1. Images are augmented as in the epochs
-    that would follow, but not mixed; they are `passes` times all, or about 1,000 if those are fewer.
+    that would follow, but not mixed; they are eight times all, or about 1,000 if those are fewer.
     """
-    copied, epochs = copy.deepcopy(model), range(recipe.epochs + 1, recipe.epochs + 1 + passes)
+    copied, epochs = copy.deepcopy(model), range(recipe.epochs + 1, recipe.epochs + 1 + _PASSES)
     parts = (pixels for epoch in epochs for pixels, _ in batches(train, recipe, seed, epoch, mixed=False))
     size = min(recipe.batch_size, len(train))
     estimate_statistics(copied, islice(parts, math.ceil(_SETTLED / size)), blocks=True)
