@@ -40,7 +40,7 @@ def test_a_layer_without_float64(cls, monkeypatch):
     assert {buffer.dtype for buffer in layer.buffers()} <= {torch.float32, torch.int64}
     x = torch.randn(2, 3, 9, 9)
     torch.testing.assert_close(layer(x), expected(x))
-    torch.testing.assert_close(layer.energy(), expected.energy())
+    torch.testing.assert_close(layer.energies(), expected.energies())
 
 
 @pytest.mark.parametrize(

@@ -629,11 +629,11 @@ def test_truncate_refits(tmp_path):
         truncate(model, level=2, refit=True)
 
 
-def test_layers_take_as_many_images_as_they_need(monkeypatch):
+@pytest.mark.parametrize('least', [dict(_IMAGES=16), dict(_BYTES=16 * 3072)])
+def test_layers_take_as_many_images_as_they_need(least, monkeypatch):
     """Wide ones on small maps take more. What later layers do not take is held in memory no longer."""
-    monkeypatch.setattr('timm_harmonic.conversion.refit._FEWEST', 1)
-    monkeypatch.setattr('timm_harmonic.conversion.refit._POSITIONS', 24)
-    monkeypatch.setattr('timm_harmonic.conversion.refit._IMAGES', 16)
+    for name, value in dict(_FEWEST=1, _POSITIONS=24, **least).items():
+        monkeypatch.setattr(f'timm_harmonic.conversion.refit.{name}', value)
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, stride=4), nn.Upsample(scale_factor=4), nn.Conv2d(16, 8, 3))
     model = harmonize(nn.Sequential(*layers).eval())

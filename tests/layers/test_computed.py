@@ -59,7 +59,7 @@ def next_forward(layer, x):
 METHODS = [
     lambda layer: layer.filters(),
     lambda layer: layer.coefficients(),
-    lambda layer: layer.energy(),
+    lambda layer: layer.energies(),
     lambda layer: list(layer.fuse().parameters()),
 ]
 

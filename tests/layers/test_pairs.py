@@ -218,7 +218,7 @@ def test_pairs_within_levels_and_within_pairs():
     fewer = first.at_pairs(5)
     assert fewer.weight.shape[1] == 5
     assert not (fewer.kept & ~first.kept).any()
-    assert float(fewer.energy().sum()) == pytest.approx(float(first.energies().flatten().topk(5).values.sum()))
+    assert float(fewer.energies().sum()) == pytest.approx(float(first.energies().flatten().topk(5).values.sum()))
     lowest = min(first.levels())
     assert first.at_level(lowest).weight.shape[1] == len(first.columns_at(lowest)) > 0
     assert repr(first).endswith(f', level=3, smoothness=1.0, pairs={first.weight.shape[1]})')

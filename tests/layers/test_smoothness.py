@@ -54,7 +54,7 @@ def test_filters_start_with_the_energy_of_plain_ones_and_its_spectrum(smoothness
     layer = HarmonicConv2d(64, 256, 3, smoothness=smoothness)
     plain = nn.init.kaiming_normal_(torch.empty(256, 64, 3, 3), mode='fan_out', nonlinearity='relu')
     assert (layer.filters().square().mean() / plain.square().mean()).item() == pytest.approx(1, rel=0.02)
-    energy = layer.energy()
+    energy = layer.energies().sum(0)
     expected = reference.spectrum(3, smoothness=smoothness).square()
     torch.testing.assert_close(energy / energy.mean(), expected, rtol=0.06, atol=0)
 
@@ -111,7 +111,7 @@ def test_lower_levels_do_not_depend_on_the_way_there(cls, smoothness):
     of_filters = torch.einsum('oixy,nxy->oin', layer.filters(), kept)
     torch.testing.assert_close(low.filters(), torch.einsum('oin,nxy->oixy', of_filters, kept))
     assert low.energy_kept == pytest.approx((low.filters().square().sum() / layer.filters().square().sum()).item())
-    assert low.energy().sum().item() == pytest.approx(low.filters().square().sum().item())
+    assert low.energies().sum().item() == pytest.approx(low.filters().square().sum().item())
 
 
 BASES = [dict(normalization=name) for name in NORMALIZATIONS]

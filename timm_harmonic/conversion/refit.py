@@ -24,8 +24,8 @@ _ELEMENTS = 2**24  # of features held at a time: 128 MiB in float64
 _SUMS = 2**27  # of a layer at most: 1 GiB in float64, for 10,000 features without groups
 _BLOCK = 640  # rows of the symmetric sums that are added together
 # Random positions suffice: this many for each feature of a group, and at least this many for a group, of this many
-# images at least.
-_POSITIONS, _FEWEST, _IMAGES = 64, 2**14, 64
+# images or bytes of images at least.
+_POSITIONS, _FEWEST, _IMAGES, _BYTES = 64, 2**14, 64, 2**26
 _NOT_FINITE = 'the networks give values that are not finite on the data.'
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -160,9 +160,9 @@ def refit(
     result is nearer to the complete network on other images too: the more images, the likelier.
 
     Both networks run once, and wait while a layer is fitted; they start again behind layers that are used repeatedly.
-    A layer takes 64 images or, if these have fewer than 64 positions for each of its features, as many as have. The
-    images stay in memory, 2 GiB at most, and what both networks hold in between for the first 128 MiB of them: limit
-    `batches` if that is too much. Further images run again for each layer that takes them. One layer at a time needs
+    A layer takes 64 images or 64 MiB of them, or as many as have 64 positions for each of its features. The images stay
+    in memory, 2 GiB at most, and what both networks hold in between for the first 64 MiB of them: limit `batches` if
+    that is too much. Further images run again for each layer that takes them. One layer at a time needs
     sums of 16 (F + o)^2 bytes for F features and o outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3,
     and about as much again to solve them. Layers with sums of over 2 GiB, such as the first classifier of a VGG, stay.
 
@@ -319,7 +319,8 @@ def _shares(
     for name, of in uses.items():
         of_image = sum(use.positions for use in of) / counts[0]  # as in the first part
         positions = max(_POSITIONS * layers[name].weight[0].numel(), _FEWEST)
-        last = bisect_left(counts, max(positions / of_image, _IMAGES), hi=len(counts) - 1)
+        least = min(_IMAGES, _BYTES / parts[0][0].nbytes)
+        last = bisect_left(counts, max(positions / of_image, least), hi=len(counts) - 1)
         found[name] = last + 1, min(1.0, positions / of_image / counts[last])
     return found, [{name: len(uses[name]) for name in uses if found[name][0] > k} for k in range(len(parts))]
 

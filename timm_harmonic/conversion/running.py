@@ -18,7 +18,7 @@ from .swap import harmonic_layers
 HELD_OUT = 4  # one image in this many is held out
 _BYTES = 2**31  # of images kept in memory
 _BATCH, _PART = 32, 2**25  # images that run through a network together, and their bytes, at most
-_SUSPENDED = 2**27  # bytes of images whose runs stay suspended, 4 MiB at least for each part
+_SUSPENDED = 2**26  # bytes of images whose runs stay suspended, 4 MiB at least for each part
 
 P = ParamSpec('P')
 T = TypeVar('T')
@@ -241,7 +241,7 @@ def suspended(
 
     Each part yields, for each of its modules in `uses`, the input in as many uses, or fewer if there are no more. Then
     it goes on with the module as it is by then. It starts again behind a module that is used repeatedly or out of turn,
-    and for each module if more than 128 MiB of images come up to here: the live activations of the others stay in
+    and for each module if more than 64 MiB of images come up to here: the live activations of the others stay in
     memory until the last module of their part.
     """
     sizes = accumulate(max(part.nbytes, 2**22) for part in parts)

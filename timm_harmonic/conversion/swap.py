@@ -143,7 +143,7 @@ def make_harmonic(
             layers[name] = layer = kind.from_conv2d(conv, **options)
             if layer.energy_kept is None and not conv.weight.is_meta:
                 whole = float(conv.weight.detach().to('cpu', torch.float64).square().sum())
-                layer.energy_kept = float(layer.energy().sum()) / whole if whole else 1.0
+                layer.energy_kept = float(layer.energies().sum()) / whole if whole else 1.0
         else:
             layers[name] = (HarmonicBlock2d if name == stem else kind)(**conv_args(conv), **options)
     for name in replace_layers(model, layers):

@@ -60,8 +60,8 @@ def truncate(
     (see `eliminate`), those last whose absence the others cannot make up for. Pass `data` and refit=True: without data
     this loses far more than levels do, without refitting it gains nothing. Some layers keep to levels, see `sizes_of`.
     If levels alone, at the same budget, come nearer to the complete network on held-out images, the result has levels,
-    with a warning. Images stay in memory, and one layer at a time takes the sums of `refit`, 400 MiB for 512 channels
-    (F = 4608 features), and about four matrices of 8 F^2 bytes: 680 MiB there, and 14 seconds of one core (measured).
+    with a warning. One layer at a time takes the sums of `refit` and about four matrices of 8 F^2 bytes: 400 MiB and
+    680 MiB for 512 channels (F = 4608 features), and 14 seconds of one core (measured).
 
     With 'macs' or 'time' as the cost, each layer counts in its cheaper form, and takes that form: timm's
     `reparameterize_model` then makes the network of that cost. `deploy` chooses forms again.

@@ -18,7 +18,7 @@ from ..common.files import write_whole
 from ..common.onnx import onnx_session, write_onnx
 from ..conversion.costs import count_macs
 from ..conversion.deploy import deploy
-from ..conversion.running import HELD_OUT, read_images
+from ..conversion.running import HELD_OUT, read_images, watching
 from ..conversion.swap import harmonic_layers
 from ..conversion.timing import times_of
 
@@ -102,26 +102,22 @@ def _equalise(plain: nn.Module, data: Iterable[Tensor]) -> None:
     active has small responses and may have large weights: the others would be rounded away. As in Nagel et al. 2019
     (arXiv:1906.04721), section 4.1, but by the responses to images (B, C, H, W) in place of the filters.
     """
-    largest: dict[nn.Module, Tensor] = {}
+    largest: dict[str, Tensor] = {}
 
-    def note(respond: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(name: str, respond: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found = output.abs().amax((0, 2, 3))
-        largest[respond] = found.maximum(largest.get(respond, found))
+        largest[name] = found.maximum(largest.get(name, found))
 
-    layers: list[Any] = [
-        m for m in plain.modules() if isinstance(m, nn.Sequential) and {'respond', 'mix'} <= {*m._modules}
-    ]
-    handles = [layer.respond.register_forward_hook(note) for layer in layers]
-    for part in data:
-        plain(part)
-    for layer, handle in zip(layers, handles, strict=True):
-        handle.remove()
-        if layer.respond in largest:
-            found = largest[layer.respond]
-            factors = found.clamp_min(_NARROWEST * found.max()) if found.any() else torch.ones_like(found)
-            layer.respond.weight.data /= factors[:, None, None, None]
-            grouped = layer.mix.weight.data.unflatten(0, (layer.mix.groups, -1))
-            grouped *= factors.view(layer.mix.groups, 1, -1, 1, 1)
+    layers: dict[str, Any] = {n: m for n, m in plain.named_modules() if {'respond', 'mix'} <= {*m._modules}}
+    with watching({name: layer.respond for name, layer in layers.items()}, note):
+        for part in data:
+            plain(part)
+    for name, found in largest.items():
+        respond, mix = layers[name].respond, layers[name].mix
+        factors = found.clamp_min(_NARROWEST * found.max()) if found.any() else torch.ones_like(found)
+        respond.weight.data /= factors[:, None, None, None]
+        grouped = mix.weight.data.unflatten(0, (mix.groups, -1))
+        grouped *= factors.view(mix.groups, 1, -1, 1, 1)
 
 
 def _quantize(file: Path, images: Tensor) -> Check:

@@ -293,10 +293,6 @@ class HarmonicLayer(nn.Module):
         functions = self.basis.detach().to('cpu', torch.float64).square().sum((1, 2))
         return self.coefficients().detach().to('cpu', torch.float64).square().sum((0, 3)) * functions
 
-    def energy(self) -> Tensor:
-        """Returns the energy of the filters at each frequency, summed over all filters: (P,), float64, on the CPU."""
-        return self.energies().sum(0)
-
     def levels(self) -> range:
         """Returns the levels that the layer can be lowered to, from its own downwards."""
         used = range(len(self.basis)) if self.kept is None else self.pairs[1].tolist()
@@ -353,8 +349,8 @@ class HarmonicLayer(nn.Module):
         new.level, new.milliseconds = level, None
         new.init_non_persistent_buffers()
         if new.energy_kept is not None and not self.weight.is_meta:
-            energy = float(self.energy().sum())
-            new.energy_kept *= float(new.energy().sum()) / energy if energy else 1.0
+            energy = float(self.energies().sum())
+            new.energy_kept *= float(new.energies().sum()) / energy if energy else 1.0
         return new
 
     def _keep_responses(self, kept: list[int]) -> None:

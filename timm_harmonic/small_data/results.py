@@ -176,9 +176,8 @@ def draw(results: dict[str, Any], title: str, path: Path) -> None:
     accuracies, differences = [], []
     for name, of in networks.items():
         deviation, gain = of['accuracy_deviation'] or 0, of['difference']
-        reach = [gain['mean'] if gain[key] is None else gain[key] for key in ('low', 'high')]
         accuracies.append((of['accuracy'], of['accuracy_mean'], [deviation, deviation], accuracy(of)))
-        around = [gain['mean'] - reach[0], reach[1] - gain['mean']]
+        around = [0 if gain[key] is None else abs(gain[key] - gain['mean']) for key in ('low', 'high')]
         differences.append((gain['pairs'], gain['mean'], around, '' if name == baseline else interval(gain)))
     with matplotlib.rc_context(_FONTS):
         figure = Figure(figsize=(11, 2 + 0.6 * len(networks)), layout='constrained')
