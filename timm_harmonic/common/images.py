@@ -59,10 +59,7 @@ def scale_of(dtype: np.dtype, scale: float | None = None) -> float:
         return check_scale(scale)
     if dtype.kind in 'iu' and dtype.itemsize <= 2:
         return float(np.iinfo(dtype).max)
-    raise DepthError(
-        f'holds {dtype}, whose largest value says nothing: state the value that stands for full scale by --scale, '
-        'for instance --scale 1 if values lie between 0 and 1.'
-    )
+    raise DepthError(f'holds {dtype}: state the value of full scale by --scale, as --scale 1 for values from 0 to 1.')
 
 
 def data_config(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:

@@ -187,9 +187,7 @@ def _check_amounts(amounts: dict[str, Any], cost: str, images: Tensor | None, ru
     if cost != 'parameters' and amounts['ratio'] is None:
         raise InputError(f'cost={cost!r} needs ratio, the share of it to keep.')
     if cost != 'parameters' and not isinstance(images, Tensor):
-        raise InputError(
-            f'cost={cost!r} needs images: an example batch (B, C, H, W), on the device and in the dtype that count.'
-        )
+        raise InputError(f'cost={cost!r} needs images: an example batch (B, C, H, W), where and as it will run.')
     check_runtime(runtime)
     if cost != 'time' and runtime != 'torch':
         raise InputError(f"runtime={runtime!r} is for cost='time', got cost={cost!r}.")

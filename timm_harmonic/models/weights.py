@@ -86,10 +86,8 @@ def _find_weights(variant: str, cfg: PretrainedCfg, overlay: dict[str, Any], cac
     elif places.get('url'):
         path = _from_url(places['url'], cache_dir)
     else:
-        raise CheckpointError(
-            f'No pretrained weights exist for {variant}. Use pretrained=False, or choose one of: '
-            f'{", ".join(list_pretrained("harm*"))}. {_FROM_A_FILE}'
-        )
+        choice = f'use pretrained=False, or choose one of {", ".join(list_pretrained("harm*"))}'
+        raise CheckpointError(f'No pretrained weights exist for {variant}: {choice}. {_FROM_A_FILE}')
     if pin and path.is_file() and (found := sha256_of(path)) != pin:
         # In the Hub's cache a name is a link: only without the file itself is it downloaded again.
         place = path.resolve()
