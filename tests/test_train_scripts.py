@@ -316,6 +316,40 @@ def test_distillation_from_the_uncut_network(workplace):
     assert workplace.checkpoint('distilled')['state_dict']['layer4.1.conv2.weight'].shape == (512, 512, 3, 1)
 
 
+def test_functions_of_each_channel_are_tuned_resumed_and_distilled(workplace):
+    """The pairs stay, the coefficients learn, averages too; a folder is made of the last checkpoint."""
+    torch.manual_seed(0)
+    teacher = timm.create_model('resnet18', num_classes=workplace.num_classes)
+    student = timm_harmonic.truncate(timm_harmonic.harmonize(teacher, normalization='ortho'), ratio=0.4, per='channel')
+    for name, model in (('uncut', teacher), ('pairs', student)):
+        timm.models.save_for_hf(model, workplace.folder / name)
+    own = dict(student.state_dict())
+    kept = [key for key in own if key.endswith('.kept')]
+    assert len(kept) > 5
+    networks = ('--model', 'local-dir:pairs', *workplace.common(), '--amp-dtype', 'bfloat16')
+    tune = ('-c', TRUNCATED, *networks, '--model-ema', '--model-ema-decay', 0.5)
+    workplace.run('train.py', *tune, *workplace.output('paired'))
+    workplace.summary('paired')
+    again = ('--resume', workplace.folder / 'paired' / 'last.pth.tar', '--epochs', 2)
+    workplace.run('train.py', *tune, *workplace.output('again'), *again)
+    workplace.summary('again', epoch=1)
+    config, teach = CONFIG.with_name('distill_truncated.yaml'), ('--kd-model-name', 'local-dir:uncut')
+    workplace.run('train.py', '-c', config, *networks, *teach, *workplace.output('taught'))
+    for name, averaged in (('paired', True), ('again', True), ('taught', False)):
+        for key in ('state_dict', 'state_dict_ema')[: 1 + averaged]:
+            state = workplace.checkpoint(name)[key]
+            for mask in kept:
+                assert torch.equal(state[mask], own[mask])
+                weight = f'{mask.removesuffix("kept")}weight'
+                assert state[weight].shape == own[weight].shape
+                assert not torch.equal(state[weight], own[weight])
+    last = workplace.folder / 'again' / 'last.pth.tar'
+    command_line(workplace, 'convert', last, '--model', 'local-dir:pairs', '--out', 'tuned_pairs')
+    model = timm.create_model(f'local-dir:{workplace.folder / "tuned_pairs"}', pretrained=True)
+    state = workplace.checkpoint('again')['state_dict']
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
 def test_harmonized_by_its_options(workplace):
     """train.py builds and truncates the network. validate.py takes the same options, and a folder stores them."""
     kwargs = ('--model-kwargs', 'base_model=mobilenetv3_small_050', 'level=3', "levels={'blocks.4.*':2}")
