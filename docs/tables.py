@@ -176,11 +176,11 @@ def deployed() -> str:
     rows = json.loads((RESULTS / 'deploy.json').read_text())['rows']
     found: dict[str, list[str]] = {}
     for row in rows:
-        settings = ('channels_last', 'ONNX Runtime')
+        settings = ('channels_last', 'ONNX Runtime', 'ONNX Runtime, int8')
         if row['batch'] == 1 and row['setting'] in settings and row['model'] in _DEPLOYED:
             cells = found.setdefault(f'`{row["model"]}`', [])
             cells += [f'{row["runs"][name]["ratio"]:.2f}' for name in ('level 2', 'level 1')]
-    where = ['PyTorch, channels_last', 'ONNX Runtime']
+    where = ['PyTorch, channels_last', 'ONNX Runtime', '8 bits, of plain 8 bits']
     header = [f'{place}: level 2' if level == 2 else 'level 1' for place in where for level in (2, 1)]
     return markdown(['', *header], [[name, *cells] for name, cells in found.items()])
 
