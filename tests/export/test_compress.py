@@ -383,7 +383,7 @@ def test_scale_is_given_once(checkpoint, tmp_path):
         array = np.random.default_rng(i).random((40, 40, 3), np.float32) * 1000
         np.save(tmp_path / 'images' / 'train' / 'class' / f'{i}.npy', array)
     options = dict(checkpoint=tmp_path / 'last.pth', model_kwargs=KWARGS, data=tmp_path / 'images', img_size=32)
-    with pytest.raises(images.DepthError, match=r'\.npy holds float32, .* --scale'):
+    with pytest.raises(images.DepthError, match=r'\.npy holds float32: .* --scale'):
         compress(NAME, tmp_path / 'none', energy=0.9, **options)
     compress(NAME, tmp_path / 'a', energy=0.9, scale=1000.0, **options)
     compress(str(tmp_path / 'a'), tmp_path / 'b', energy=0.9, data=tmp_path / 'images')
