@@ -134,7 +134,7 @@ def test_scale_is_stated_once(tmp_path):
     """Floats and wide integers need one. A network's config keeps it, what is given counts more."""
     model = network(2)
     for dtype in (np.float16, np.float64, np.int32, np.uint32, np.int64):
-        with pytest.raises(DepthError, match=f'holds {np.dtype(dtype)}, .* --scale 1 if'):
+        with pytest.raises(DepthError, match=f'holds {np.dtype(dtype)}: .* --scale 1 for'):
             preparation(model)(np.zeros((40, 40, 2), dtype))
     array = np.random.default_rng(0).integers(0, 10000, (40, 40, 2))
     expected = preparation(model, scale=10000.0)(array)
