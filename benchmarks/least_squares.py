@@ -9,12 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_harmonic.conversion.refit import Samples, estimate_statistics, output_error, solve_layer
+from timm_harmonic.conversion.refit import (
+    FEWEST,
+    POSITIONS,
+    Samples,
+    estimate_statistics,
+    output_error,
+    solve_layer,
+)
 from timm_harmonic.conversion.running import HELD_OUT, evaluating, suspended
 
 __all__ = ['fitted', 'samples_of', 'with_statistics']
-
-_POSITIONS, _FEWEST = 64, 2**14  # for each input of a convolution, and at least, as for ours
 
 # Convolutions of a cut network, in the order in which they run -> the complete network's whose output they should have,
 # and which channels of that.
@@ -43,7 +48,7 @@ def samples_of(conv: nn.Module, number: int, values: Iterable[tuple[Tensor, Tens
     for x, outputs in values:
         if samples is None:
             patches, positions = _Patches(conv), number * outputs[0, 0].numel()
-            samples = Samples(patches, min(1.0, max(_POSITIONS * conv.weight[0].numel(), _FEWEST) / positions))
+            samples = Samples(patches, min(1.0, max(POSITIONS * conv.weight[0].numel(), FEWEST) / positions))
         samples.add(x, outputs, _held_out(x))
     return samples
 

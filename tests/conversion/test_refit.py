@@ -106,7 +106,7 @@ def test_least_squares(groups, ridge, intercept):
 
 def test_depthwise_layers_of_large_images_are_refitted(monkeypatch):
     """Few features and many positions: a small share of them must do."""
-    monkeypatch.setattr('timm_harmonic.conversion.refit._FEWEST', 1)
+    monkeypatch.setattr('timm_harmonic.conversion.refit.FEWEST', 1)
     torch.manual_seed(0)
     model = harmonize(nn.Sequential(nn.Conv2d(3, 3, 3, groups=3)).eval())
     small = weakened(truncate(model, level=1))
@@ -632,7 +632,7 @@ def test_truncate_refits(tmp_path):
 @pytest.mark.parametrize('least', [dict(_IMAGES=16), dict(_BYTES=16 * 3072)])
 def test_layers_take_as_many_images_as_they_need(least, monkeypatch):
     """Wide ones on small maps take more. What later layers do not take is held in memory no longer."""
-    for name, value in dict(_FEWEST=1, _POSITIONS=24, **least).items():
+    for name, value in dict(FEWEST=1, POSITIONS=24, **least).items():
         monkeypatch.setattr(f'timm_harmonic.conversion.refit.{name}', value)
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, stride=4), nn.Upsample(scale_factor=4), nn.Conv2d(16, 8, 3))

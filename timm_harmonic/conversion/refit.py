@@ -25,7 +25,7 @@ _SUMS = 2**27  # of a layer at most: 1 GiB in float64, for 10,000 features witho
 _BLOCK = 640  # rows of the symmetric sums that are added together
 # Random positions suffice: this many for each feature of a group, and at least this many for a group, of this many
 # images or bytes of images at least.
-_POSITIONS, _FEWEST, _IMAGES, _BYTES = 64, 2**14, 64, 2**26
+POSITIONS, FEWEST, _IMAGES, _BYTES = 64, 2**14, 64, 2**26
 _NOT_FINITE = 'the networks give values that are not finite on the data.'
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -232,8 +232,7 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         shares, steps = _shares(layers, lowered, parts)
         with evaluating(fitted), suspended(model, parts, steps) as whole, suspended(fitted, parts, steps) as cut:
             for name in progress(lowered, desc='refit', unit='layer', leave=False):
-                both = zip(_with_held_out(parts[: shares[name][0]]), whole, cut, strict=False)
-                samples = _samples(name, layers[name], model.get_submodule(name), shares[name][1], both)
+                samples = _samples(name, layers[name], model.get_submodule(name), shares[name], parts, whole, cut)
                 if solved := solve_layer(layers[name], samples, name in norms):
                     for network, solution in zip((fitted, final), solved, strict=True):
                         _set_weights(network, name, norms.get(name), *solution)
@@ -284,8 +283,7 @@ def losses_by_images(
         with suspended(model, parts, steps) as runs:
             for name in progress(reached, desc='weigh', unit='layer', leave=False):
                 layer, (present, bias) = layers[name], _weights_of(layers[name])
-                one = zip(_with_held_out(parts[: shares[name][0]]), runs, strict=False)
-                samples = _samples(name, layer, layer, shares[name][1], one)
+                samples = _samples(name, layer, layer, shares[name], parts, runs)
                 intercept = layer.bias is not None or name in norms
                 if not samples.fit.variance().any():
                     continue
@@ -318,21 +316,23 @@ def _shares(
     found: dict[str, tuple[int, float]] = {}
     for name, of in uses.items():
         of_image = sum(use.positions for use in of) / counts[0]  # as in the first part
-        positions = max(_POSITIONS * layers[name].weight[0].numel(), _FEWEST)
+        positions = max(POSITIONS * layers[name].weight[0].numel(), FEWEST)
         least = min(_IMAGES, _BYTES / parts[0][0].nbytes)
         last = bisect_left(counts, max(positions / of_image, least), hi=len(counts) - 1)
         found[name] = last + 1, min(1.0, positions / of_image / counts[last])
     return found, [{name: len(uses[name]) for name in uses if found[name][0] > k} for k in range(len(parts))]
 
 
-def _samples(name: str, layer: Any, complete: nn.Module, share: float, parts: Iterable[Any]) -> Samples:
-    """Sums up a layer's inputs and wanted outputs in parts: images and mask of those held out, and runs to the layer.
+def _samples(name: str, layer: Any, complete: Any, need: tuple[int, float], parts: Any, *runs: Any) -> Samples:
+    """Sums up a layer's inputs and wanted outputs in as many parts, and at such a share of positions, as it needs.
 
-    The first run is that of the complete network, whose layer makes the outputs. The last one has the inputs.
+    `runs` are those of `suspended`, first of the complete network, whose layer makes the outputs, last with the inputs.
     """
+    number, share = need
     samples = Samples(layer, share)
-    for (_, held_out), *runs in parts:
-        for values in zip(*map(next, runs), strict=True):
+    of_parts = zip(_with_held_out(parts[:number]), *(of[:number] for of in runs), strict=True)
+    for (_, held_out), *visits in of_parts:
+        for values in zip(*map(next, visits), strict=True):
             samples.add(values[-1], complete(values[0]), held_out)
     if not all(moments.sums.isfinite().all() for moments in (samples.fit, samples.test)):
         raise InputError(f'{name} has inputs or outputs that are not finite on the data.')
