@@ -16,7 +16,7 @@ from .tasks.base import packaged
 __all__ = ['MEAN', 'STD', 'Craft', 'craft', 'f1', 'words']
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
-_REQUIREMENTS = Path(__file__).with_name('requirements-detector.txt')
+REQUIREMENTS = Path(__file__).with_name('requirements-detector.txt')
 _WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512))  # of the trunk: VGG-16 up to conv5_2
 _TAPS = (12, 19, 29, 38)  # modules of the trunk whose outputs the decoder takes
 _KEYS = {
@@ -95,7 +95,7 @@ class Craft(nn.Module):
 
 def craft() -> Craft:
     """The released network, in evaluation. Raises InputError if the package with its weights is missing."""
-    path = packaged('easyocr_en_models', 'models/craft_mlt_25k.pth', _REQUIREMENTS)
+    path = packaged('easyocr_en_models', 'models/craft_mlt_25k.pth', REQUIREMENTS)
     state = torch.load(path, weights_only=True, map_location='cpu')
     for old, new in _KEYS.items():
         state = {re.sub(old, new, key): value for key, value in state.items()}

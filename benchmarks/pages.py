@@ -1,5 +1,7 @@
 """Pictures with text: words drawn over photographs, whose boxes are known, and a photographed text without boxes.
 
+For a detector whole pages and scenes, for a recognizer one word each.
+
 Calibration and test pictures share no photograph, font, word or text. All of them come with scikit-image, scikit-learn
 and matplotlib.
 """
@@ -20,9 +22,10 @@ from timm_harmonic.small_data.tasks import path_of
 
 from .craft import MEAN, STD
 
-__all__ = ['Pages', 'pages']
+__all__ = ['Lines', 'Pages', 'lines', 'pages']
 
 WIDTH, HEIGHT = 256, 192  # pixels
+LINE = 64  # pixels, of a picture with one word
 _SCANS = 16  # one picture in so many is a photographed text
 _TRIES = 20  # places for a word of a scene
 
@@ -60,6 +63,14 @@ class Pages:
 
     pixels: Tensor
     boxes: list[np.ndarray | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """Gray pictures (N, 1, LINE, WIDTH) as the recognizer takes them, and the word in each."""
+
+    pixels: Tensor
+    words: list[str]
 
 
 def _picture(name: str) -> Image.Image:
@@ -154,9 +165,9 @@ def _scene(writer: _Writer) -> None:
 
 
 def _taken(image: Image.Image, random: np.random.Generator) -> np.ndarray:
-    """The picture (3, HEIGHT, WIDTH) as a camera might take it: uneven light, slightly blurred, with noise."""
+    """The picture (3, H, W) as a camera might take it: uneven light, slightly blurred, with noise."""
     pixels = np.asarray(image, np.float32).transpose(2, 0, 1)
-    down, right = np.linspace(-1, 1, HEIGHT)[:, None], np.linspace(-1, 1, WIDTH)
+    down, right = np.linspace(-1, 1, image.height)[:, None], np.linspace(-1, 1, image.width)
     light = 1 + random.uniform(-0.2, 0.2) * down + random.uniform(-0.2, 0.2) * right
     pixels = ndimage.gaussian_filter(pixels * light, (0, *2 * [random.uniform(0, 0.8)]))
     return (pixels + random.uniform(0, 6) * random.standard_normal(pixels.shape)).clip(0, 255)
@@ -180,3 +191,27 @@ def pages(split: str, count: int) -> Pages:
     pixels = torch.from_numpy(np.stack(taken)).float() / 255
     mean, std = (torch.tensor(of)[:, None, None] for of in (MEAN, STD))
     return Pages((pixels - mean) / std, boxes)
+
+
+def lines(split: str, count: int) -> Lines:
+    """So many pictures of a split with one word each, always the same."""
+    source = SPLITS[split]
+    random = np.random.default_rng(source.seed)
+    photographs = [_picture(name) for name in source.photographs.split()]
+    taken, found = [], []
+    for i in range(count):
+        ground = _crop(photographs[i % len(photographs)], random, 2).crop((0, 0, WIDTH, LINE))
+        ground = Image.blend(Image.new('RGB', ground.size, tuple(random.integers(256, size=3).tolist())), ground, 0.5)
+        writer = _Writer(ground, source, random)
+        word, font = writer.word(), writer.font(26, 46)
+        while font.getlength(word) > WIDTH - 16:
+            font = font.font_variant(size=0.9 * font.size)
+        _, top, _, bottom = writer.draw.textbbox((0, 0), word, font)
+        at = random.uniform(4, 8), (LINE - bottom - top) / 2 + random.uniform(-4, 4)
+        bright = random.uniform(170, 255) if np.asarray(ground).mean() < 120 else random.uniform(0, 70)
+        writer.write(word, font, at, 3 * (int(bright),))
+        right = int(writer.boxes[0][2] + random.uniform(2, 8))
+        pixels = _taken(ground, random).mean(0, keepdims=True)[..., :right]
+        taken.append(np.pad(pixels, ((0, 0), (0, 0), (0, WIDTH - pixels.shape[2])), 'edge'))  # as EasyOCR does
+        found.append(word)
+    return Lines(torch.from_numpy(np.stack(taken)).float() / 127.5 - 1, found)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import timm  # noqa: E402
 from timm.models import get_pretrained_cfg  # noqa: E402
 
-from benchmarks import compression, detector, sizes  # noqa: E402
+from benchmarks import compression, sizes, trained  # noqa: E402
 from benchmarks.measure import Setting  # noqa: E402
 from benchmarks.small_data import gains, over_tasks  # noqa: E402
 from timm_harmonic.models.paper import PAPER, PAPER_SMALL  # noqa: E402
@@ -195,11 +195,11 @@ def detector_half() -> str:
             for kind, yardstick in (('float', 'float'), ('int8', 'of_int8')):
                 cells += [
                     f'{row[kind]["error"]:.3f}',
-                    f'{row[kind]["f1_truth"]:.1f}',
+                    f'{row[kind]["truth"]:.1f}',
                     f'{row[kind]["bytes"] / 1e6:.1f}',
                 ]
                 cells.append(f'{row["time"][yardstick]["ratio"]:.2f}' if row['time'] else '')
-            rows.append([detector.title_of(row), *cells])
+            rows.append([trained.title_of(row), *cells])
     header = ['error', 'F1', 'MB', 'time', '8 bits: error', 'F1', 'MB', 'time']
     return markdown(['cut to half of the multiply-adds', *header], rows)
 

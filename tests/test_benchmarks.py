@@ -21,17 +21,18 @@ from benchmarks import (
     conversion,
     craft,
     deploy,
-    detector,
     forms,
     imports,
     least_squares,
     low_rank,
     pages,
     pruning,
+    recognizer,
     sizes,
     small_data,
     smaller,
     smoothness,
+    trained,
 )
 from benchmarks.measure import Setting, compare, networks, peak_bytes
 from benchmarks.original import OriginalBlock, OriginalConv, original
@@ -53,7 +54,8 @@ TABLES = dict(
     compression=compression.table,
     conversion=conversion.table,
     deploy=deploy.table,
-    detector=detector.table,
+    detector=trained.table,
+    recognizer=trained.table,
     forms=forms.table,
     **{'deploy-cuda': deploy.table, 'forms-cuda': forms.table},
     imports=imports.table,
@@ -429,30 +431,61 @@ def test_low_rank_filters():
         assert reference.relative_error(pair(x), conv(x)) < 1e-5
 
 
+def small_recognizer():
+    """An untrained recognizer with half of the channels."""
+    torch.manual_seed(0)
+    return recognizer.Recognizer(0.5).eval()
+
+
+def test_the_recognizer_is_the_released_one():
+    """Its weights load, and it reads words as EasyOCR does: nearly all of them right."""
+    try:
+        model = recognizer.recognizer()
+    except InputError as error:
+        pytest.skip(str(error))
+    some = pages.lines('test', 16)
+    assert some.pixels.shape == (16, 1, pages.LINE, pages.WIDTH)
+    with torch.inference_mode():
+        logits = model(some.pixels)
+        torch.testing.assert_close(model.logits(model.features(some.pixels)), logits)
+    assert logits.shape == (16, pages.WIDTH // 4 - 1, 97)
+    assert sum(read == word for read, word in zip(recognizer.read(logits), some.words, strict=True)) >= 14
+
+
+def test_words_of_logits():
+    """Repeated characters are one unless a blank is between them."""
+    classes = [0, 45, 45, 0, 45, 72, 72, 0]
+    logits = torch.nn.functional.one_hot(torch.tensor([classes, 8 * [0]]), 97).float()
+    assert recognizer.read(logits) == ['AAb', '']
+
+
 @slow
-def test_the_detector_is_cut_and_timed(tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', trained.SUBJECTS)
+def test_trained_networks_are_cut_and_timed(name, tmp_path, monkeypatch):
     """By every kind of method; ours is what truncate makes. Then the files are timed."""
-    monkeypatch.setattr(detector, 'craft', small_craft)
-    monkeypatch.setattr(detector, 'SETTINGS', pruning.SETTINGS[1:3])
-    monkeypatch.setattr(detector, '_FITTED', 1)
+    monkeypatch.setattr(trained, 'craft', small_craft)
+    monkeypatch.setattr(trained, 'recognizer', small_recognizer)
+    monkeypatch.setattr(trained, 'SETTINGS', pruning.SETTINGS[1:3])
+    monkeypatch.setattr(trained, '_FITTED', 1)
     monkeypatch.setattr(pruning, '_STEPS', 3)
     options = dict(calibration=8, ranges=8, test=2)
-    whole, images = harmonize(small_craft(), normalization='ortho'), pages.pages('calibration', 8).pixels
+    subject = trained.SUBJECTS[name]
+    whole, images = harmonize(subject.load(), normalization='ortho'), subject.pictures('calibration', 8).pixels
     monkeypatch.setattr('timm_harmonic.conversion.truncate._nearest', lambda model, rivals, parts: rivals[0])
-    cutting = detector.Cutting(tmp_path, options)
-    for method, per in (('levels', 'layer'), ('channels', 'channel')):
+    cutting = trained.Cutting(name, tmp_path, options)
+    for method, per in (('levels', 'layer'), ('channels', 'channel'), ('mixtures', 'mixture')):
         ours, _ = cutting.cut(method, 0.5)
         arguments = dict(per=per, data=[images], refit=True, cost='macs', images=images[:1], ratio=0.5)
         expected = truncate(whole, **arguments).state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in ours.state_dict().items())
-    units = [('none', None), ('channels', 0.5), ('pruned, fitted', 0.5), ('low rank', 0.7)]
-    rows = [detector.measure(*unit, tmp_path, options) for unit in units]
+    units = [('none', None), ('mixtures', 0.5), ('pruned, fitted', 0.5), ('low rank', 0.7)]
+    rows = [trained.measure(name, *unit, tmp_path, options) for unit in units]
     assert rows[0]['float']['error'] < 1e-3
     assert all(row['macs'] <= (row['share'] or 1) for row in rows)
-    rows[1:2] = [detector.timed(rows[1], tmp_path, options)]
-    report = json.loads(json.dumps(dict(environment=command.environment(), options=options, rows=rows)))
-    text = detector.table(report)
-    assert '| 50% | functions of each channel, refitted |' in text
+    rows[1:2] = [trained.timed(name, rows[1], tmp_path, options)]
+    report = json.loads(json.dumps(dict(network=name, environment=command.environment(), options=options, rows=rows)))
+    text = trained.table(report)
+    assert '| 50% | functions of each mixture, refitted |' in text
     assert len(re.findall('(met|missed)[.]', text)) == 4
-    detector.plot(report, tmp_path / 'some.png')
+    trained.plot(report, tmp_path / 'some.png')
     assert (tmp_path / 'some.png').stat().st_size > 1e4

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     amount('--level', type=positive, metavar='L', help='keep the frequencies with i + j < L in every layer')
     amount('--energy', type=share, metavar='E', help='keep this share of the energy of each layer')
     amount('--ratio', type=share, metavar='R', help='keep this share of the parameters, or of what --cost names')
-    per = 'choose a level for each layer, or functions for each input channel, with --data and --refit (default: layer)'
-    add('--per', choices=('layer', 'channel'), default='layer', help=per)
+    per = 'what has functions of its own; channel and mixture (of channels) need --data and --refit (default: layer)'
+    add('--per', choices=('layer', 'channel', 'mixture'), default='layer', help=per)
     costs = 'what --ratio counts: parameters, multiply-adds, or the time of one image here (default: parameters)'
     add('--cost', choices=('parameters', 'macs', 'time'), default='parameters', help=costs)
     data = 'image folder (labels are ignored): weigh frequencies by how much they change the outputs on its images'
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         images = progress(data, desc='weigh', unit='batch', leave=False) if weighs else None
         counted = None if args.cost == 'parameters' else example
         extra = dict(parameters=[], macs=['cost'], time=['cost', 'runtime'])[args.cost]
-        chosen = ('level', 'energy', 'ratio', *(['per'] if args.per == 'channel' else []), *extra)
+        chosen = ('level', 'energy', 'ratio', *(['per'] if args.per != 'layer' else []), *extra)
         amount: dict[str, Any] = {key: value for key in chosen if (value := getattr(args, key)) is not None}
         small = truncate(whole, **amount, images=counted, data=images, refit=args.refit and weighs)
         if args.deploy and args.cost != 'time':  # by time, truncate has chosen the forms
@@ -222,8 +222,10 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError('--int8 needs --deploy, and --data, an image folder, for the ranges. Labels are ignored.')
     if args.level is not None and args.data is not None and not (args.refit or args.int8):
         raise InputError('--data is for --refit, --int8, --energy and --ratio: with --level nothing is chosen.')
-    if args.per == 'channel' and (args.level is not None or not args.refit):
-        raise InputError('--per channel needs --ratio or --energy, and --data with --refit: else it loses much.')
+    if args.per == 'mixture' and args.ratio is None:
+        raise InputError('--per mixture needs --ratio.')
+    if args.per != 'layer' and (args.level is not None or not args.refit):
+        raise InputError(f'--per {args.per} needs --ratio or --energy, and --data with --refit: else it loses much.')
     if args.cost != 'parameters' and args.ratio is None:
         raise InputError('--cost needs --ratio, the share of the cost to keep.')
     if (args.model_kwargs or {}).get('features_only'):

@@ -211,8 +211,8 @@ def test_layers_that_stay_with_levels():
     assert not sizes_of(HarmonicConv2d(3, 64, 7))
     found = sizes_of(HarmonicConv2d(512, 8, 3))
     assert len(found) == 13
-    assert found[0] == 4608
-    assert all(0.76 < small / large < 0.81 for large, small in itertools.pairwise(found))
+    assert found[0] == (4608, 0)
+    assert all(0.76 < small / large < 0.81 for (large, _), (small, _) in itertools.pairwise(found))
 
 
 class Mixed(nn.Module):
@@ -272,7 +272,7 @@ def test_saved_by_timm_and_loaded(network, images, tmp_path, hub):
     ('options', 'words'),
     [
         (dict(per='filter', ratio=0.5), "per must be one of.*'filter'"),
-        (dict(per='channel', level=2), "'channel' with energy or ratio"),
+        (dict(per='channel', level=2), "'layer' with level or levels"),
         (dict(per='channel', ratio=0.01), 'is the least'),
         (dict(ratio=0.5, include='head.*'), 'matches none'),
         (dict(ratio=0.5, exclude='*'), 'leave none'),

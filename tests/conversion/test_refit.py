@@ -584,7 +584,7 @@ def test_the_fit_is_that_of_one_layer_after_another(suspended, monkeypatch):
 def lost(model, parts):
     """What refitting leaves over at every level."""
     layers = harmonic_layers(model)
-    (losses,) = losses_by_images(model, parts, [Choices(layers, list(layers), 'layer').places], True)
+    (losses,) = losses_by_images(model, parts, [Choices(layers, list(layers), 'layer').weighed], True)
     return losses
 
 

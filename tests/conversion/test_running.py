@@ -62,7 +62,7 @@ def calls(function, depth, repeats):
         refit(model, small, [images])
     else:
         layers = harmonic_layers(model)
-        losses_by_images(model, read_images([images], images), [Choices(layers, list(layers), 'layer').places], True)
+        losses_by_images(model, read_images([images], images), [Choices(layers, list(layers), 'layer').weighed], True)
     return Chain.calls.count(0)
 
 

@@ -179,7 +179,7 @@ def smooth(batches=2, channels=3, size=32):
 def by_images(model, data):
     """What every level loses on images."""
     layers, parts = harmonic_layers(model), read_images(data, next(model.parameters()), least=1)
-    (losses,) = losses_by_images(model, parts, [Choices(layers, list(layers), 'layer').places], False)
+    (losses,) = losses_by_images(model, parts, [Choices(layers, list(layers), 'layer').weighed], False)
     return losses_by_filters(model) | losses
 
 

@@ -4,59 +4,105 @@ As in optimal brain surgeon (Hassibi and Stork, 1993), what counts is the error 
 for, on the second moments of a layer's responses.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layers import HarmonicConv2d, HarmonicLayer
-from .costs import Pairs, reduced
-from .refit import Moments
+from .costs import Choice, Pairs, reduced
+from .refit import Moments, by_group
 
 _SIZES, _LEFT = 12, 0.8  # so many numbers of pairs, each this share of the one before
+_MIXTURES = (0.75, 0.5, 0.35, 0.25, 0.15)  # of the channels
+_OF_MIXTURES = (1, 0.8, 0.64, 0.5, 0.4)  # of their pairs
 _MULTIPLE = 16  # ONNX Runtime computes channels in blocks of 8 or 16, and pads the last
 _RIDGE = 1e-2  # of features of unit variance
 
 
 class Choices:
-    """What each layer may keep: levels or, per channel, numbers of pairs, see `sizes_of`. Those not named stay."""
+    """What each layer may keep: levels or pairs, see `sizes_of`. Layers that are not named stay."""
 
     def __init__(self, layers: Mapping[str, HarmonicLayer], names: Collection[str], per: str) -> None:
         self.layers = layers
         # By layer, the present one first.
-        self.of: dict[str, Sequence[int]] = {name: [layer.level] for name, layer in layers.items()}
+        self.of: dict[str, Sequence[Choice]] = {name: [layer.level] for name, layer in layers.items()}
         for name in names:
-            self.of[name] = (per == 'channel' and sizes_of(layers[name])) or list(layers[name].levels())
-        self._pairs: dict[str, dict[int, Tensor]] = {}  # by layer and number: (C, P)
+            self.of[name] = sizes_of(layers[name], per) or list(layers[name].levels())
+        # By layer and choice: the arguments of `at_mixtures`, if there are mixtures, and of `at_pairs`.
+        self._kept: dict[str, dict[Choice, Any]] = {}
 
-    def places(self, name: str, moments: Moments, intercept: bool) -> dict[int, Tensor]:
-        """Returns the places of the features that a layer keeps with each choice, and notes pairs."""
+    def weighed(self, name: str, whole: Moments, intercept: bool) -> Iterator[tuple[Any, dict[Choice, Tensor]]]:
+        """Yields mixtures of a layer's channels, at first none, and the places of the features kept with each choice.
+
+        It notes both for `lowered`. `whole` are the moments of the complete layer.
+        """
         layer, choices = self.layers[name], self.of[name]
         if not isinstance(choices[0], Pairs):
-            return {level: layer.columns_at(level) for level in choices}
-        found, none = eliminate(moments, choices, intercept), torch.zeros(layer.in_channels, len(layer.basis)).bool()
-        pairs = (~none).nonzero().t() if layer.kept is None else layer.pairs.cpu()
-        self._pairs[name] = {number: none.clone() for number in choices[1:]}
-        for number, mask in self._pairs[name].items():
-            mask[tuple(pairs[:, found[number]])] = True
-        return found
+            yield None, {level: layer.columns_at(level) for level in choices}
+            return
+        kept = self._kept[name] = {}
+        numbers = sorted({choice.mixtures for choice in choices})
+        every = mixtures_of(whole, layer, intercept) if any(numbers) else ()
+        for number in numbers:
+            of = {choice.number: choice for choice in choices if choice.mixtures == number}
+            mixed = tuple(x[:number] for x in every) if number else None
+            found = eliminate(whole.mixed(mixed[0]) if mixed else whole, sorted(of, reverse=True), intercept)
+            yield mixed, {choice: found[size] for size, choice in of.items()}
+            none = torch.zeros(number or layer.channels, len(layer.basis)).bool()
+            pairs = (~none).nonzero().t() if layer.kept is None else layer.pairs.cpu()
+            for size, choice in of.items():
+                mask = none.clone()
+                mask[tuple(pairs[:, found[size]])] = True
+                kept[choice] = mixed, mask if size < max(of) else size
 
-    def lowered(self, chosen: Mapping[str, int]) -> dict[str, HarmonicLayer]:
-        """Returns the layers with what was chosen of each. Without `places`, pairs are those with the most energy."""
-        return {name: reduced(self.layers[name], of, self._pairs.get(name)) for name, of in chosen.items()}
+    def lowered(self, chosen: Mapping[str, Choice]) -> dict[str, HarmonicLayer]:
+        """Returns the layers with what was chosen of each. Without `weighed`, pairs are those with the most energy."""
+        return {name: reduced(self.layers[name], of, self._kept.get(name)) for name, of in chosen.items()}
 
 
-def sizes_of(layer: HarmonicLayer) -> list[int]:
-    """Returns the numbers of pairs that a layer may keep, from its own downwards; none if it stays with levels.
+def sizes_of(layer: HarmonicLayer, per: str = 'channel') -> list[Choice]:
+    """Returns the pairs that a layer may keep per channel or mixture, from its own downwards; none if it has levels.
 
-    These are layers with groups or normalised responses, and those of fewer than 16 channels, such as stems, whose
-    input channels timm adapts.
+    Layers with groups or normalised responses keep to levels, and so do those of fewer than 16 channels, such as stems,
+    whose input channels timm adapts.
     """
-    if not isinstance(layer, HarmonicConv2d) or layer.groups > 1 or layer.in_channels < _MULTIPLE:
+    if per == 'layer' or not isinstance(layer, HarmonicConv2d) or layer.groups > 1 or layer.in_channels < _MULTIPLE:
         return []
     present = layer.weight[0].numel()
-    sizes = {int(present * _LEFT**step) // _MULTIPLE * _MULTIPLE for step in range(1, _SIZES + 1)}
-    return [Pairs(size) for size in sorted({present, *sizes} - {0}, reverse=True)]
+    sizes = {Pairs(_rounded(present * _LEFT**step)) for step in range(1, _SIZES + 1)}
+    if per == 'mixture' and layer.kept is None and layer.mixtures is None:
+        for number in {_rounded(share * layer.channels) for share in _MIXTURES}:
+            complete = number * len(layer.basis)
+            sizes |= {Pairs(complete if left == 1 else _rounded(left * complete), number) for left in _OF_MIXTURES}
+    return sorted({Pairs(present), *(size for size in sizes if size.number)}, reverse=True)
+
+
+def _rounded(number: float) -> int:
+    return int(number) // _MULTIPLE * _MULTIPLE
+
+
+def mixtures_of(moments: Moments, layer: HarmonicLayer, intercept: bool) -> tuple[Tensor, Tensor]:
+    """Returns mixtures (C, C) of a layer's channels, those first that its outputs need most, and what they stand for.
+
+    Outputs count by the inverse of their variance. The moments of the features are taken to be a product: of those of
+    the channels, and of those of the functions. Then the principal components of the coefficients between the roots of
+    both are best, as in Zhang et al. (arXiv:1505.06798).
+    """
+    shape = layer.channels, len(layer.basis)
+    both = moments.products(intercept)[0][0].unflatten(0, shape).unflatten(2, shape)
+    channels, functions = both.diagonal(dim1=1, dim2=3).sum(2), both.diagonal(dim1=0, dim2=2).sum(2)
+    variance = moments.variance()[0]
+    weight = by_group(layer.weight, 1)[0] * torch.where(variance > 1e-12 * variance.max(), variance, torch.inf).rsqrt()
+    values, axes = torch.linalg.eigh(functions)
+    weight = torch.einsum('mn,cno->cmo', values.clamp_min(0).sqrt()[:, None] * axes.t(), weight.unflatten(0, shape))
+    values, axes = torch.linalg.eigh(channels)
+    roots = torch.where(values > 1e-9 * values.max(), values, 0).sqrt()  # less would be rounding errors
+    weight = roots[:, None] * (axes.t() @ weight.flatten(1))
+    vectors = torch.linalg.eigh(weight @ weight.t()).eigenvectors.flip(1).t()
+    inverse = torch.where(roots > 0, roots, torch.inf).reciprocal()
+    return vectors * inverse @ axes.t(), vectors * roots @ axes.t()
 
 
 def eliminate(moments: Moments, sizes: Sequence[int], intercept: bool = True) -> dict[int, Tensor]:
@@ -74,8 +120,10 @@ def eliminate(moments: Moments, sizes: Sequence[int], intercept: bool = True) ->
     left, found = torch.arange(len(energy), device=both.device), {}
     for size in sizes:
         if size < len(left):
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(both[left[:, None], left]))
-            harm = (inverse @ outputs[left]).square().sum(1) / inverse.diagonal()
+            # Not torch.cholesky_inverse, which takes up to a hundred times as long with several threads of MKL.
+            lower, identity = torch.linalg.cholesky(both[left[:, None], left]), torch.eye(len(left)).to(both)
+            root = torch.linalg.solve_triangular(lower, identity, upper=False)  # G^-1 is its transpose times it
+            harm = (root.t() @ (root @ outputs[left])).square().sum(1) / root.square().sum(0)
             left = left[harm.argsort(descending=True)[:size].sort().values]
         found[size] = left.cpu()
     return found

@@ -24,8 +24,17 @@ Form = str | Mapping[str, str]  # of all layers, or by patterns over names; the 
 _SHARE, _CHANNELS = 0.5, dict(torch=128, onnxruntime=64)
 
 
-class Pairs(int):
-    """A number of pairs of channel and function that a layer keeps, where plain integers are levels."""
+class Pairs(NamedTuple):
+    """What a layer keeps, where an integer is a level: pairs of channel and function, of mixtures if there are any."""
+
+    number: int
+    mixtures: int = 0
+
+    def __str__(self) -> str:
+        return f'{self.number} of {self.mixtures}' if self.mixtures else f'{self.number}'
+
+
+Choice = Any  # a level, or pairs
 
 
 class Cost(NamedTuple):
@@ -33,7 +42,7 @@ class Cost(NamedTuple):
 
     cost: float
     form: str = 'dense'
-    milliseconds: dict[str, float] | None = None  # by form, if they were measured
+    milliseconds: dict[str, float] | None = None  # by form, and of the plain layer, if they were measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +51,9 @@ class Costs:
 
     unit: str
     rest: float
-    of: dict[str, dict[int, Cost]]
+    of: dict[str, dict[Any, Cost]]
 
-    def total(self, levels: Mapping[str, int]) -> float:
+    def total(self, levels: Mapping[str, Choice]) -> float:
         """Returns the cost of the network with each layer at a level."""
         return self.rest + sum(self.of[name][level].cost for name, level in levels.items())
 
@@ -67,7 +76,7 @@ def costs_of(
     cost: str,
     images: Tensor | None = None,
     runtime: str = 'torch',
-    choices: Mapping[str, Sequence[int]] | None = None,
+    choices: Mapping[str, Sequence[Choice]] | None = None,
 ) -> Costs:
     """Returns the costs of a fused network: 'parameters', 'macs' (multiply-adds of one image), 'time' (of all images).
 
@@ -78,8 +87,7 @@ def costs_of(
     layers = harmonic_layers(model)
     choices = {name: layer.levels() for name, layer in layers.items()} if choices is None else choices
     if cost == 'parameters':
-        size = {name: layer.out_channels // layer.groups for name, layer in layers.items()}
-        of = {n: {chosen: Cost(size[n] * responses(layers[n], chosen)) for chosen in of} for n, of in choices.items()}
+        of = {n: {chosen: Cost(coefficients(layers[n], chosen)) for chosen in of} for n, of in choices.items()}
         present = sum(p.numel() for p in model.parameters())
         return Costs('parameters', present - sum(costs[max(costs)].cost for costs in of.values()), of)
     assert images is not None
@@ -90,13 +98,12 @@ def costs_of(
     if cost == 'macs':
         rest = float(count_macs(plain, images))
         for name, layer in used.items():
-            positions = sum(use.positions for use in uses[name])
-            rest -= multiply_adds(layer, layer.level, 'dense', positions) / len(images)
+            rest -= multiply_adds(layer, layer.level, 'dense', uses[name]) / len(images)
             for chosen in choices[name]:
                 form = 'separable' if _saves(layer, chosen) else 'dense'
-                of[name][chosen] = Cost(multiply_adds(layer, chosen, form, positions) / len(images), form)
+                of[name][chosen] = Cost(multiply_adds(layer, chosen, form, uses[name]) / len(images), form)
         return Costs('multiply-adds', rest, of)
-    of |= _time_levels({name: (layer, choices[name]) for name, layer in used.items()}, uses, runtime)
+    of |= _time_choices({name: (layer, choices[name]) for name, layer in used.items()}, uses, runtime)
     inside = sum((costs[max(costs)].milliseconds or {})['dense'] for name, costs in of.items() if name in used)
     return Costs('ms', max(0.0, time_of(plain, images, runtime) - inside), of)
 
@@ -115,26 +122,41 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2 // len(images)
 
 
-def multiply_adds(layer: HarmonicLayer, choice: int, form: str, positions: int = 1) -> int:
-    """Counts a layer's multiply-adds for so many output positions."""
+def multiply_adds(layer: HarmonicLayer, choice: Choice, form: str, uses: Sequence[Use] = ()) -> int:
+    """Counts a layer's multiply-adds in these uses, or else behind the mixtures at one position."""
     area, width = layer.kernel_size[0] ** 2, layer.out_channels // layer.groups
-    if form == 'dense':
-        return positions * area * layer.in_channels * width
-    return positions * responses(layer, choice) * (area + width)
+    mixtures = _mixtures(layer, choice)
+    dense, separable = area * (mixtures or layer.in_channels) * width, responses(layer, choice) * (area + width)
+    each = dense if form == 'dense' else separable
+    return each * (sum(use.positions for use in uses) or 1) + mixtures * sum(use.shape.numel() for use in uses)
 
 
-def responses(layer: HarmonicLayer, choice: int) -> int:
-    """Returns the number of responses that a layer mixes at a level or with so many pairs."""
-    return int(choice) if isinstance(choice, Pairs) else layer.groups * len(layer.columns_at(choice))
+def coefficients(layer: HarmonicLayer, choice: Choice) -> int:
+    """Returns the number of coefficients that a layer has with a choice."""
+    width = layer.out_channels // layer.groups
+    return width * responses(layer, choice) + _mixtures(layer, choice) * layer.in_channels
 
 
-def reduced(layer: Any, choice: int, kept: Mapping[int, Tensor] | None = None) -> HarmonicLayer:
-    """Returns a copy of a layer at a level, or with so many pairs: those in `kept`, else those with the most energy."""
-    return layer.at_pairs((kept or {}).get(choice, choice)) if isinstance(choice, Pairs) else layer.at_level(choice)
+def responses(layer: HarmonicLayer, choice: Choice) -> int:
+    """Returns the number of responses that a layer mixes with a choice."""
+    return choice.number if isinstance(choice, Pairs) else layer.groups * len(layer.columns_at(choice))
 
 
-def _saves(layer: HarmonicLayer, level: int) -> bool:
-    return multiply_adds(layer, level, 'separable') < multiply_adds(layer, level, 'dense')
+def _mixtures(layer: HarmonicLayer, choice: Choice) -> int:
+    chosen = choice.mixtures if isinstance(choice, Pairs) else 0
+    return chosen or (0 if layer.mixtures is None else layer.channels)
+
+
+def reduced(layer: Any, choice: Choice, kept: Mapping[Any, Any] | None = None) -> HarmonicLayer:
+    """Returns a copy of a layer with a choice: with mixtures and pairs in `kept`, else those with the most energy."""
+    if not isinstance(choice, Pairs):
+        return layer.at_level(choice)
+    mixed, pairs = (kept or {}).get(choice, ((choice.mixtures,) if choice.mixtures else None, choice.number))
+    return (layer if mixed is None else layer.at_mixtures(*mixed)).at_pairs(pairs)
+
+
+def _saves(layer: HarmonicLayer, choice: Choice) -> bool:
+    return multiply_adds(layer, choice, 'separable') < multiply_adds(layer, choice, 'dense')
 
 
 def forms_by_rule(model: nn.Module, runtime: str = 'torch') -> dict[str, str]:
@@ -153,44 +175,49 @@ def forms_by_time(model: nn.Module, images: Tensor, runtime: str = 'torch') -> d
     layers, uses, dense = harmonic_layers(model), uses_of(model, images), in_fusing_blocks(model)
     found = dict.fromkeys(layers, 'dense')
     able = [name for name, layer in layers.items() if uses[name] and name not in dense and _saves(layer, layer.level)]
-    timed = _time_levels({name: (layers[name], [layers[name].level]) for name in able}, uses, runtime)
+    timed = _time_choices({name: (layers[name], [layers[name].level]) for name in able}, uses, runtime)
     for name, times in timed.items():
         _, found[name], layers[name].milliseconds = times[layers[name].level]
     return found
 
 
-def _time_levels(
-    layers: Mapping[str, tuple[HarmonicLayer, Sequence[int]]], uses: Mapping[str, list[Use]], runtime: str
-) -> dict[str, dict[int, Cost]]:
-    """Times layers at levels, in both forms where the separable one takes fewer multiply-adds, on their own inputs.
+def _time_choices(
+    layers: Mapping[str, tuple[HarmonicLayer, Sequence[Choice]]], uses: Mapping[str, list[Use]], runtime: str
+) -> dict[str, dict[Any, Cost]]:
+    """Times layers with choices, in both forms where the separable one takes fewer multiply-adds, on their own inputs.
 
     Equal layers with equal inputs are timed once. Times are those of all uses of a layer, which are taken to be alike.
     """
-    done: dict[tuple[object, ...], dict[int, Cost]] = {}
-    found: dict[str, dict[int, Cost]] = {}
-    for name, (layer, levels) in layers.items():
+    done: dict[tuple[object, ...], dict[Any, Cost]] = {}
+    found: dict[str, dict[Any, Cost]] = {}
+    for name, (layer, choices) in layers.items():
         use, number = uses[name][0], len(uses[name])
-        key = (type(layer), layer.extra_repr(), tuple(levels), use, number)
+        key = (type(layer), layer.extra_repr(), tuple(choices), use, number)
         if key not in done:
-            modules = {'dense': _fused(layer, layer.level, 'dense')}
-            modules |= {f'separable {lv}': _fused(layer, lv, 'separable') for lv in levels if _saves(layer, lv)}
+            # Choices differ in their dense form by their mixtures alone.
+            dense = {of: f'dense {of.mixtures}' if isinstance(of, Pairs) and of.mixtures else 'dense' for of in choices}
+            modules = {form: _fused(layer, choice, 'dense') for choice, form in dense.items()}
+            able = [choice for choice in choices if _saves(layer, choice)]
+            modules |= {f'separable {choice}': _fused(layer, choice, 'separable') for choice in able}
             times = times_of_layers(modules, use.draw(), runtime)
             middle = {form: number * statistics.median(of) for form, of in times.items()}
             done[key] = {}
-            for level in levels:
-                by_form, form = {'dense': middle['dense']}, 'dense'
-                if (other := f'separable {level}') in times:
+            for choice in choices:
+                by_form, form = {'dense': middle[dense[choice]]}, 'dense'
+                if dense[choice] != dense[choices[0]]:
+                    by_form['plain'] = middle[dense[choices[0]]]
+                if (other := f'separable {choice}') in times:
                     by_form['separable'] = middle[other]
-                    ratios = [a / b for a, b in zip(times[other], times['dense'], strict=True)]
+                    ratios = [a / b for a, b in zip(times[other], times[dense[choice]], strict=True)]
                     if statistics.quantiles(ratios, n=4)[2] < 1:  # by more than the noise
                         form = 'separable'
-                done[key][level] = Cost(by_form[form], form, by_form)
+                done[key][choice] = Cost(by_form[form], form, by_form)
         found[name] = done[key]
     return found
 
 
-def _fused(layer: HarmonicLayer, level: int, form: str) -> nn.Module:
-    low: Any = reduced(layer, level)
+def _fused(layer: HarmonicLayer, choice: Choice, form: str) -> nn.Module:
+    low: Any = reduced(layer, choice)
     low.form = form
     return low.fuse().eval()
 

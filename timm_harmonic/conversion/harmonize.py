@@ -20,7 +20,7 @@ from ..layers import (
     name_of_basis,
     options_of_basis,
 )
-from .costs import Form, set_forms
+from .costs import Form, Pairs, reduced, set_forms
 from .running import trainable
 from .swap import harmonic_layers, make_harmonic, reasons_to_skip, replace_layers
 
@@ -41,7 +41,7 @@ def harmonize(
     normalization: str = 'l1',
     smoothness: float | None = None,
     form: Form | None = None,
-    pairs: Mapping[str, int] | None = None,
+    pairs: Mapping[str, int | Sequence[int]] | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Makes the k x k convolutions of any network harmonic, k > 1, keeping their filters.
@@ -65,7 +65,8 @@ def harmonize(
         form: How layers compute, in training as well: 'dense', or 'separable', which is faster at low levels, or a
             mapping from patterns over qualified names to these. Other layers keep their form; new ones are dense.
         pairs: How many pairs of input channel and function layers keep, by qualified names: those with the most energy,
-            see `HarmonicConv2d.at_pairs`. `truncate` with per='channel' chooses better ones.
+            see `HarmonicConv2d.at_pairs`. Two numbers are pairs and mixtures of channels, see `at_mixtures`. `truncate`
+            with per='channel' chooses better ones.
         inplace: Whether to change the network itself rather than a copy.
 
     Returns:
@@ -93,8 +94,9 @@ def harmonize(
         model = copy.deepcopy(model)
     make_harmonic(model, wanted, basis=basis, keep_filters=True)
     replace_layers(model, {name: layer.at_level(wanted[name]) for name, layer in layers.items() if name in wanted})
-    convs: dict[str, Any] = harmonic_layers(model)
-    replace_layers(model, {name: convs[name].at_pairs(number) for name, number in (pairs or {}).items()})
+    for name, number in (pairs or {}).items():
+        choice = Pairs(number) if isinstance(number, int) else Pairs(*number)
+        replace_layers(model, {name: reduced(model.get_submodule(name), choice)})
     set_forms(model, forms)
     return record_options(model)
 
@@ -179,8 +181,10 @@ def record_options(model: Any) -> nn.Module:
             args['level'] = common
         else:
             args['levels'] = {name: lowered.get(name) for name in layers}
-    if pairs := {name: layer.weight.shape[1] for name, layer in layers.items() if layer.kept is not None}:
-        args['pairs'] = pairs  # the weights say which
+    own = {name: layer for name, layer in layers.items() if layer.kept is not None or layer.mixtures is not None}
+    if own:  # the weights say which
+        numbers = {name: layer.weight[0].numel() for name, layer in own.items()}
+        args['pairs'] = {n: numbers[n] if of.mixtures is None else [numbers[n], of.channels] for n, of in own.items()}
     if separable := [name for name, layer in layers.items() if layer.form == 'separable']:
         args['form'] = 'separable' if len(separable) == len(layers) else dict.fromkeys(separable, 'separable')
     if '' in reasons_to_skip(model).values():  # other convolutions stayed plain by choice

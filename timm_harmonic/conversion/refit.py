@@ -67,6 +67,16 @@ class Moments:
         places = torch.cat([kept, torch.arange(self.features, self.sums.shape[1])]).to(self.sums.device)
         return Moments(len(kept), self.sums[:, places][:, :, places])
 
+    def mixed(self, mixtures: Tensor) -> 'Moments':
+        """Returns the sums with mixtures (M, C) of the channels in the features (C * P), for a layer without groups."""
+
+        def rows(sums: Tensor) -> Tensor:
+            features = mixtures @ sums[: self.features].reshape(mixtures.shape[1], -1)
+            return torch.cat([features.view(-1, sums.shape[1]), sums[self.features :]])
+
+        count = len(mixtures) * self.features // mixtures.shape[1]
+        return Moments(count, rows(rows(self.sums[0]).t())[None])
+
     def variance(self) -> Tensor:
         """Returns the variance of the outputs, (groups, o)."""
         means = self.sums[:, self.features : -1, -1] / self.rows
@@ -262,8 +272,8 @@ def _take_statistics(small: nn.Module, model: nn.Module) -> None:
 
 
 def losses_by_images(
-    model: nn.Module, parts: Sequence[Tensor], choosers: Sequence[Callable[..., dict[int, Tensor]]], refit: bool
-) -> list[dict[str, dict[int, float]]]:
+    model: nn.Module, parts: Sequence[Tensor], choosers: Sequence[Callable[..., Any]], refit: bool
+) -> list[dict[str, dict[Any, float]]]:
     """Returns the share of each harmonic layer's output on images that becomes error, for each choice.
 
     Every layer gets its complete input, so this is the error that the layer itself makes. A frequency that is rare in
@@ -271,11 +281,11 @@ def losses_by_images(
     variance, because normalisation divides each channel by its own deviation, and averaged over output channels. With
     `refit` it is what refitting leaves over on held-out images, 1 at most; else the ratio r becomes r / (1 + r).
 
-    `parts` are images of `read_images`, see `refit` for the memory; choosers are `Choices.places`. Layers that `refit`
+    `parts` are images of `read_images`, see `refit` for the memory; choosers are `Choices.weighed`. Layers that `refit`
     passes over, and those whose output does not vary, are left out.
     """
     layers = harmonic_layers(model)
-    found: list[dict[str, dict[int, float]]] = [{} for _ in choosers]
+    found: list[dict[str, dict[Any, float]]] = [{} for _ in choosers]
     with torch.no_grad(), evaluating(model):
         uses, norms = uses_of(model, parts[0]), norms_behind(model, parts[0])
         reached = _fittable(layers, uses)
@@ -287,18 +297,24 @@ def losses_by_images(
                 intercept = layer.bias is not None or name in norms
                 if not samples.fit.variance().any():
                     continue
-                for losses, places_of in zip(found, choosers, strict=True):
+                for losses, weighed in zip(found, choosers, strict=True):
                     losses[name] = {}
-                    for choice, places in places_of(name, samples.fit, intercept).items():
-                        kept = present[:, places.to(present.device)]
-                        if len(places) == present.shape[1]:
-                            losses[name][choice] = 0.0
-                        elif refit:
-                            solution = samples.fit.of(places).solve(kept, _RIDGE, intercept)
-                            losses[name][choice] = min(1.0, relative_error(samples.test.of(places), *solution))
-                        else:
-                            ratio = relative_error(samples.fit.plus(samples.test).of(places), kept, bias)
-                            losses[name][choice] = ratio / (1 + ratio)
+                    for mixed, choices in weighed(name, samples.fit, intercept):
+                        fit, test, weight = samples.fit, samples.test, present
+                        if mixed is not None:
+                            mixtures, back = mixed
+                            fit, test = fit.mixed(mixtures), test.mixed(mixtures)
+                            weight = (back @ weight.reshape(back.shape[1], -1)).view(1, fit.features, -1)
+                        for choice, places in choices.items():
+                            kept = weight[:, places.to(weight.device)]
+                            if len(places) == present.shape[1]:
+                                losses[name][choice] = 0.0
+                            elif refit:
+                                solution = fit.of(places).solve(kept, _RIDGE, intercept)
+                                losses[name][choice] = min(1.0, relative_error(test.of(places), *solution))
+                            else:
+                                ratio = relative_error(fit.plus(test).of(places), kept, bias)
+                                losses[name][choice] = ratio / (1 + ratio)
     return found
 
 

@@ -31,9 +31,10 @@ class Convolution:
     kernel_size: tuple[int, ...]
     groups: int
     level: int | None = None  # the paper's lambda, 2k - 1 for all frequencies
-    kept: float | None = None  # number of frequencies kept, the mean over input channels
+    kept: float | None = None  # number of frequencies kept, the mean over input channels or mixtures of them
     frequencies: int | None = None  # number of all frequencies
     channels: list[int] | None = None  # how many keep 0, 1, ... frequencies; None if all keep the same
+    mixtures: int | None = None  # of channels, filtered in place of the input channels; None without
     parameters_before: int  # weights of the plain convolution, without bias
     parameters: int  # weights or coefficients, without bias
     energy_kept: float | None = None  # share of the filters' energy that truncation left; None if loaded at a level
@@ -99,7 +100,7 @@ class HarmonicReport:
 
 
 _TEXTS = ('convolution', 'basis', 'form', 'stays plain')
-_MEASURED = ('multiply-adds', 'of.macs', 'ms', 'of.ms')
+_MEASURED = ('mixtures', 'multiply-adds', 'of.macs', 'ms', 'of.ms')
 
 
 def _cells(conv: Convolution) -> dict[str, str]:
@@ -114,6 +115,7 @@ def _cells(conv: Convolution) -> dict[str, str]:
         'groups': text(conv.groups),
         'level': text(conv.level),
         'kept': f'{conv.kept:.3g} / {conv.frequencies}' if harmonic else '',
+        'mixtures': text(conv.mixtures),
         'parameters': text(conv.parameters, ','),
         'of': text(conv.parameters_before if harmonic else None, ','),
         'energy kept': text(conv.energy_kept, '.2%') or '?' * harmonic,
@@ -148,18 +150,22 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
         about: dict[str, Any] = dict(name=name, kernel_size=tuple(module.kernel_size), groups=module.groups)
         about |= dict(parameters_before=size, parameters=size, reason=reasons.get(name, ''))
         if name in layers:
-            channels, frequencies = module.in_channels // module.groups, module.kernel_size[0] ** 2
-            kept, before = size / (module.out_channels * channels), module.out_channels * channels * frequencies
+            width, frequencies = module.out_channels // module.groups, module.kernel_size[0] ** 2
+            kept, before = size / (width * module.channels), width * module.in_channels * frequencies
+            if module.mixtures is not None:
+                about |= dict(mixtures=module.channels, parameters=size + module.mixtures.numel())
             about |= dict(level=module.level, kept=kept, frequencies=frequencies, energy_kept=module.energy_kept)
             about |= dict(parameters_before=before, basis=module.named_basis(), form=module.form)
             if module.kept is not None and not module.kept.is_meta:
                 about |= dict(channels=module.kept.sum(2).flatten().bincount(minlength=frequencies + 1).tolist())
             if images is not None:
-                positions = sum(use.positions for use in uses[name]) // len(images)
-                before, now = (multiply_adds(module, module.level, form, positions) for form in ('dense', module.form))
+                before *= sum(use.positions for use in uses[name]) // len(images)
+                now = multiply_adds(module, module.level, module.form, uses[name]) // len(images)
                 about |= dict(macs_before=before, macs=now)
             if module.milliseconds:
-                about |= dict(ms_before=module.milliseconds['dense'], ms=module.milliseconds.get(module.form))
+                times = module.milliseconds
+                plain = times.get('plain', times['dense'] if module.mixtures is None else None)
+                about |= dict(ms_before=plain, ms=times.get(module.form))
         found.append(Convolution(**about))
     parameters = sum(map(_numel, model.parameters()))
     dropped = sum(conv.parameters_before - conv.parameters for conv in found)
@@ -185,7 +191,8 @@ def draw_truncation(path: Path, model: nn.Module) -> None:
             side, (row, column) = layer.kernel_size[0], divmod(number, columns)
             shares = np.zeros((side, side))
             places = tuple(zip(*dct_frequencies(side, layer.level, layer.dc), strict=True))
-            shares[places] = 100 if layer.kept is None else 100 * layer.kept[0, :, :, 0].double().mean(0).cpu().numpy()
+            kept = np.ones((layer.channels, 1)) if layer.kept is None else layer.kept[0, :, :, 0].cpu().numpy()
+            shares[places] = 100 * kept.sum(0) / layer.in_channels
             left, low = column + 0.08, row_height * (row + 1) - 0.11
             image = axes.imshow(shares, cmap='viridis', vmin=0, vmax=100, extent=(left, left + 0.84, low, low - 0.84))
             longest = 114 // columns  # characters that fit

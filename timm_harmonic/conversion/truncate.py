@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from ..common import InputError
 from ..layers import dct_frequencies
 from .channels import Choices
-from .costs import Costs, Pairs, costs_of
+from .costs import Choice, Costs, Pairs, costs_of
 from .harmonize import PatternLevels, Selection, plan, record_options
 from .refit import losses_by_images, output_error, refitted, take_over
 from .running import HELD_OUT, check_changeable, read_images, trainable
 from .swap import check_unwrapped, harmonic_layers, replace_layers
 from .timing import check_runtime
 
-_COSTS, _PER = ('parameters', 'macs', 'time'), ('layer', 'channel')
+_COSTS, _PER = ('parameters', 'macs', 'time'), ('layer', 'channel', 'mixture')
 _LEAST = 1e-12  # share of energy: keeping nothing is worse than anything else, but not infinitely bad
 _STEPS = 2**16  # of cost, into which `choose_levels` divides what the budget leaves above the least
 
 # By layer and level, from the present level downwards: the share of the layer's energy that the level loses.
-Losses = dict[str, dict[int, float]]
+Losses = dict[str, dict[Any, float]]
 
 
 @trainable
@@ -59,9 +59,11 @@ def truncate(
     With per='channel', every input channel keeps its own functions: pairs of channel and function go one after another
     (see `eliminate`), those last whose absence the others cannot make up for. Pass `data` and refit=True: without data
     this loses far more than levels do, without refitting it gains nothing. Some layers keep to levels, see `sizes_of`.
-    If levels alone, at the same budget, come nearer to the complete network on held-out images, the result has levels,
-    with a warning. One layer at a time takes the sums of `refit` and about four matrices of 8 F^2 bytes: 400 MiB and
-    680 MiB for 512 channels (F = 4608 features), and 14 seconds of one core (measured).
+    With per='mixture', layers may first mix their channels to fewer, and then each mixture keeps its own functions, see
+    `mixtures_of`: where channels resemble each other, as behind poolings, this loses less. If levels alone come nearer
+    to the complete network on held-out images, at the same budget, the result has levels, with a warning. One layer at
+    a time takes the sums of `refit` and about four matrices of 8 F^2 bytes: 400 MiB and 680 MiB for 512 channels
+    (F = 4608 features), and 14 seconds of one core (measured).
 
     With 'macs' or 'time' as the cost, each layer counts in its cheaper form, and takes that form: timm's
     `reparameterize_model` then makes the network of that cost. `deploy` chooses forms again.
@@ -72,7 +74,7 @@ def truncate(
         levels: Levels by patterns over qualified names (fnmatch). The first pattern that matches counts.
         energy: Share of each layer's present energy to keep, in (0, 1].
         ratio: Share of the present cost to keep, in (0, 1].
-        per: What energy and ratio choose: a level for each 'layer', or the functions of each 'channel'.
+        per: What energy and ratio choose: a level for each 'layer', or the functions of each 'channel' or 'mixture'.
         include: Patterns, or a predicate of name and layer: change only these.
         exclude: Patterns, or a predicate: leave these as they are.
         cost: The cost: 'parameters' (of the whole network), 'macs' (multiply-adds), or 'time' (measured).
@@ -100,8 +102,10 @@ def truncate(
         raise InputError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
     by_hand = level is not None or levels is not None
     _check_amounts(dict(level=level, levels=levels, energy=energy, ratio=ratio), cost, images, runtime)
-    if per not in _PER or (by_hand and per == 'channel'):
-        raise InputError(f"per must be one of {_PER}, 'channel' with energy or ratio, got {per!r}.")
+    if per not in _PER or (by_hand and per != 'layer'):
+        raise InputError(f"per must be one of {_PER}, 'layer' with level or levels, got {per!r}.")
+    if per == 'mixture' and (data is None or ratio is None):
+        raise InputError("per='mixture' needs ratio, and data: batches of images.")
     if refit and data is None:
         raise InputError('refit needs data: batches of images.')
     if by_hand and data is not None and not refit:
@@ -109,11 +113,11 @@ def truncate(
     selected = plan(model, include=include, exclude=exclude)
     if not (names := [name for name in layers if name in selected]):
         raise InputError('include and exclude leave none of the harmonic layers.')
-    held = refit or per == 'channel'
+    held = refit or per != 'layer'
     least = 2 * HELD_OUT if held else 1
     parts = None if data is None else read_images(data, next(model.parameters()), batches, least)
 
-    def cut(choices: Choices, chosen: dict[str, int], costs: Costs | None = None) -> nn.Module:
+    def cut(choices: Choices, chosen: dict[str, Choice], costs: Costs | None = None) -> nn.Module:
         lower = choices.lowered(chosen)
         if costs is not None and cost != 'parameters':
             for name, layer in lower.items():
@@ -135,7 +139,7 @@ def truncate(
         assert ratio is not None
         costs = [costs_of(model, cost, images, runtime, choices[0].of)]
         budget = budget_of(costs[0], ratio)
-        if per == 'channel' and parts is not None and costs[0].present > budget:
+        if per != 'layer' and parts is not None and costs[0].present > budget:
             other = Choices(layers, names, 'layer')
             if (priced := costs_of(model, cost, images, runtime, other.of)).least <= budget:
                 choices, costs = [*choices, other], [*costs, priced]
@@ -153,7 +157,7 @@ def truncate(
 def _losses(model: nn.Module, choices: Sequence[Choices], parts: Sequence[Tensor] | None, refit: bool) -> list[Losses]:
     found = [losses_by_filters(model, of) for of in choices]
     if parts is not None:
-        by_images = losses_by_images(model, parts, [of.places for of in choices], refit)
+        by_images = losses_by_images(model, parts, [of.weighed for of in choices], refit)
         return [losses | weighed for losses, weighed in zip(found, by_images, strict=True)]
     return found
 
@@ -215,15 +219,17 @@ def losses_by_filters(model: nn.Module, choices: Choices | None = None) -> Losse
         sums = torch.tensor([i + j for i, j in dct_frequencies(layer.kernel_size[0], layer.level, layer.dc)])
         of = layer.levels() if choices is None else choices.of[name]
         for choice in of:
-            dropped = sorted_energies[choice:] if isinstance(choice, Pairs) else energies[:, sums >= choice]
+            dropped = sorted_energies[choice.number :] if isinstance(choice, Pairs) else energies[:, sums >= choice]
             lost[choice] = float(dropped.sum()) / total if total else float(choice < max(of))
+            if isinstance(choice, Pairs) and choice.mixtures:
+                lost[choice] = 1.0  # filters alone do not tell
         if not torch.tensor(list(lost.values())).isfinite().all():
             raise InputError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')
         found[name] = lost
     return found
 
 
-def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]:
+def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, Any]:
     """Chooses levels for all layers together, so that the network costs at most `budget`.
 
     Shares kept multiply from layer to layer, so the sum of -ln(1 - loss) should be small. Dynamic programming finds the
@@ -234,7 +240,7 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]
     unit = max(budget - costs.least, torch.finfo(torch.float64).tiny) / _STEPS
     # By steps: the harm of the best choice so far.
     least = torch.zeros(_STEPS + len(losses), dtype=torch.float64, device='cpu')
-    picks: dict[str, tuple[Tensor, list[tuple[int, int]]]] = {}  # by steps: the place of the level; levels and steps
+    picks: dict[str, tuple[Tensor, list[tuple[Any, int]]]] = {}  # by steps: the place of the level; levels and steps
     for name, of in losses.items():
         before, least = least, torch.full_like(least, torch.inf)
         pick, options = torch.zeros_like(least, dtype=torch.uint8), []
@@ -247,7 +253,7 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, int]
             least[steps:] = least[steps:].minimum(harm)
         picks[name] = pick, options
     for room in reversed(range(len(least))):  # more than the budget, which rounding may allow, down to less
-        chosen: dict[str, int] = {}
+        chosen: dict[str, Choice] = {}
         for name, (pick, options) in reversed(picks.items()):
             chosen[name], steps = options[int(pick[room])]
             room -= steps

@@ -36,6 +36,8 @@ COMPUTED = 'its weight is computed (weight_norm, spectral_norm, pruning or the l
 # The arguments that nn.Conv2d stores under their own names.
 _CONV_ARGS = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
 
+_POINT: dict[str, Any] = dict(kernel_size=1, stride=1, padding=0, dilation=1, padding_mode='zeros')
+
 
 def conv_args(conv: nn.Module) -> dict[str, Any]:
     """Returns the arguments that give another convolution this one's geometry, device and dtype."""
@@ -115,6 +117,9 @@ class HarmonicLayer(nn.Module):
         self.kept: Tensor | None
         self.register_buffer('kept', None)
         self.register_buffer('pairs', None, persistent=False)
+        # Which mixtures (R, C, 1, 1) of the input channels are filtered in place of these; None for none.
+        self.mixtures: nn.Parameter | None
+        self.register_parameter('mixtures', None)
         for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):
             if channels < 1:
                 raise InputError(f'{name} must be at least 1, got {channels}.')
@@ -123,6 +128,7 @@ class HarmonicLayer(nn.Module):
         conv: Any = nn.Conv2d(in_channels, out_channels, *args)
         for name in (*_CONV_ARGS, 'output_padding', '_reversed_padding_repeated_twice'):
             setattr(self, name, getattr(conv, name))
+        self.channels = in_channels  # that are filtered
         side, width = conv.kernel_size
         if side != width:
             raise InputError(f'harmonic filters are square, got kernel_size={kernel_size!r}.')
@@ -197,14 +203,14 @@ class HarmonicLayer(nn.Module):
         Filters over few channels take float64 where the device has it, as few coefficients cost little. So does
         everything on CUDA, for products that TF32 would round; see `basis_for_product`.
         """
-        exact = kind_of(like) == 'cuda' or self.in_channels // self.groups <= FEW_CHANNELS
+        exact = kind_of(like) == 'cuda' or self.channels // self.groups <= FEW_CHANNELS
         exact = exact and float64_device(like.device) == like.device
         dtype = torch.promote_types(like.dtype, torch.float64 if exact else torch.float32)
         options = (self.kernel_size[0], self.level, self.dc, self.normalization, self.smoothness)
         return dct_basis(*options, device=like.device, dtype=dtype)
 
     def _basis_for_product(self) -> Tensor:
-        return basis_for_product(self.weight, self.basis, self.rounded, self.in_channels // self.groups)
+        return basis_for_product(self.weight, self.basis, self.rounded, self.channels // self.groups)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'HarmonicLayer':
         # A cast would round the basis for good, and to_empty() would lose it.
@@ -285,11 +291,11 @@ class HarmonicLayer(nn.Module):
         return format_of(self.weight if self.kept is None else self.kept)
 
     def is_complete(self) -> bool:
-        """Tells whether the layer can express every filter: it keeps all frequencies, in all channels."""
-        return self.dc and self.kept is None and self.level == full_level(self.kernel_size[0])
+        """Tells whether the layer can express every filter: it keeps all frequencies, in all channels, unmixed."""
+        return self.dc and self.kept is self.mixtures is None and self.level == full_level(self.kernel_size[0])
 
     def energies(self) -> Tensor:
-        """Returns the filters' energies by input channel of a group and frequency: (C / groups, P), float64, CPU."""
+        """Returns the filters' energies by filtered channel of a group and frequency: (C / groups, P), float64, CPU."""
         functions = self.basis.detach().to('cpu', torch.float64).square().sum((1, 2))
         return self.coefficients().detach().to('cpu', torch.float64).square().sum((0, 3)) * functions
 
@@ -301,7 +307,7 @@ class HarmonicLayer(nn.Module):
 
     def columns_at(self, level: int) -> Tensor:
         """Returns the places of the coefficients kept at a level, among those of a filter in the order of `weight`."""
-        every = torch.arange(len(self.basis), device='cpu').repeat(self.in_channels // self.groups)
+        every = torch.arange(len(self.basis), device='cpu').repeat(self.channels // self.groups)
         functions = every if self.kept is None else self.pairs[1].cpu()
         return torch.isin(functions, torch.tensor(self.kept_at(level)[0], device='cpu')).nonzero()[:, 0]
 
@@ -361,6 +367,7 @@ class HarmonicLayer(nn.Module):
         defaults = dict(level=full, dc=True, normalization='l1', smoothness=None, form='dense')
         ours = [f', {k}={getattr(self, k)!r}' for k, default in defaults.items() if getattr(self, k) != default]
         ours += [] if self.kept is None else [f', pairs={self.weight.shape[1]}']
+        ours += [] if self.mixtures is None else [f', mixtures={self.channels}']
         return nn.Conv2d.extra_repr(cast(nn.Conv2d, self)) + ''.join(ours)
 
     def _convolve(self, x: Tensor, filters: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -376,15 +383,15 @@ class HarmonicLayer(nn.Module):
         if self.kept is not None:
             filters = functions[self.pairs[1]].unsqueeze(1)
             return self._convolve(gather(x, self.pairs[0]), filters, None, filters.shape[0])
-        return self._convolve(x, responding(functions, self.in_channels, False), None, self.in_channels)
+        return self._convolve(x, responding(functions, self.channels, False), None, self.channels)
 
     def _separate(self, x: Tensor, coefficients: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the separable form: responses (B, P * C, H', W') to the functions, mixed by the coefficients."""
         repeated = self.repeats > 1
         if repeated:
             x = torch.cat([x] * self.repeats, x.dim() - 3)
-            filters = responding(self.basis.to(self.weight.dtype), self.in_channels, True)
-            responses = self._convolve(x, filters, None, self.in_channels * self.repeats)
+            filters = responding(self.basis.to(self.weight.dtype), self.channels, True)
+            responses = self._convolve(x, filters, None, self.channels * self.repeats)
         else:
             responses = self._respond(x, self.basis)
         mix = mixing(coefficients, repeated) if self.kept is None else coefficients
@@ -392,7 +399,7 @@ class HarmonicLayer(nn.Module):
 
     def _to_conv2d(self, filters: Tensor, bias: Tensor | None, **changed: Any) -> nn.Conv2d:
         """Builds a plain convolution with these filters and the layer's geometry, except for the arguments changed."""
-        args = dict(conv_args(self), bias=bias is not None, **changed)
+        args = {**conv_args(self), 'in_channels': self.channels, 'bias': bias is not None, **changed}
         same = self.dynamic_padding and args['kernel_size'] == self.kernel_size  # 1 x 1 needs no padding
         if same:
             args = {key: value for key, value in args.items() if key not in ('padding', 'padding_mode')}
@@ -405,16 +412,22 @@ class HarmonicLayer(nn.Module):
                 conv.bias.requires_grad_((self.weight if self.bias is None else self.bias).requires_grad)
         return conv.to(memory_format=self.format()).train(self.training)
 
+    def _in_sequence(self, **modules: nn.Module) -> nn.Sequential:
+        """Builds plain modules, behind one that mixes the input channels if the layer does."""
+        if self.mixtures is not None:
+            sizes: dict[str, Any] = dict(in_channels=self.in_channels, out_channels=self.channels)
+            modules = dict(mixtures=self._to_conv2d(self.mixtures, None, **sizes, **_POINT), **modules)
+        return nn.Sequential(OrderedDict(modules)).train(self.training)
+
     def _to_sequential(self, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
         """Builds plain modules that compute the separable form: `repeat` or `gather`, a fixed `respond`, and `mix`."""
         channels, repeated = self.weight[0].numel() * self.groups, self.repeats > 1
         modules: dict[str, nn.Module] = dict(repeat=RepeatChannels(self.repeats)) if repeated else {}
-        filters, groups = responding(self.basis, self.in_channels, repeated), self.in_channels * self.repeats
+        filters, groups = responding(self.basis, self.channels, repeated), self.channels * self.repeats
         if self.kept is not None:
             modules['gather'] = Gather(self.pairs[0])
             filters, groups = self.basis[self.pairs[1]].unsqueeze(1), channels
         ends: dict[str, Any] = dict(in_channels=groups, out_channels=channels)
         respond = self._to_conv2d(filters, None, groups=groups, **ends).requires_grad_(False)
-        point: dict[str, Any] = dict(kernel_size=1, stride=1, padding=0, dilation=1, padding_mode='zeros')
-        mix = self._to_conv2d(mixing(coefficients, repeated), bias, in_channels=channels, **point)
-        return nn.Sequential(OrderedDict(**modules, respond=respond, mix=mix)).train(self.training)
+        mix = self._to_conv2d(mixing(coefficients, repeated), bias, in_channels=channels, **_POINT)
+        return self._in_sequence(**modules, respond=respond, mix=mix)

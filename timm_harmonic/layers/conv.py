@@ -4,10 +4,12 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor, nn
 
 from ..common import InputError
+from ..common.device import float64_device
 from .base import COMPUTED, HarmonicLayer, conv_args, owns_weight, refresh
 from .compose import compose, format_of, outside_autocast
 from .dct import project
@@ -47,6 +49,8 @@ class HarmonicConv2d(HarmonicLayer):
         kept: Which coefficients the layer has, booleans (1, C, P, 1) in the state dict, if each channel has its own
             functions, see `at_pairs`; else None. `weight` is (O, R, 1, 1) then.
         pairs: Channels and functions (2, R) of the columns of `weight`, with `kept`; a non-persistent buffer.
+        mixtures: Weights (M, C, 1, 1) of the mixtures of input channels that the layer filters in place of these, see
+            `at_mixtures`; else None. M takes the place of C above then.
 
     Raises:
         TypeError: If kernel_size, level or smoothness has another type.
@@ -57,7 +61,10 @@ class HarmonicConv2d(HarmonicLayer):
         """Composes the filters (O, C / groups, k, k), differentiably, in the coefficients' dtype."""
         refresh(self)
         with outside_autocast(self.weight.device.type):
-            return self._filters()
+            filters = self._filters()
+            return (
+                filters if self.mixtures is None else torch.einsum('omxy,mc->ocxy', filters, self.mixtures[:, :, 0, 0])
+            )
 
     def _filters(self) -> Tensor:
         return compose(self._spread(self.weight), self._basis_for_product()).to(self.weight.dtype)
@@ -66,8 +73,12 @@ class HarmonicConv2d(HarmonicLayer):
         """Pads what the convolution does not pad by itself: nothing."""
         return x
 
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Mixes the input channels, if the layer does, and pads what the convolution does not."""
+        return self._padded(x if self.mixtures is None else F.conv2d(x, self.mixtures))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self._padded(x)
+        x = self._prepared(x)
         if self.form == 'separable':
             return self._separate(x, self.weight, self.bias)
         return self._convolve(x, self._filters(), self.bias, self.groups)
@@ -87,7 +98,7 @@ class HarmonicConv2d(HarmonicLayer):
         if self.groups > 1 or not owns_weight(self):
             reason = 'it has groups, whose channels keep the same functions: lower its level instead'
             raise InputError(f'cannot choose pairs for {self}: {reason if self.groups > 1 else COMPUTED}.')
-        shape, number = (self.in_channels, len(self.basis)), self.weight[0].numel()
+        shape, number = (self.channels, len(self.basis)), self.weight[0].numel()
         if isinstance(kept, int) and not isinstance(kept, bool) and 1 <= kept <= number:
             if kept == number:
                 return copy.deepcopy(self)
@@ -99,9 +110,42 @@ class HarmonicConv2d(HarmonicLayer):
                 return self._at(self.level, kept)
         raise InputError(f'kept must be booleans {shape}, some of them True, or a number from 1 to {number}.')
 
+    def at_mixtures(self, mixtures: Tensor | int, back: Tensor | None = None) -> 'HarmonicConv2d':
+        """Returns a copy that filters M mixtures of its input channels in place of these: a 1 x 1 convolution before.
+
+        Args:
+            mixtures: Weights (M, C), or the number of those that lose least of the filters' energy (on meta, any).
+            back: Which sum (M, C) of mixtures stands for each channel; by default the nearest in L2.
+
+        Raises:
+            InputError: If the layer has groups, pairs or mixtures, its weight is computed, or `mixtures` do not fit.
+        """
+        if self.groups > 1 or self.kept is not None or self.mixtures is not None or not owns_weight(self):
+            raise InputError(f'cannot mix channels for {self}: it has groups, pairs, mixtures, or a computed weight.')
+        if isinstance(mixtures, int) and not isinstance(mixtures, bool) and 1 <= mixtures <= self.in_channels:
+            mixtures = self._principal(mixtures)
+        if not isinstance(mixtures, Tensor) or mixtures.ndim != 2 or mixtures.shape[1] != self.in_channels:
+            raise InputError(f'mixtures must be weights (M, {self.in_channels}), or M, from 1 to {self.in_channels}.')
+        new, device = copy.deepcopy(self), float64_device(self.weight.device)
+        mixtures = mixtures.detach().to(device, torch.float64)
+        back = torch.linalg.pinv(mixtures).t() if back is None else back.to(mixtures)
+        weight = torch.einsum('ocnz,mc->omnz', self.weight.detach().to(mixtures), back).to(self.weight)
+        new.weight = nn.Parameter(weight.contiguous(memory_format=self.format()), self.weight.requires_grad)
+        new.mixtures = nn.Parameter(mixtures[:, :, None, None].to(self.weight), self.weight.requires_grad)
+        new.channels, new.energy_kept, new.milliseconds = len(mixtures), None, None
+        new.init_non_persistent_buffers()
+        return new
+
+    def _principal(self, number: int) -> Tensor:
+        """Returns orthonormal mixtures (M, C) that keep as much of the filters' energy as M can; zeros on meta."""
+        if self.weight.is_meta:
+            return self.weight.new_zeros(number, self.in_channels)
+        filters = self.filters().detach().to('cpu', torch.float64).transpose(0, 1).flatten(1)
+        return torch.linalg.eigh(filters @ filters.t()).eigenvectors.flip(1).t()[:number]
+
     def _largest(self, number: int) -> Tensor:
         """Marks (1, C, P, 1) so many pairs with the most energy; on meta, where the state dict will say which, any."""
-        energies = torch.zeros(self.in_channels, len(self.basis), device='cpu')
+        energies = torch.zeros(self.channels, len(self.basis), device='cpu')
         energies = energies if self.weight.is_meta else self.energies()
         if self.kept is not None and not self.kept.is_meta:
             energies[~self.kept[0, :, :, 0].cpu()] = -torch.inf
@@ -111,14 +155,20 @@ class HarmonicConv2d(HarmonicLayer):
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the coefficients mix: responses (B, C * P, H', W') to the basis, in the order c * P + n."""
-        return self._respond(self._padded(x), self.basis)
+        return self._respond(self._prepared(x), self.basis)
 
-    def fuse(self) -> nn.Conv2d | nn.Sequential:
-        """Returns new plain modules that compute the same: an nn.Conv2d or, in separable form, an nn.Sequential."""
+    def fuse(self, whole: bool = False) -> nn.Conv2d | nn.Sequential:
+        """Returns new plain modules that compute the same: an nn.Conv2d or, separable or mixed, an nn.Sequential.
+
+        In dense form, `whole` makes one nn.Conv2d of mixtures, too.
+        """
         refresh(self)
         if self.form == 'separable':
             return self._to_sequential(self.weight, self.bias)
-        return self._to_conv2d(self.filters(), self.bias)
+        if self.mixtures is None or whole:
+            return self._to_conv2d(self.filters(), self.bias, in_channels=self.in_channels)
+        with outside_autocast(self.weight.device.type):
+            return self._in_sequence(filter=self._to_conv2d(self._filters(), self.bias))
 
     @classmethod
     def from_conv2d(
@@ -151,7 +201,7 @@ class HarmonicConv2d(HarmonicLayer):
     def projected(self, stored: Tensor, assign: bool) -> Tensor:
         """Projects filters (O, C / groups, k, k) in the higher of the two precisions, and rounds them once."""
         fits = stored.shape == (*self.weight.shape[:2], *self.kernel_size)
-        if not fits or self.kept is not None or self.kernel_size == (1, 1):
+        if not fits or self.kept is not None or self.mixtures is not None or self.kernel_size == (1, 1):
             return stored
         if stored.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise InputError(f'cannot project filters of dtype {stored.dtype}: convert them to floating point first')

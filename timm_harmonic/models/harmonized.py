@@ -49,7 +49,7 @@ def harmonized(
     normalization: str = 'l1',
     smoothness: float | None = None,
     form: Form | None = None,
-    pairs: dict[str, int] | None = None,
+    pairs: dict[str, int | list[int]] | None = None,
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:

