@@ -15,7 +15,7 @@ from ..conversion.swap import harmonic_layers
 from .checkpoints import convert_state_dict
 from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register, tap_indices
 from .paper import PAPER, notes_of, paper_cfg
-from .weights import TAG, build_model, released_cfg
+from .weights import TAG, released_cfg
 
 _TIMM_TAPS = 5  # of timm's ResNet: the stem and four stages
 
@@ -148,14 +148,6 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
 KEY_NAMES = {r'(^|\.)harm(\d)\.': r'\1conv\2.'}
 checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norms=['bn1'])
 
-
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicResNet:
-    args = dict(_ARCHITECTURES[variant], **kwargs)
-    taps = range(_TIMM_TAPS if args.get('stem_pool') else _TIMM_TAPS - 1)
-    loading: Any = dict(pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=dict(out_indices=tuple(taps)))
-    return build_model(HarmonicResNet, variant, pretrained, **loading, **args)
-
-
 _LAYERS = dict(first_conv='conv1', classifier='fc')
 # Once a file of ours is on the Hub, its SHA-256 is pinned here by architecture: 64 hex digits.
 _PINS: dict[str, str] = {}
@@ -168,6 +160,6 @@ _cfgs = {
 _cfgs |= {name: paper_cfg(**_LAYERS) for name in _ARCHITECTURES if name not in _RELEASED}
 default_cfgs = generate_default_cfgs(_cfgs)
 
-register(_create, _ARCHITECTURES)
+register(HarmonicResNet, _ARCHITECTURES, checkpoint_filter_fn, lambda args: 5 if args.get('stem_pool') else 4)
 _AUTHORS_NAMES = {f'harm_se_resnext101_{size}': f'harm_seresnext101_{size}' for size in ('32x4d', '64x4d')}
 register_model_deprecations(__name__, _AUTHORS_NAMES)

@@ -10,7 +10,6 @@ from torch import nn
 from .checkpoints import convert_state_dict
 from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register
 from .paper import paper_cfg
-from .weights import build_model
 
 
 class HarmonicVGG(VGG):
@@ -52,15 +51,15 @@ class HarmonicVGG(VGG):
 _BN = dict(norm_layer=nn.BatchNorm2d)
 
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
-    'harm_vgg11': dict(cfg='vgg11'),
-    'harm_vgg11_bn': dict(cfg='vgg11', **_BN),
-    'harm_vgg13': dict(cfg='vgg13'),
-    'harm_vgg13_bn': dict(cfg='vgg13', **_BN),
-    'harm_vgg16': dict(cfg='vgg16'),
-    'harm_vgg16_bn': dict(cfg='vgg16', **_BN),
-    'harm1_vgg16_bn': dict(cfg='vgg16', harmonic_blocks=False, **_BN),
-    'harm_vgg19': dict(cfg='vgg19'),
-    'harm_vgg19_bn': dict(cfg='vgg19', **_BN),
+    'harm_vgg11': dict(cfg=cfgs['vgg11']),
+    'harm_vgg11_bn': dict(cfg=cfgs['vgg11'], **_BN),
+    'harm_vgg13': dict(cfg=cfgs['vgg13']),
+    'harm_vgg13_bn': dict(cfg=cfgs['vgg13'], **_BN),
+    'harm_vgg16': dict(cfg=cfgs['vgg16']),
+    'harm_vgg16_bn': dict(cfg=cfgs['vgg16'], **_BN),
+    'harm1_vgg16_bn': dict(cfg=cfgs['vgg16'], harmonic_blocks=False, **_BN),
+    'harm_vgg19': dict(cfg=cfgs['vgg19']),
+    'harm_vgg19_bn': dict(cfg=cfgs['vgg19'], **_BN),
 }
 
 KEY_NAMES = {
@@ -70,16 +69,8 @@ KEY_NAMES = {
 }
 checkpoint_filter_fn = partial(convert_state_dict, names=KEY_NAMES, norms=['features.1'])
 
-
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicVGG:
-    args = dict(_ARCHITECTURES[variant], **kwargs)
-    features = dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5))
-    loading: dict[str, Any] = dict(pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features)
-    return build_model(HarmonicVGG, variant, pretrained, model_cfg=cfgs[args.pop('cfg')], **loading, **args)
-
-
 default_cfgs = generate_default_cfgs(
     {name: paper_cfg(first_conv='features.0', classifier='head.fc') for name in _ARCHITECTURES}
 )
 
-register(_create, _ARCHITECTURES)
+register(HarmonicVGG, _ARCHITECTURES, checkpoint_filter_fn, lambda args: 6, flatten_sequential=True)

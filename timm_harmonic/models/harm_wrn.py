@@ -16,7 +16,6 @@ from ..layers import HarmonicLayer
 from .checkpoints import StateDict, convert_state_dict
 from .options import StageLevels, check_channels, levels_of_stages, make_network_harmonic, register, tap_indices
 from .paper import paper_cfg
-from .weights import build_model
 
 _STEM_WIDTH = 16
 _TIMM_STRIDE = 4  # of timm's stem with its pool, which its ResNetV2 assumes
@@ -161,12 +160,6 @@ def checkpoint_filter_fn(checkpoint: StateDict, model: nn.Module) -> StateDict:
     return convert_state_dict(checkpoint, model, names=KEY_NAMES, norms=norms)
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> HarmonicWRN:
-    features = dict(flatten_sequential=True, out_indices=(0, 1, 2, 3))
-    loading: dict[str, Any] = dict(pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=features)
-    return build_model(HarmonicWRN, variant, pretrained, **loading, **dict(_ARCHITECTURES[variant], **kwargs))
-
-
 # The authors' preparation of CIFAR-10 images.
 _CIFAR: dict[str, Any] = dict(
     num_classes=10,
@@ -180,4 +173,4 @@ default_cfgs = generate_default_cfgs(
     {name: paper_cfg(first_conv='stem.conv', classifier='head.fc', **_CIFAR) for name in _ARCHITECTURES}
 )
 
-register(_create, _ARCHITECTURES)
+register(HarmonicWRN, _ARCHITECTURES, checkpoint_filter_fn, lambda args: 4, flatten_sequential=True)

@@ -1,7 +1,7 @@
 """Shared by the model files: levels of the stages, which convolutions become harmonic, entry points."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from timm.models import register_model
@@ -10,6 +10,7 @@ from torch import nn
 from ..common import InputError
 from ..conversion.swap import make_harmonic, reasons_to_skip
 from ..layers import check_level, full_level, name_of_basis
+from .weights import build_model
 
 StageLevels = int | Sequence[int | None] | None  # for all stages, or one per stage; None keeps all frequencies
 
@@ -63,20 +64,30 @@ def tap_indices(indices: int | Sequence[int] | None, count: int) -> list[int]:
     return [place % count for place in places]
 
 
-def register(create: Callable[..., nn.Module], names: Iterable[str]) -> None:
-    """Registers architectures in timm. An entry point `name(pretrained=False, **kwargs)` calls create(name, ...)."""
-    module = sys.modules[create.__module__]  # timm files a model under its module
-    for name in names:
-        setattr(module, name, register_model(_entrypoint(create, name)))
+def register(
+    model_cls: type[nn.Module],
+    architectures: Mapping[str, dict[str, Any]],
+    convert: Callable[..., Any],
+    taps: Callable[[dict[str, Any]], int],
+    **feature_cfg: Any,
+) -> None:
+    """Registers architectures in timm, by name and options, as entry points `name(pretrained=False, **kwargs)`.
 
+    `convert` makes a checkpoint fit. A network with some options has so many `taps` for features.
+    """
 
-def _entrypoint(create: Callable[..., nn.Module], name: str) -> Callable[..., nn.Module]:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if 'level' in kwargs:
-            raise TypeError(f'{name} takes levels, not level: did you mean levels={kwargs["level"]!r}?')
-        return create(name, pretrained, **kwargs)
+    def entrypoint(name: str) -> Callable[..., nn.Module]:
+        def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+            if 'level' in kwargs:
+                raise TypeError(f'{name} takes levels, not level: did you mean levels={kwargs["level"]!r}?')
+            args = {**architectures[name], **kwargs}
+            features = dict(feature_cfg, out_indices=tuple(range(taps(args))))
+            return build_model(model_cls, name, pretrained, pretrained_filter_fn=convert, feature_cfg=features, **args)
 
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__module__ = create.__module__
-    entrypoint.__doc__ = f'Builds the architecture {name}, see docs/models.md.'
-    return entrypoint
+        build.__name__ = build.__qualname__ = name
+        build.__module__ = model_cls.__module__  # timm files a model under its module
+        build.__doc__ = f'Builds the architecture {name}, see docs/models.md.'
+        return build
+
+    for name in architectures:
+        setattr(sys.modules[model_cls.__module__], name, register_model(entrypoint(name)))
