@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import warnings
+from functools import partial
 from typing import Any
 
 _HOST = 'timm.models'
@@ -58,20 +59,12 @@ class _HostFinder:
         specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, 'find_spec'))
         spec: Any = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenPlugin(spec.loader)
+            spec.loader.exec_module = partial(_execute, spec.loader)  # of this one object, until it is called
         return spec
 
 
-class _ThenPlugin:
-    """A loader that executes a module by its own loader, gives that back its place, and imports the plugin."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def exec_module(self, module: Any) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _import_plugin()
+def _execute(loader: Any, module: Any) -> None:
+    """Executes timm.models by its loader, which is as it was then, and imports the plugin."""
+    del loader.exec_module
+    loader.exec_module(module)
+    _import_plugin()
