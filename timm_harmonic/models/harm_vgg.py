@@ -48,19 +48,11 @@ class HarmonicVGG(VGG):
         return self.levels[sum(end < int(name) for end in self.feature_ends[:-1])]
 
 
-_BN = dict(norm_layer=nn.BatchNorm2d)
-
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
-    'harm_vgg11': dict(cfg=cfgs['vgg11']),
-    'harm_vgg11_bn': dict(cfg=cfgs['vgg11'], **_BN),
-    'harm_vgg13': dict(cfg=cfgs['vgg13']),
-    'harm_vgg13_bn': dict(cfg=cfgs['vgg13'], **_BN),
-    'harm_vgg16': dict(cfg=cfgs['vgg16']),
-    'harm_vgg16_bn': dict(cfg=cfgs['vgg16'], **_BN),
-    'harm1_vgg16_bn': dict(cfg=cfgs['vgg16'], harmonic_blocks=False, **_BN),
-    'harm_vgg19': dict(cfg=cfgs['vgg19']),
-    'harm_vgg19_bn': dict(cfg=cfgs['vgg19'], **_BN),
+    f'harm_vgg{depth}': dict(cfg=cfgs[f'vgg{depth}']) for depth in (11, 13, 16, 19)
 }
+_ARCHITECTURES |= {f'{name}_bn': dict(args, norm_layer=nn.BatchNorm2d) for name, args in _ARCHITECTURES.items()}
+_ARCHITECTURES['harm1_vgg16_bn'] = dict(_ARCHITECTURES['harm_vgg16_bn'], harmonic_blocks=False)
 
 KEY_NAMES = {
     r'^classifier\.0\.': 'pre_logits.fc1.',
