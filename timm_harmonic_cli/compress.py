@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from timm.models import reparameterize_model
 
     from timm_harmonic import deploy, harmonic_report, harmonize, truncate
-    from timm_harmonic.common import InputError, explained, require
+    from timm_harmonic.common import InputError, explained
     from timm_harmonic.common.device import dot_products, usable_device
     from timm_harmonic.common.files import check_new, write_text
     from timm_harmonic.common.images import ImageFolder, Preparation, batches_of
@@ -100,9 +100,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_new(args.out)
     place = usable_device(args.device)
     args.runtime = args.runtime or ('onnxruntime' if args.int8 else 'torch')
-    check_runtime(args.runtime)
-    if args.deploy:
-        require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
+    check_runtime('onnxruntime' if args.deploy else args.runtime)
 
     def draw(folder: Path, network: Any) -> None:
         if importlib.util.find_spec('matplotlib') is not None:

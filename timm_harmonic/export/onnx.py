@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common import InputError, explained, require
+from ..common import InputError, explained
 from ..common.files import write_whole
 from ..common.onnx import onnx_session, write_onnx
 from ..conversion.costs import count_macs
 from ..conversion.deploy import deploy
 from ..conversion.running import HELD_OUT, read_images, watching
 from ..conversion.swap import harmonic_layers
-from ..conversion.timing import times_of
+from ..conversion.timing import check_runtime, times_of
 
 _TOLERANCE = 1e-3  # of the largest output, in float32
 _METHODS = ('MinMax', 'Percentile')  # of choosing the ranges of activations, by onnxruntime's names
@@ -63,7 +63,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, int8: Ite
             largest output, a package is missing, or `int8` holds fewer than eight images or unusable ones.
         TypeError: `int8` does not hold batches.
     """
-    require(onnx='onnx', onnxruntime='onnxruntime', onnxscript='onnxscript')
+    check_runtime('onnxruntime')
     plain = deploy(model, runtime='onnxruntime') if harmonic_layers(model) else copy.deepcopy(model)
     plain, images = plain.cpu().float().eval(), images.cpu().float()  # a GPU may have fewer digits
     data = None if int8 is None else read_images(int8, images)
