@@ -2,38 +2,23 @@
 
 from importlib.metadata import version
 
-from .common import TimmHarmonicError
-from .conversion.deploy import deploy
-from .conversion.harmonize import harmonize
-from .conversion.refit import refit
-from .conversion.report import harmonic_report
-from .conversion.truncate import truncate
-from .export.onnx import export_onnx
-from .layers.block import HarmonicBlock2d
-from .layers.conv import HarmonicConv2d
-from .layers.dct import dct_basis
-from .models import harm_resnet, harm_vgg, harm_wrn, harmonized
-from .models.harm_resnet import HarmonicResNet
-from .models.harm_vgg import HarmonicVGG
-from .models.harm_wrn import HarmonicWRN
+# `X as X` exports a name, for type checkers too.
+from .common import TimmHarmonicError as TimmHarmonicError
+from .conversion.deploy import deploy as deploy
+from .conversion.harmonize import harmonize as harmonize
+from .conversion.refit import refit as refit
+from .conversion.report import harmonic_report as harmonic_report
+from .conversion.truncate import truncate as truncate
+from .export.onnx import export_onnx as export_onnx
+from .layers.block import HarmonicBlock2d as HarmonicBlock2d
+from .layers.conv import HarmonicConv2d as HarmonicConv2d
+from .layers.dct import dct_basis as dct_basis
+from .models import harm_resnet as harm_resnet
+from .models import harm_vgg as harm_vgg
+from .models import harm_wrn as harm_wrn
+from .models import harmonized as harmonized
+from .models.harm_resnet import HarmonicResNet as HarmonicResNet
+from .models.harm_vgg import HarmonicVGG as HarmonicVGG
+from .models.harm_wrn import HarmonicWRN as HarmonicWRN
 
 __version__ = version('timm-harmonic')
-__all__ = [
-    'HarmonicBlock2d',
-    'HarmonicConv2d',
-    'HarmonicResNet',
-    'HarmonicVGG',
-    'HarmonicWRN',
-    'TimmHarmonicError',
-    'dct_basis',
-    'deploy',
-    'export_onnx',
-    'harm_resnet',
-    'harm_vgg',
-    'harm_wrn',
-    'harmonic_report',
-    'harmonize',
-    'harmonized',
-    'refit',
-    'truncate',
-]
