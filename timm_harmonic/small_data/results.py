@@ -173,17 +173,18 @@ def draw(results: dict[str, Any], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     networks, baseline = results['networks'], results['baseline']
-    accuracies, differences = [], []
-    for name, of in networks.items():
-        deviation, gain = of['accuracy_deviation'] or 0, of['difference']
-        accuracies.append((of['accuracy'], of['accuracy_mean'], [deviation, deviation], accuracy(of)))
-        around = [0 if gain[key] is None else abs(gain[key] - gain['mean']) for key in ('low', 'high')]
-        differences.append((gain['pairs'], gain['mean'], around, '' if name == baseline else interval(gain)))
     with matplotlib.rc_context(_FONTS):
         figure = Figure(figsize=(11, 2 + 0.6 * len(networks)), layout='constrained')
         left, right = figure.subplots(1, 2, sharey=True)
-        _draw_dots(left, accuracies)
-        _draw_dots(right, differences)
+        for place, (name, of) in enumerate(networks.items()):
+            deviation, gain = of['accuracy_deviation'] or 0, of['difference']
+            _draw_row(left, place, of['accuracy'], of['accuracy_mean'], [deviation, deviation], accuracy(of))
+            around = [0 if gain[key] is None else abs(gain[key] - gain['mean']) for key in ('low', 'high')]
+            _draw_row(right, place, gain['pairs'], gain['mean'], around, '' if name == baseline else interval(gain))
+        for axes in (left, right):
+            axes.grid(color='0.92', axis='x')
+            axes.set_axisbelow(True)
+            axes.spines[['top', 'right', 'left']].set_visible(False)
         names = [textwrap.fill(f'{name}: {MEANINGS[name]}' if name in MEANINGS else name, 24) for name in networks]
         left.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.6))
         left.set_title(f'{title}\nA dot per seed, mean and standard deviation', loc='left')
@@ -195,14 +196,10 @@ def draw(results: dict[str, Any], title: str, path: Path) -> None:
         figure.savefig(path, format='png', dpi=160)
 
 
-def _draw_dots(axes: Any, rows: Sequence[tuple[Sequence[float], float, Sequence[float], str]]) -> None:
-    """Draws a row for each network: values, their mean, how far its interval reaches to both sides, and a text."""
-    for place, (values, mean, reach, text) in enumerate(rows):
-        look: Any = dict(color=_COLOURS[place % len(_COLOURS)])
-        axes.scatter(values, [place + 0.15] * len(values), s=12, alpha=0.6, linewidths=0, **look)
-        marker = 'os^DvPX'[place % 7]
-        axes.errorbar(mean, place, xerr=[[side] for side in reach], marker=marker, capsize=4, linewidth=1.6, **look)
-        axes.annotate(text, (mean, place), (0, 8), textcoords='offset points', ha='center')
-    axes.grid(color='0.92', axis='x')
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right', 'left']].set_visible(False)
+def _draw_row(axes: Any, place: int, values: Sequence[float], mean: float, reach: Sequence[float], text: str) -> None:
+    """Draws a network's values, their mean, how far its interval reaches to both sides, and a text."""
+    look: Any = dict(color=_COLOURS[place % len(_COLOURS)])
+    axes.scatter(values, [place + 0.15] * len(values), s=12, alpha=0.6, linewidths=0, **look)
+    marker = 'os^DvPX'[place % 7]
+    axes.errorbar(mean, place, xerr=[[side] for side in reach], marker=marker, capsize=4, linewidth=1.6, **look)
+    axes.annotate(text, (mean, place), (0, 8), textcoords='offset points', ha='center')
