@@ -54,7 +54,7 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         data,
         template_path=str(Path(__file__).with_name('card.md')),
         name=re.split('[:/]', place)[-1],
-        base_model=repr(args['base_model']) if 'base_model' in args else '',
+        args=args,
         cfg=cfg,
         layers=_layers(model),
         separable=sum(layer.form == 'separable' for layer in layers),
@@ -62,9 +62,7 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         full=sum(x.out_channels * x.in_channels // x.groups * x.basis[0].numel() for x in layers),
         parameters=sum(p.numel() for p in model.parameters()),
         macs=count_macs(fused, torch.empty(1, *cfg['input_size'], device='meta')),
-        classes=model.num_classes,
-        features=model.num_features,
-        options=_options(args),
+        model=model,
         scale=noted_scale(cfg.get('notes')),
         place_literal=repr(place),
         place_shell=shlex.quote(place),
@@ -74,17 +72,6 @@ def model_card(model: nn.Module, place: str, source: Provenance, license: str = 
         version=version('timm-harmonic'),
         repository=REPOSITORY,
         install=INSTALL if ours else '',
-    )
-
-
-def _options(args: dict[str, Any]) -> str:
-    """Options as in Python. One that lists every layer is only mentioned."""
-    shown = {key: value for key, value in args.items() if key not in ('num_classes', 'in_chans', 'global_pool')}
-    return ', '.join(
-        f'`{key}` of {len(value)} layers, in config.json'
-        if isinstance(value, (dict, list)) and len(value) > 4
-        else f'`{key}={value!r}`'
-        for key, value in shown.items()
     )
 
 
