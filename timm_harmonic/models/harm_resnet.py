@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.models import generate_default_cfgs, register_model_deprecations
@@ -44,9 +44,6 @@ class HarmonicResNet(ResNet):
         InputError: If an option is out of range, naming it.
         TypeError: If levels or smoothness has another type, or a keyword is unknown.
     """
-
-    if TYPE_CHECKING:
-        feature_info: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -107,7 +104,7 @@ class HarmonicResNet(ResNet):
         """Does what timm's ResNet does, with indices into this network's feature_info."""
         taps, timm_taps = self.feature_info, self._timm_taps(indices)
         offset = _TIMM_TAPS - len(taps)
-        self.feature_info = [{}] * offset + taps  # timm looks up the width of a tap by its own index
+        self.feature_info: list[Any] = [{}] * offset + taps  # timm looks up the width of a tap by its own index
         try:
             taken = super().prune_intermediate_layers(timm_taps, *args, **kwargs)
         finally:

@@ -167,11 +167,7 @@ def batches(
 
 
 def fit(
-    model: nn.Module,
-    train: Images,
-    recipe: Recipe,
-    seed: int,
-    after_epoch: Callable[[], object] = lambda: None,
+    model: nn.Module, train: Images, recipe: Recipe, seed: int, after_epoch: Callable[[], object] = lambda: None
 ) -> None:
     """Trains a network in place. The seed determines order, augmentation and dropout."""
     options: dict[str, Any] = dict(opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=0.9)
