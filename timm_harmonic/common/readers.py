@@ -29,9 +29,7 @@ def read_image(path: Path) -> np.ndarray:
         else:
             with path.open('rb') as file:
                 array = (_read_tiff if file.read(4) in _TIFF else _read_picture)(path)
-    except InputError:
-        raise
-    except Exception as error:  # readers raise anything for a damaged file
+    except Exception as error:  # readers raise anything for a damaged file; ours keeps its message
         raise InputError(str(error) or type(error).__name__) from error
     if not isinstance(array, np.ndarray):
         raise InputError('holds several arrays: save each to its own file')
