@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from timm_harmonic import dct_basis
-from timm_harmonic.layers import compose, dct_frequencies, project
+from timm_harmonic.layers.compose import compose
+from timm_harmonic.layers.dct import dct_frequencies, project
 
 matplotlib.use('Agg')
 

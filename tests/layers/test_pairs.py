@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 
-from timm_harmonic import HarmonicConv2d
+from timm_harmonic import HarmonicConv2d, dct_basis
 from timm_harmonic.common import InputError
 from timm_harmonic.common.onnx import onnx_session, write_onnx
-from timm_harmonic.layers import HarmonicConv2dSame, dct_basis, dct_frequencies
+from timm_harmonic.layers import HarmonicConv2dSame, dct_frequencies
 from timm_harmonic.layers.dct import NORMALIZATIONS
 
 arguments = st.fixed_dictionaries(

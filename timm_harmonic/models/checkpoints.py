@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..common import TimmHarmonicError, in_short
 from ..conversion.swap import harmonic_layers
-from ..layers import HarmonicBlock2d, HarmonicConv2d, HarmonicLayer, dct_spectrum, options_of_code
+from ..layers import HarmonicBlock2d, HarmonicConv2d, HarmonicLayer
+from ..layers.dct import dct_spectrum, options_of_code
 
 StateDict = dict[str, Any]
 Names = str | Sequence[str] | None
