@@ -124,10 +124,6 @@ def watching(modules: Mapping[str, nn.Module], watch: Callable[..., None]) -> It
             handle.remove()
 
 
-class _Ended(BaseException):
-    """Ends a function that waits in `in_turns`; not an Exception, which a network may catch."""
-
-
 def _modes() -> list[Callable[[], Any]]:
     """Returns what enters this thread's modes in another one: torch keeps them by thread."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -158,7 +154,7 @@ def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
         ours.release()
         theirs.acquire()
         if ended:
-            raise _Ended
+            raise GeneratorExit  # no Exception, which a network may catch
 
     def run() -> None:
         try:
