@@ -190,7 +190,6 @@ def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], stay: boo
     """Yields what `suspended` yields for one part. Without `stay`, each module gets a run of its own."""
     # A copy with the same tensors: networks may keep values in attributes while they run.
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    ahead = set(uses)
     report: Any = None
     turns: Any = None
 
@@ -200,11 +199,9 @@ def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], stay: boo
         model(images)
 
     def hook(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if name in ahead:
-            report((name, inputs[0]))
+        report((name, inputs[0]))
 
-    for name in uses:
-        model.get_submodule(name).register_forward_pre_hook(partial(hook, name))
+    ahead = {name: model.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in uses}
 
     def visit(name: str, number: int) -> Visit:
         nonlocal turns
@@ -216,7 +213,7 @@ def _visits(model: nn.Module, images: Tensor, uses: Mapping[str, int], stay: boo
                 found.append(x.clone() if number > 1 else x)  # the network may go on in place
             if len(found) == number:
                 break
-        ahead.remove(name)
+        ahead.pop(name).remove()
         if not (passed == len(found) == number == 1 and stay and ahead):
             turns = turns.close()
         return found
