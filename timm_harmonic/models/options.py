@@ -73,7 +73,7 @@ def register(
 ) -> None:
     """Registers architectures in timm, by name and options, as entry points `name(pretrained=False, **kwargs)`.
 
-    `convert` makes a checkpoint fit. A network with some options has so many `taps` for features.
+    `convert` makes checkpoints fit, and `taps` counts the features of a network with given options.
     """
 
     def entrypoint(name: str) -> Callable[..., nn.Module]:
