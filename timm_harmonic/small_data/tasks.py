@@ -73,11 +73,7 @@ def load_photographs() -> dict[str, np.ndarray]:
     paths = {Path(path).stem: path_of(package, path) for package, path in PHOTOGRAPHS}
     if missing := [str(path) for path in paths.values() if not path.is_file()]:
         raise InputError(f'missing pictures, which scikit-image 0.26 and scikit-learn 1.9 have: {", ".join(missing)}')
-    pictures = {}
-    for name in sorted(paths):
-        with Image.open(paths[name]) as image:
-            pictures[name] = np.asarray(image.convert('L'))
-    return pictures
+    return {name: np.asarray(Image.open(paths[name]).convert('L')) for name in sorted(paths)}
 
 
 def path_of(package: str, path: str) -> Path:
