@@ -6,6 +6,7 @@ timm's scripts are in no package. tests/data/train_options.json is a snapshot of
 """
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 import timm_harmonic_cli as cli
-from timm_harmonic.models.paper import PAPER, PAPER_SMALL
+from timm_harmonic.models.paper import PAPER
 from timm_harmonic.small_data.training import CUTOUT, LIGHT, MIXUP, SMOOTHING, ZOOM, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,8 @@ SNAPSHOT = Path(__file__).parent / 'data' / 'train_options.json'
 # Rows of the paper that have a file: all but one, which its harmonic twin's file names.
 ROWS = [name for name in PAPER if name != 'harm0_seresnext101_32x4d']
 # Rows for small images, by file.
-SMALL = {name: row for row in PAPER_SMALL for name in row['files'].split()}
+_ROWS = csv.DictReader((ROOT / 'train_configs' / 'paper_small.csv').read_text(encoding='utf-8').splitlines())
+SMALL = {name: row for row in _ROWS for name in row['files'].split()}
 # Files that are no row of the paper.
 OTHERS = [
     'harm_resnet50_a3',

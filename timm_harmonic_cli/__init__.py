@@ -119,19 +119,12 @@ def read_class_names(path: Path) -> list[str]:
 
 
 def show(table: Any, file: TextIO | None = None) -> None:
-    """Prints a table of rich, or its rows one cell a line on a terminal that is too narrow for it. Nothing is cut."""
+    """Prints a table of rich. Nothing is cut: on a narrow terminal words go over several lines."""
     from rich.console import Console
 
-    console = Console(file=file, highlight=False, markup=False, emoji=False)
-    if console.width >= 72:
-        for column in table.columns:
-            column.overflow = 'fold'
-        console.print(table)
-        return
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    named = ([f'{of.header}: {cell}' for of, cell in zip(table.columns, row, strict=True) if cell] for row in rows)
-    for text in filter(None, (table.title, *map('\n  '.join, named), table.caption)):
-        console.print(text, soft_wrap=True)
+    for column in table.columns:
+        column.overflow = 'fold'
+    Console(file=file, highlight=False, markup=False, emoji=False).print(table)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -126,8 +127,9 @@ def test_a_budget_of_time(network, images, monkeypatch):
     """By times that are made up: those of a size are its share of the dense one's."""
 
     def times(runs, x):
-        sizes = {name: float(name.partition(' ')[2] or 0) / 1000 for name in runs}
-        return {name: [dict(dense=1.0, network=20.0).get(name, sizes[name])] * 9 for name in runs}
+        sizes = {name: float((re.findall(r'number=(\d+)', name) or [0])[0]) / 1000 for name in runs}
+        dense = {'dense': 1.0, 'dense 0': 1.0, 'network': 20.0}
+        return {name: [dense.get(name, sizes[name])] * 9 for name in runs}
 
     monkeypatch.setattr(timing, 'times_of', times)
     small = truncate(network, ratio=0.8, per='channel', include='layer*', cost='time', images=images[:1])
@@ -272,7 +274,7 @@ def test_saved_by_timm_and_loaded(network, images, tmp_path, hub):
     ('options', 'words'),
     [
         (dict(per='filter', ratio=0.5), "per must be one of.*'filter'"),
-        (dict(per='channel', level=2), "'layer' with level or levels"),
+        (dict(per='channel', level=2), "'channel' with energy or ratio"),
         (dict(per='channel', ratio=0.01), 'is the least'),
         (dict(ratio=0.5, include='head.*'), 'matches none'),
         (dict(ratio=0.5, exclude='*'), 'leave none'),

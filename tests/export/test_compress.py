@@ -277,7 +277,7 @@ def test_a_run_of_timm_then_again_and_on_the_hub(tmp_path, hub):
         (dict(level=2, data=Path('x')), InputError, '--data is for --refit, --int8, --energy and --ratio'),
         (dict(level=2, int8=True, data=Path()), InputError, '--int8 needs --deploy'),
         (dict(ratio=1.0, int8=True, deploy=True), InputError, '--int8 needs --deploy, and --data'),
-        (dict(level=2, cost='time'), InputError, '--cost needs --ratio'),
+        (dict(level=2, cost='time'), InputError, 'needs ratio, the share of it to keep'),
         (dict(ratio=0.5, per='channel'), InputError, '--per channel needs --ratio or --energy, and --data with'),
         (dict(level=2, per='channel', refit=True, data=Path()), InputError, '--per channel needs --ratio'),
         (dict(level=2, device='nowhere'), ValueError, "device 'nowhere' cannot be used here"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layers import HarmonicConv2d, HarmonicLayer
-from .costs import Choice, Pairs, reduced
+from .costs import Pairs, reduced
 from .refit import Moments, by_group
 
 _SIZES, _LEFT = 12, 0.8  # so many numbers of pairs, each this share of the one before
@@ -27,13 +27,13 @@ class Choices:
     def __init__(self, layers: Mapping[str, HarmonicLayer], names: Collection[str], per: str) -> None:
         self.layers = layers
         # By layer, the present one first.
-        self.of: dict[str, Sequence[Choice]] = {name: [layer.level] for name, layer in layers.items()}
+        self.of: dict[str, Sequence[Any]] = {name: [layer.level] for name, layer in layers.items()}
         for name in names:
             self.of[name] = sizes_of(layers[name], per) or list(layers[name].levels())
         # By layer and choice: the arguments of `at_mixtures`, if there are mixtures, and of `at_pairs`.
-        self._kept: dict[str, dict[Choice, Any]] = {}
+        self._kept: dict[str, dict[Any, Any]] = {}
 
-    def weighed(self, name: str, whole: Moments, intercept: bool) -> Iterator[tuple[Any, dict[Choice, Tensor]]]:
+    def weighed(self, name: str, whole: Moments, intercept: bool) -> Iterator[tuple[Any, dict[Any, Tensor]]]:
         """Yields mixtures of a layer's channels, at first none, and the places of the features kept with each choice.
 
         It notes both for `lowered`. `whole` are the moments of the complete layer.
@@ -57,38 +57,36 @@ class Choices:
                 mask[tuple(pairs[:, found[size]])] = True
                 kept[choice] = mixed, mask if size < max(of) else size
 
-    def lowered(self, chosen: Mapping[str, Choice]) -> dict[str, HarmonicLayer]:
+    def lowered(self, chosen: Mapping[str, Any]) -> dict[str, HarmonicLayer]:
         """Returns the layers with what was chosen of each. Without `weighed`, pairs are those with the most energy."""
         return {name: reduced(self.layers[name], of, self._kept.get(name)) for name, of in chosen.items()}
 
 
-def sizes_of(layer: HarmonicLayer, per: str = 'channel') -> list[Choice]:
+def sizes_of(layer: HarmonicLayer, per: str = 'channel') -> list[Any]:
     """Returns the pairs that a layer may keep per channel or mixture, from its own downwards; none if it has levels.
 
-    Layers with groups or normalised responses keep to levels, and so do those of fewer than 16 channels, such as stems,
-    whose input channels timm adapts.
+    Those with groups, normalised responses, or fewer than 16 channels, such as stems, which timm adapts, have levels.
     """
     if per == 'layer' or not isinstance(layer, HarmonicConv2d) or layer.groups > 1 or layer.in_channels < _MULTIPLE:
         return []
+
+    def rounded(number: float) -> int:
+        return int(number) // _MULTIPLE * _MULTIPLE
+
     present = layer.weight[0].numel()
-    sizes = {Pairs(_rounded(present * _LEFT**step)) for step in range(1, _SIZES + 1)}
+    sizes = {Pairs(rounded(present * _LEFT**step)) for step in range(1, _SIZES + 1)}
     if per == 'mixture' and layer.kept is None and layer.mixtures is None:
-        for number in {_rounded(share * layer.channels) for share in _MIXTURES}:
+        for number in {rounded(share * layer.channels) for share in _MIXTURES}:
             complete = number * len(layer.basis)
-            sizes |= {Pairs(complete if left == 1 else _rounded(left * complete), number) for left in _OF_MIXTURES}
+            sizes |= {Pairs(complete if left == 1 else rounded(left * complete), number) for left in _OF_MIXTURES}
     return sorted({Pairs(present), *(size for size in sizes if size.number)}, reverse=True)
-
-
-def _rounded(number: float) -> int:
-    return int(number) // _MULTIPLE * _MULTIPLE
 
 
 def mixtures_of(moments: Moments, layer: HarmonicLayer, intercept: bool) -> tuple[Tensor, Tensor]:
     """Returns mixtures (C, C) of a layer's channels, those first that its outputs need most, and what they stand for.
 
-    Outputs count by the inverse of their variance. The moments of the features are taken to be a product: of those of
-    the channels, and of those of the functions. Then the principal components of the coefficients between the roots of
-    both are best, as in Zhang et al. (arXiv:1505.06798).
+    Outputs count by the inverse of their variance. If moments of features are products of those of channels and those
+    of functions, the principal components of the coefficients between the roots of both are best (arXiv:1505.06798).
     """
     shape = layer.channels, len(layer.basis)
     both = moments.products(intercept)[0][0].unflatten(0, shape).unflatten(2, shape)

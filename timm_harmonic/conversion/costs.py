@@ -25,16 +25,10 @@ _SHARE, _CHANNELS = 0.5, dict(torch=128, onnxruntime=64)
 
 
 class Pairs(NamedTuple):
-    """What a layer keeps, where an integer is a level: pairs of channel and function, of mixtures if there are any."""
+    """A choice of what a layer keeps, as levels are: pairs of channel and function, of mixtures if there are any."""
 
     number: int
     mixtures: int = 0
-
-    def __str__(self) -> str:
-        return f'{self.number} of {self.mixtures}' if self.mixtures else f'{self.number}'
-
-
-Choice = Any  # a level, or pairs
 
 
 class Cost(NamedTuple):
@@ -42,7 +36,7 @@ class Cost(NamedTuple):
 
     cost: float
     form: str = 'dense'
-    milliseconds: dict[str, float] | None = None  # by form, and of the plain layer, if they were measured
+    milliseconds: dict[str, float] | None = None  # by form, if they were measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Costs:
     rest: float
     of: dict[str, dict[Any, Cost]]
 
-    def total(self, levels: Mapping[str, Choice]) -> float:
+    def total(self, levels: Mapping[str, Any]) -> float:
         """Returns the cost of the network with each layer at a level."""
         return self.rest + sum(self.of[name][level].cost for name, level in levels.items())
 
@@ -76,7 +70,7 @@ def costs_of(
     cost: str,
     images: Tensor | None = None,
     runtime: str = 'torch',
-    choices: Mapping[str, Sequence[Choice]] | None = None,
+    choices: Mapping[str, Sequence[Any]] | None = None,
 ) -> Costs:
     """Returns the costs of a fused network: 'parameters', 'macs' (multiply-adds of one image), 'time' (of all images).
 
@@ -87,7 +81,12 @@ def costs_of(
     layers = harmonic_layers(model)
     choices = {name: layer.levels() for name, layer in layers.items()} if choices is None else choices
     if cost == 'parameters':
-        of = {n: {chosen: Cost(coefficients(layers[n], chosen)) for chosen in of} for n, of in choices.items()}
+        of = {}
+        for name, layer in layers.items():
+            width, each = layer.out_channels // layer.groups, {of: sizes(layer, of) for of in choices[name]}
+            of[name] = {
+                of: Cost(width * number + mixtures * layer.in_channels) for of, (number, mixtures) in each.items()
+            }
         present = sum(p.numel() for p in model.parameters())
         return Costs('parameters', present - sum(costs[max(costs)].cost for costs in of.values()), of)
     assert images is not None
@@ -122,40 +121,33 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2 // len(images)
 
 
-def multiply_adds(layer: HarmonicLayer, choice: Choice, form: str, uses: Sequence[Use] = ()) -> int:
+def multiply_adds(layer: HarmonicLayer, choice: Any, form: str, uses: Sequence[Use] = ()) -> int:
     """Counts a layer's multiply-adds in these uses, or else behind the mixtures at one position."""
-    area, width = layer.kernel_size[0] ** 2, layer.out_channels // layer.groups
-    mixtures = _mixtures(layer, choice)
-    dense, separable = area * (mixtures or layer.in_channels) * width, responses(layer, choice) * (area + width)
-    each = dense if form == 'dense' else separable
+    area, width, (number, mixtures) = (
+        layer.kernel_size[0] ** 2,
+        layer.out_channels // layer.groups,
+        sizes(layer, choice),
+    )
+    each = area * (mixtures or layer.in_channels) * width if form == 'dense' else number * (area + width)
     return each * (sum(use.positions for use in uses) or 1) + mixtures * sum(use.shape.numel() for use in uses)
 
 
-def coefficients(layer: HarmonicLayer, choice: Choice) -> int:
-    """Returns the number of coefficients that a layer has with a choice."""
-    width = layer.out_channels // layer.groups
-    return width * responses(layer, choice) + _mixtures(layer, choice) * layer.in_channels
+def sizes(layer: HarmonicLayer, choice: Any) -> tuple[int, int]:
+    """Returns the numbers of responses and of mixtures, 0 for none, that a layer has with a choice."""
+    pairs = choice if isinstance(choice, Pairs) else Pairs(layer.groups * len(layer.columns_at(choice)))
+    return pairs.number, pairs.mixtures or (0 if layer.mixtures is None else layer.channels)
 
 
-def responses(layer: HarmonicLayer, choice: Choice) -> int:
-    """Returns the number of responses that a layer mixes with a choice."""
-    return choice.number if isinstance(choice, Pairs) else layer.groups * len(layer.columns_at(choice))
-
-
-def _mixtures(layer: HarmonicLayer, choice: Choice) -> int:
-    chosen = choice.mixtures if isinstance(choice, Pairs) else 0
-    return chosen or (0 if layer.mixtures is None else layer.channels)
-
-
-def reduced(layer: Any, choice: Choice, kept: Mapping[Any, Any] | None = None) -> HarmonicLayer:
-    """Returns a copy of a layer with a choice: with mixtures and pairs in `kept`, else those with the most energy."""
+def reduced(layer: Any, choice: Any, kept: Mapping[Any, Any] | None = None) -> HarmonicLayer:
+    """Returns a copy of a layer with a choice: as `kept` says, else any mixtures and the pairs with the most energy."""
     if not isinstance(choice, Pairs):
         return layer.at_level(choice)
-    mixed, pairs = (kept or {}).get(choice, ((choice.mixtures,) if choice.mixtures else None, choice.number))
+    any_mixtures = [torch.eye(choice.mixtures, layer.in_channels)] if choice.mixtures else None
+    mixed, pairs = (kept or {}).get(choice, (any_mixtures, choice.number))
     return (layer if mixed is None else layer.at_mixtures(*mixed)).at_pairs(pairs)
 
 
-def _saves(layer: HarmonicLayer, choice: Choice) -> bool:
+def _saves(layer: HarmonicLayer, choice: Any) -> bool:
     return multiply_adds(layer, choice, 'separable') < multiply_adds(layer, choice, 'dense')
 
 
@@ -182,7 +174,7 @@ def forms_by_time(model: nn.Module, images: Tensor, runtime: str = 'torch') -> d
 
 
 def _time_choices(
-    layers: Mapping[str, tuple[HarmonicLayer, Sequence[Choice]]], uses: Mapping[str, list[Use]], runtime: str
+    layers: Mapping[str, tuple[HarmonicLayer, Sequence[Any]]], uses: Mapping[str, list[Use]], runtime: str
 ) -> dict[str, dict[Any, Cost]]:
     """Times layers with choices, in both forms where the separable one takes fewer multiply-adds, on their own inputs.
 
@@ -194,18 +186,15 @@ def _time_choices(
         use, number = uses[name][0], len(uses[name])
         key = (type(layer), layer.extra_repr(), tuple(choices), use, number)
         if key not in done:
-            # Choices differ in their dense form by their mixtures alone.
-            dense = {of: f'dense {of.mixtures}' if isinstance(of, Pairs) and of.mixtures else 'dense' for of in choices}
+            # Anys differ in their dense form by their mixtures alone.
+            dense = {of: f'dense {of.mixtures}' if isinstance(of, Pairs) else 'dense' for of in choices}
             modules = {form: _fused(layer, choice, 'dense') for choice, form in dense.items()}
-            able = [choice for choice in choices if _saves(layer, choice)]
-            modules |= {f'separable {choice}': _fused(layer, choice, 'separable') for choice in able}
+            modules |= {f'separable {of}': _fused(layer, of, 'separable') for of in choices if _saves(layer, of)}
             times = times_of_layers(modules, use.draw(), runtime)
             middle = {form: number * statistics.median(of) for form, of in times.items()}
             done[key] = {}
             for choice in choices:
                 by_form, form = {'dense': middle[dense[choice]]}, 'dense'
-                if dense[choice] != dense[choices[0]]:
-                    by_form['plain'] = middle[dense[choices[0]]]
                 if (other := f'separable {choice}') in times:
                     by_form['separable'] = middle[other]
                     ratios = [a / b for a, b in zip(times[other], times[dense[choice]], strict=True)]
@@ -216,7 +205,7 @@ def _time_choices(
     return found
 
 
-def _fused(layer: HarmonicLayer, choice: Choice, form: str) -> nn.Module:
+def _fused(layer: HarmonicLayer, choice: Any, form: str) -> nn.Module:
     low: Any = reduced(layer, choice)
     low.form = form
     return low.fuse().eval()

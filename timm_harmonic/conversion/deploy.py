@@ -15,8 +15,7 @@ def deploy(model: nn.Module, images: Tensor | None = None, *, form: str = 'auto'
     """Makes a plain network for inference: nothing harmonic is left, and the graph computes no weight.
 
     A harmonic layer becomes one k x k convolution (dense), or a module that repeats the channels, one fixed filter for
-    each of them, and a 1 x 1 convolution (separable). Both compute the same up to rounding. Blocks of timm that fuse
-    for inference are fused as well, as timm's `reparameterize_model` does.
+    each of them, and a 1 x 1 convolution (separable), and computes the same. timm's blocks that fuse are fused as well.
 
     Args:
         model: Network. It does not change, except that its layers note their times.

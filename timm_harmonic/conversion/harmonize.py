@@ -64,9 +64,8 @@ def harmonize(
             filters, see `HarmonicConv2d`. The present filters do not change.
         form: How layers compute, in training as well: 'dense', or 'separable', which is faster at low levels, or a
             mapping from patterns over qualified names to these. Other layers keep their form; new ones are dense.
-        pairs: How many pairs of input channel and function layers keep, by qualified names: those with the most energy,
-            see `HarmonicConv2d.at_pairs`. Two numbers are pairs and mixtures of channels, see `at_mixtures`. `truncate`
-            with per='channel' chooses better ones.
+        pairs: How many pairs layers keep, by qualified names, see `HarmonicConv2d.at_pairs`; or this and how many
+            mixtures, see `at_mixtures`. `truncate` with per='channel' or 'mixture' chooses better ones.
         inplace: Whether to change the network itself rather than a copy.
 
     Returns:

@@ -99,8 +99,8 @@ class Moments:
     def solve(self, start: Tensor, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
         """Solves least squares for weights (groups, F, o) and biases (groups, o), which are 0 without intercept.
 
-        The ridge pulls the weights towards `start`, by this share of each feature's energy, or of the features' mean
-        energy for those that have less: large weights of features that are rarely active would not survive 8 bits.
+        The ridge pulls the weights towards `start`, by this share of each feature's energy, or of the mean energy if
+        that is more: large weights of features that are rarely active would not survive 8 bits.
         """
         ff, fy = self.products(intercept)
         f, y = self.sums[:, : self.features, -1:], self.sums[:, self.features : -1, -1:]
@@ -164,17 +164,13 @@ def refit(
     It fits layer after layer, in the order in which they run: least squares of the complete network's output of the
     layer on the responses that the truncated layer keeps, for its input in the truncated network. Each layer thus
     compensates for those before it. A ridge pulls towards the present coefficients. Every fourth image is held out to
-    choose the ridge, and whether a layer changes at all. Batch normalisation has the complete network's statistics.
-    The held-out images, which took no part so far, judge four networks: the truncated and the refitted one, each as it
-    is and with statistics re-estimated; the winner is then fitted to all images. It is likely, not certain, that the
-    result is nearer to the complete network on other images too: the more images, the likelier.
+    choose the ridge, and whether a layer changes at all, and then judges four networks: the truncated and the refitted
+    one, each as it is and with statistics of batch normalisation re-estimated. The winner is fitted to all images. On
+    other images it is likely, not certain, that the result is nearer to the complete network, too.
 
-    Both networks run once, and wait while a layer is fitted; they start again behind layers that are used repeatedly.
-    A layer takes 64 images or 64 MiB of them, or as many as have 64 positions for each of its features. The images stay
-    in memory, 2 GiB at most, and what both networks hold in between for the first 64 MiB of them: limit `batches` if
-    that is too much. Further images run again for each layer that takes them. One layer at a time needs
-    sums of 16 (F + o)^2 bytes for F features and o outputs of a group, 196 MiB for 512 channels at level 3 of 3 x 3,
-    and about as much again to solve them. Layers with sums of over 2 GiB, such as the first classifier of a VGG, stay.
+    Both networks run about once. Images stay in memory, 2 GiB at most, and what the networks hold between two layers
+    for the first 64 MiB of them: limit `batches` if that is too much. One layer at a time needs sums of 16 (F + o)^2
+    bytes for F features and o outputs of a group, and as much to solve them; with more than 2 GiB of sums it stays.
 
     Args:
         model: Complete network. Layers that are harmonic in `small` may be plain in it.
@@ -237,8 +233,9 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
             raise InputError(_NOT_FINITE)
         layers, norms, uses = harmonic_layers(fitted), norms_behind(fitted, parts[0]), uses_of(fitted, parts[0])
         lowered = {name: of for name, of in _fittable(layers, uses).items() if not layers[name].is_complete()}
-        for network in (fitted, final):
-            _take_statistics(network, model)  # what is fitted are the outputs that these normalise
+        complete = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
+        for name, norm in [of for network in (fitted, final) for of in _norms_of(network).items() if of[0] in complete]:
+            norm.load_state_dict(dict(complete[name].named_buffers()), strict=False)  # of the outputs that are fitted
         shares, steps = _shares(layers, lowered, parts)
         with evaluating(fitted), suspended(model, parts, steps) as whole, suspended(fitted, parts, steps) as cut:
             for name in progress(lowered, desc='refit', unit='layer', leave=False):
@@ -259,16 +256,6 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
         if counted:
             estimate_statistics(best, parts)
     return best
-
-
-def _take_statistics(small: nn.Module, model: nn.Module) -> None:
-    """Gives a truncated network the statistics of the complete one's batch normalisation; frozen ones stay."""
-    modules = dict(model.named_modules())
-    for name, norm in _norms_of(small).items():
-        if isinstance(modules.get(name), _NORMS):
-            theirs = dict(modules[name].named_buffers())
-            for key, buffer in norm.named_buffers():
-                buffer.copy_(theirs.get(key, buffer))
 
 
 def losses_by_images(
@@ -302,9 +289,8 @@ def losses_by_images(
                     for mixed, choices in weighed(name, samples.fit, intercept):
                         fit, test, weight = samples.fit, samples.test, present
                         if mixed is not None:
-                            mixtures, back = mixed
-                            fit, test = fit.mixed(mixtures), test.mixed(mixtures)
-                            weight = (back @ weight.reshape(back.shape[1], -1)).view(1, fit.features, -1)
+                            fit, test = fit.mixed(mixed[0]), test.mixed(mixed[0])
+                            weight = (mixed[1] @ weight.reshape(layer.channels, -1)).view(1, fit.features, -1)
                         for choice, places in choices.items():
                             kept = weight[:, places.to(weight.device)]
                             if len(places) == present.shape[1]:
@@ -454,9 +440,8 @@ def _norms_of(model: nn.Module, blocks: bool = False) -> dict[str, Any]:
 def estimate_statistics(model: nn.Module, parts: Iterable[Tensor], blocks: bool = False) -> None:
     """Re-estimates the statistics of a network's batch normalisation as their mean over batches, in place.
 
-    `blocks` includes those inside harmonic blocks. It does what torch.optim.swa_utils.update_bn does, but keeps
-    everything else in evaluation: no dropout. Modules that no image reaches in evaluation, such as an auxiliary head,
-    keep their statistics.
+    `blocks` includes those inside harmonic blocks. Unlike torch.optim.swa_utils.update_bn, it keeps everything else in
+    evaluation: no dropout. Modules that no image reaches then, such as an auxiliary head, keep their statistics.
     """
     norms = _norms_of(model, blocks).values()
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]

@@ -42,7 +42,9 @@ class Convolution:
     form: str | None = None  # 'dense' or 'separable'
     macs_before: int | None = None  # multiply-adds of the plain convolution for one image; None without images
     macs: int | None = None  # multiply-adds in its form
-    ms_before: float | None = None  # milliseconds of the plain convolution, for the batch it was timed on
+    ms_before: float | None = (
+        None  # milliseconds of the plain convolution, for the batch it was timed on; None if not timed
+    )
     ms: float | None = None  # milliseconds in its form; None if it was not timed
     reason: str  # why it has to stay plain; empty if it is or could be harmonic
 
@@ -163,9 +165,8 @@ def harmonic_report(model: nn.Module, images: Tensor | None = None) -> HarmonicR
                 now = multiply_adds(module, module.level, module.form, uses[name]) // len(images)
                 about |= dict(macs_before=before, macs=now)
             if module.milliseconds:
-                times = module.milliseconds
-                plain = times.get('plain', times['dense'] if module.mixtures is None else None)
-                about |= dict(ms_before=plain, ms=times.get(module.form))
+                before = module.milliseconds['dense'] if module.mixtures is None else None
+                about |= dict(ms_before=before, ms=module.milliseconds.get(module.form))
         found.append(Convolution(**about))
     parameters = sum(map(_numel, model.parameters()))
     dropped = sum(conv.parameters_before - conv.parameters for conv in found)

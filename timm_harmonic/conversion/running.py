@@ -141,8 +141,7 @@ def _modes() -> list[Callable[[], Any]]:
 def in_turns(work: Callable[[Callable[[T], None]], object]) -> Iterator[T]:
     """Yields what a function reports, which waits between reports in a thread of its own, in the caller's modes.
 
-    Caller and thread take turns, so nothing depends on timing. Errors of the function are raised here. Closing the
-    iterator ends the thread.
+    They take turns, so nothing depends on timing. Its errors are raised here. Closing the iterator ends the thread.
     """
     ours, theirs = threading.Semaphore(0), threading.Semaphore(0)
     reported: list[T] = []

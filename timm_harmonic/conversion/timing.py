@@ -31,8 +31,7 @@ def check_runtime(runtime: str) -> None:
 def times_of(runs: Mapping[str, Callable[[Tensor], Any] | Path | bytes], x: Tensor) -> dict[str, list[float]]:
     """Times functions in torch, and ONNX files in ONNX Runtime, on an input: milliseconds, one entry a round.
 
-    They take turns in each round. A file has its session for its turn alone: the threads of an idle session spin, and
-    would slow down the others.
+    They take turns in each round. A file has its session for its turn alone: threads of idle sessions spin.
     """
     from torch.utils.benchmark import Timer  # here, because it imports torch's compiler of extensions, which prints
 

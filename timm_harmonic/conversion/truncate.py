@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..common import InputError
 from ..layers import dct_frequencies
 from .channels import Choices
-from .costs import Choice, Costs, Pairs, costs_of
+from .costs import Costs, Pairs, costs_of
 from .harmonize import PatternLevels, Selection, plan, record_options
 from .refit import losses_by_images, output_error, refitted, take_over
 from .running import HELD_OUT, check_changeable, read_images, trainable
@@ -62,8 +62,7 @@ def truncate(
     With per='mixture', layers may first mix their channels to fewer, and then each mixture keeps its own functions, see
     `mixtures_of`: where channels resemble each other, as behind poolings, this loses less. If levels alone come nearer
     to the complete network on held-out images, at the same budget, the result has levels, with a warning. One layer at
-    a time takes the sums of `refit` and about four matrices of 8 F^2 bytes: 400 MiB and 680 MiB for 512 channels
-    (F = 4608 features), and 14 seconds of one core (measured).
+    a time takes the sums of `refit` and about four matrices of 8 F^2 bytes for F features.
 
     With 'macs' or 'time' as the cost, each layer counts in its cheaper form, and takes that form: timm's
     `reparameterize_model` then makes the network of that cost. `deploy` chooses forms again.
@@ -102,10 +101,9 @@ def truncate(
         raise InputError(f'{type(model).__name__} has no harmonic layers: harmonize it first.')
     by_hand = level is not None or levels is not None
     _check_amounts(dict(level=level, levels=levels, energy=energy, ratio=ratio), cost, images, runtime)
-    if per not in _PER or (by_hand and per != 'layer'):
-        raise InputError(f"per must be one of {_PER}, 'layer' with level or levels, got {per!r}.")
-    if per == 'mixture' and (data is None or ratio is None):
-        raise InputError("per='mixture' needs ratio, and data: batches of images.")
+    if per not in _PER or (by_hand and per != 'layer') or (per == 'mixture' and (data is None or ratio is None)):
+        needs = "'channel' with energy or ratio, 'mixture' with ratio and data"
+        raise InputError(f'per must be one of {_PER}, {needs}; got {per!r}.')
     if refit and data is None:
         raise InputError('refit needs data: batches of images.')
     if by_hand and data is not None and not refit:
@@ -117,7 +115,7 @@ def truncate(
     least = 2 * HELD_OUT if held else 1
     parts = None if data is None else read_images(data, next(model.parameters()), batches, least)
 
-    def cut(choices: Choices, chosen: dict[str, Choice], costs: Costs | None = None) -> nn.Module:
+    def cut(choices: Choices, chosen: dict[str, Any], costs: Costs | None = None) -> nn.Module:
         lower = choices.lowered(chosen)
         if costs is not None and cost != 'parameters':
             for name, layer in lower.items():
@@ -220,9 +218,9 @@ def losses_by_filters(model: nn.Module, choices: Choices | None = None) -> Losse
         of = layer.levels() if choices is None else choices.of[name]
         for choice in of:
             dropped = sorted_energies[choice.number :] if isinstance(choice, Pairs) else energies[:, sums >= choice]
-            lost[choice] = float(dropped.sum()) / total if total else float(choice < max(of))
             if isinstance(choice, Pairs) and choice.mixtures:
-                lost[choice] = 1.0  # filters alone do not tell
+                dropped = energies  # filters alone do not tell
+            lost[choice] = float(dropped.sum()) / total if total else float(choice < max(of))
         if not torch.tensor(list(lost.values())).isfinite().all():
             raise InputError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')
         found[name] = lost
@@ -253,7 +251,7 @@ def choose_levels(losses: Losses, costs: Costs, budget: float) -> dict[str, Any]
             least[steps:] = least[steps:].minimum(harm)
         picks[name] = pick, options
     for room in reversed(range(len(least))):  # more than the budget, which rounding may allow, down to less
-        chosen: dict[str, Choice] = {}
+        chosen: dict[str, Any] = {}
         for name, (pick, options) in reversed(picks.items()):
             chosen[name], steps = options[int(pick[room])]
             room -= steps

@@ -42,10 +42,9 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, int8: Ite
     of `deploy`'s rule: to choose the forms, pass what `deploy` returns.
 
     In 8 bits, ranges of activations are static: the extremes on three quarters of the images, or all but the outermost
-    values if the logits of the other quarter are closer to the network's then. Responses in separable layers are scaled
-    to one range. Weights are signed and take 7 of the 8 bits, a scale for each filter: processors without 8-bit dot
-    products add pairs of products in 16 bits, which 8 bits overflow. So the file computes the same on all of them, and
-    the 3 x 3 functions of the DCT are exact.
+    values if the logits of the other quarter are closer to the network's then. Weights are signed and take 7 of the 8
+    bits, a scale for each filter: processors without 8-bit dot products add pairs of products in 16 bits, which 8 bits
+    overflow. So the file computes the same on all of them, and the 3 x 3 functions of the DCT are exact.
 
     Args:
         model: A network in any mode and dtype, on any device. It is not changed.

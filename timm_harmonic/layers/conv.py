@@ -70,15 +70,11 @@ class HarmonicConv2d(HarmonicLayer):
         return compose(self._spread(self.weight), self._basis_for_product()).to(self.weight.dtype)
 
     def _padded(self, x: Tensor) -> Tensor:
-        """Pads what the convolution does not pad by itself: nothing."""
-        return x
-
-    def _prepared(self, x: Tensor) -> Tensor:
-        """Mixes the input channels, if the layer does, and pads what the convolution does not."""
-        return self._padded(x if self.mixtures is None else F.conv2d(x, self.mixtures))
+        """Mixes the input channels, if the layer does, and pads what the convolution does not pad by itself."""
+        return x if self.mixtures is None else F.conv2d(x, self.mixtures)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._prepared(x)
+        x = self._padded(x)
         if self.form == 'separable':
             return self._separate(x, self.weight, self.bias)
         return self._convolve(x, self._filters(), self.bias, self.groups)
@@ -89,8 +85,7 @@ class HarmonicConv2d(HarmonicLayer):
         Its `weight` (O, R, 1, 1) has one column for each of R pairs of channel and function, see `pairs`.
 
         Args:
-            kept: Pairs to keep, of those that the layer has: (C, P) booleans, or the number of those with the most
-                energy (on the meta device, any).
+            kept: Pairs of the layer, (C, P) booleans, or the number of those with the most energy (on meta, any).
 
         Raises:
             InputError: If the layer has groups, its weight is computed, or `kept` leaves no pair or does not fit.
@@ -110,22 +105,16 @@ class HarmonicConv2d(HarmonicLayer):
                 return self._at(self.level, kept)
         raise InputError(f'kept must be booleans {shape}, some of them True, or a number from 1 to {number}.')
 
-    def at_mixtures(self, mixtures: Tensor | int, back: Tensor | None = None) -> 'HarmonicConv2d':
-        """Returns a copy that filters M mixtures of its input channels in place of these: a 1 x 1 convolution before.
+    def at_mixtures(self, mixtures: Tensor, back: Tensor | None = None) -> 'HarmonicConv2d':
+        """Returns a copy that filters mixtures (M, C) of its input channels in place of these, by a 1 x 1 convolution.
 
-        Args:
-            mixtures: Weights (M, C), or the number of those that lose least of the filters' energy (on meta, any).
-            back: Which sum (M, C) of mixtures stands for each channel; by default the nearest in L2.
-
-        Raises:
-            InputError: If the layer has groups, pairs or mixtures, its weight is computed, or `mixtures` do not fit.
+        `back` (M, C) says which sum of mixtures stands for each channel, by default the nearest in L2. Raises
+        InputError if the layer has groups, pairs or mixtures, its weight is computed, or the mixtures do not fit.
         """
         if self.groups > 1 or self.kept is not None or self.mixtures is not None or not owns_weight(self):
             raise InputError(f'cannot mix channels for {self}: it has groups, pairs, mixtures, or a computed weight.')
-        if isinstance(mixtures, int) and not isinstance(mixtures, bool) and 1 <= mixtures <= self.in_channels:
-            mixtures = self._principal(mixtures)
-        if not isinstance(mixtures, Tensor) or mixtures.ndim != 2 or mixtures.shape[1] != self.in_channels:
-            raise InputError(f'mixtures must be weights (M, {self.in_channels}), or M, from 1 to {self.in_channels}.')
+        if mixtures.ndim != 2 or mixtures.shape[1] != self.in_channels:
+            raise InputError(f'mixtures must be weights (M, {self.in_channels}), got {tuple(mixtures.shape)}.')
         new, device = copy.deepcopy(self), float64_device(self.weight.device)
         mixtures = mixtures.detach().to(device, torch.float64)
         back = torch.linalg.pinv(mixtures).t() if back is None else back.to(mixtures)
@@ -135,13 +124,6 @@ class HarmonicConv2d(HarmonicLayer):
         new.channels, new.energy_kept, new.milliseconds = len(mixtures), None, None
         new.init_non_persistent_buffers()
         return new
-
-    def _principal(self, number: int) -> Tensor:
-        """Returns orthonormal mixtures (M, C) that keep as much of the filters' energy as M can; zeros on meta."""
-        if self.weight.is_meta:
-            return self.weight.new_zeros(number, self.in_channels)
-        filters = self.filters().detach().to('cpu', torch.float64).transpose(0, 1).flatten(1)
-        return torch.linalg.eigh(filters @ filters.t()).eigenvectors.flip(1).t()[:number]
 
     def _largest(self, number: int) -> Tensor:
         """Marks (1, C, P, 1) so many pairs with the most energy; on meta, where the state dict will say which, any."""
@@ -155,7 +137,7 @@ class HarmonicConv2d(HarmonicLayer):
 
     def features(self, x: Tensor) -> Tensor:
         """Returns what the coefficients mix: responses (B, C * P, H', W') to the basis, in the order c * P + n."""
-        return self._respond(self._prepared(x), self.basis)
+        return self._respond(self._padded(x), self.basis)
 
     def fuse(self, whole: bool = False) -> nn.Conv2d | nn.Sequential:
         """Returns new plain modules that compute the same: an nn.Conv2d or, separable or mixed, an nn.Sequential.
@@ -182,8 +164,7 @@ class HarmonicConv2d(HarmonicLayer):
     ) -> 'HarmonicConv2d':
         """Builds a layer with the filters of a convolution: exact with all frequencies, else the nearest in L2.
 
-        The layer takes over device, dtype, training flag and requires_grad. See `HarmonicConv2d` for arguments and
-        errors.
+        The layer takes over device, dtype, training flag and requires_grad. `HarmonicConv2d` has arguments and errors.
         """
         refresh(conv)
         basis = dict(level=level, dc=dc, normalization=normalization, smoothness=smoothness)
@@ -221,4 +202,4 @@ class HarmonicConv2dSame(HarmonicConv2d):
     dynamic_padding = True
 
     def _padded(self, x: Tensor) -> Tensor:
-        return pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return pad_same(super()._padded(x), self.kernel_size, self.stride, self.dilation)

@@ -2,11 +2,9 @@
 
     y = mix(respond(repeat(x)))
 
-respond() filters each channel by the P functions that the layer keeps, mix() holds the coefficients. For C input and O
-output channels that takes P k^2 C + P C O / groups multiply-adds at each position, the dense form k^2 C O / groups.
-
-repeat() first makes P copies of the channels, in the order n * C + c, so that every fixed filter has one input and one
-output channel: runtimes have no fast kernel for a depth-wise convolution with more outputs.
+repeat() makes P copies of the C channels, in the order n * C + c: runtimes have no fast kernel for a depth-wise
+convolution with several outputs a channel. respond() filters the copies by the P functions that the layer keeps, mix()
+holds the coefficients. At each position that takes P k^2 C + P C O / groups multiply-adds; dense, k^2 C O / groups.
 """
 
 import torch

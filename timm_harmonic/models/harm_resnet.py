@@ -27,17 +27,13 @@ class HarmonicResNet(ResNet):
     the stem has stride 4 and does not count as a feature: features have the reductions 4, 8, 16, 32.
 
     Args:
-        block: timm's BasicBlock or Bottleneck.
-        layers: Number of blocks in each of the four stages.
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the images.
+        block, layers, num_classes, in_chans, zero_init_last: As in timm's ResNet.
         levels: The paper's lambda for the four stages: None (all frequencies), an integer for all, or four entries.
         stem_pool: None for a stem of stride 4 without pooling, 'avg' or 'max' for stride 2 and a 3 x 3 pool.
         harmonic_stem: Whether the stem is harmonic.
         harmonic_blocks: Whether the other convolutions are.
         normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
         smoothness: How much training favours smooth filters, see `HarmonicConv2d`; None for the authors' network.
-        zero_init_last: Whether residual branches start at zero, see timm's ResNet.
         **kwargs: Other options of timm's ResNet.
 
     Raises:

@@ -1,10 +1,7 @@
-"""The results in the papers, from two tables that configs, cards and the documentation use. We re-measured none.
+"""The paper's results on ImageNet-1k, which configs, cards and the documentation use. We re-measured none.
 
-paper.csv, ImageNet-1k: a network of arXiv:2001.06570 in each row; errors in percent on the validation set, one crop at
-224, or at 224 / 320; gmacs, in billions at 224, were counted on the authors' networks; `page` is their folder with it.
-
-paper_small.csv, from the READMEs in cifar and stl: test errors on CIFAR-10 and CIFAR-100, the median of five runs; test
-accuracies on STL-10, with ten folds of 1,000 images and with all 5,000. `options` are ours, `files` in train_configs/.
+paper.csv has a network of arXiv:2001.06570 in each row; errors in percent on the validation set, one crop at 224, or at
+224 / 320; gmacs, in billions at 224, were counted on the authors' networks; `page` is their folder with it.
 """
 
 import csv
@@ -16,13 +13,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 REPOSITORY = 'https://github.com/matej-ulicny/harmonic-networks'
 
 
-def _rows(name: str) -> list[dict[str, str]]:
-    text = Path(__file__).with_name(name).read_text(encoding='utf-8')
-    return list(csv.DictReader(text.splitlines()))
-
-
-PAPER: dict[str, dict[str, str]] = {row['model']: row for row in _rows('paper.csv')}
-PAPER_SMALL: list[dict[str, str]] = _rows('paper_small.csv')
+_TABLE = Path(__file__).with_name('paper.csv').read_text(encoding='utf-8').splitlines()
+PAPER: dict[str, dict[str, str]] = {row['model']: row for row in csv.DictReader(_TABLE)}
 
 
 def notes_of(row: dict[str, str]) -> tuple[str, ...]:
