@@ -117,7 +117,7 @@ class HarmonicLayer(nn.Module):
         self.kept: Tensor | None
         self.register_buffer('kept', None)
         self.register_buffer('pairs', None, persistent=False)
-        # Which mixtures (R, C, 1, 1) of the input channels are filtered in place of these; None for none.
+        # Which mixtures (M, C, 1, 1) of the input channels are filtered in place of these; None for none.
         self.mixtures: nn.Parameter | None
         self.register_parameter('mixtures', None)
         for name, channels in (('in_channels', in_channels), ('out_channels', out_channels)):

@@ -62,9 +62,9 @@ class HarmonicConv2d(HarmonicLayer):
         refresh(self)
         with outside_autocast(self.weight.device.type):
             filters = self._filters()
-            return (
-                filters if self.mixtures is None else torch.einsum('omxy,mc->ocxy', filters, self.mixtures[:, :, 0, 0])
-            )
+            if self.mixtures is not None:
+                filters = torch.einsum('omxy,mc->ocxy', filters, self.mixtures[:, :, 0, 0])
+            return filters
 
     def _filters(self) -> Tensor:
         return compose(self._spread(self.weight), self._basis_for_product()).to(self.weight.dtype)
