@@ -53,7 +53,7 @@ METHODS = {
     'levels': 'levels, refitted',
     'channels': 'functions of each channel, refitted',
     'mixtures': 'functions of each mixture, refitted',
-    'time': 'functions of each channel, by time',
+    'time': 'functions of each mixture, by time',
     'pruned': 'pruned',
     'pruned, fitted': 'pruned, with least squares',
     'low rank': 'low rank, with least squares',
@@ -70,7 +70,7 @@ _LOOKS = {
     'levels': ('#56B4E9', '^'),
     'channels': ('#0072B2', 's'),
     'mixtures': ('#CC79A7', '>'),
-    'time': ('#0072B2', 'D'),
+    'time': ('#CC79A7', 'D'),
     'pruned': ('#999999', 'x'),
     'pruned, fitted': ('#404040', 'P'),
     'low rank': ('#009E73', 'p'),
@@ -197,7 +197,7 @@ class Cutting:
             data = self.parts if method == 'data' else None
             return truncate(whole, ratio=share, cost='macs', images=self.images, data=data)
         by_time = method == 'time'
-        choices, losses = self._kept('weighed', lambda: weighed(whole, self.parts))['channels' if by_time else method]
+        choices, losses = self._kept('weighed', lambda: weighed(whole, self.parts))['mixtures' if by_time else method]
         how = ('time', self.images, 'onnxruntime') if by_time else ('macs', self.images, 'torch')
         costs = costs_of(whole, *how, {name: list(of) for name, of in losses.items()})
         chosen = choose_levels(losses, costs, budget_of(costs, share))
@@ -321,7 +321,7 @@ def bars(rows: list[Row]) -> list[str]:
 def title_of(row: Row) -> str:
     """What a row's method is called."""
     if row['method'] == 'time':
-        return f'functions of each channel, to {row["share"]:.0%} of the time'
+        return f'functions of each mixture, to {row["share"]:.0%} of the time'
     return 'nothing cut' if row['share'] is None else METHODS[row['method']]
 
 
