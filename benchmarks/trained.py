@@ -406,14 +406,15 @@ def plot(report: Row, path: Path) -> None:
                 axes.plot(at, row[kind]['error'], 'k*', **style)
         axes.set(title=title, xlabel=f'{"time" if some_timed else "multiply-adds"} / uncut network in float')
         axes.set_xlim(left=0)
-        axes.set_ylim(0, min(1.1, 1.1 * max(row['int8']['error'] for row in rows)))
+        axes.set_ylim(0, min(1.15, 1.1 * max(row['int8']['error'] for row in rows)))
         axes.grid(color='0.92')
         axes.set_axisbelow(True)
         axes.spines[['top', 'right']].set_visible(False)
     figure.axes[0].set_ylabel('error')
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=4, frameon=False, fontsize=9)
-    shares = ', '.join(f'{share:.0%}' for share in sorted({row['share'] for row in rows if row['share'] in SHARES}))
+    drawn = {row['share'] for row in rows if row['share'] in SHARES and (row['time'] or not some_timed)}
+    shares = ', '.join(f'{share:.0%}' for share in sorted(drawn))
     figure.suptitle(
         f'{SUBJECTS[report["network"]].title} cut to {shares} of its multiply-adds, or by time: left and low is better',
         fontsize=10,
