@@ -58,13 +58,15 @@ class _HostFinder:
         others = [finder for finder in tuple(sys.meta_path) if not isinstance(finder, _HostFinder)]
         specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, 'find_spec'))
         spec: Any = next(filter(None, specs), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = partial(_execute, spec.loader)  # of this one object, until it is called
+        if spec is not None and hasattr(spec.loader, '__dict__'):
+            own = {key: value for key, value in vars(spec.loader).items() if key == 'exec_module'}
+            spec.loader.exec_module = partial(_execute, spec.loader, own)  # of this one object, until it is called
         return spec
 
 
-def _execute(loader: Any, module: Any) -> None:
+def _execute(loader: Any, own: dict[str, Any], module: Any) -> None:
     """Executes timm.models by its loader, which is as it was then, and imports the plugin."""
     del loader.exec_module
+    vars(loader).update(own)
     loader.exec_module(module)
     _import_plugin()

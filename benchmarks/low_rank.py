@@ -146,7 +146,7 @@ def low_rank(
         }
         losses[name] = {complete: 0.0, **{rank: min(1.0, of[rank].rest) for rank in of}}
     outside = count_macs(model, images) - sum(max(of.values()).cost for of in costs.values())
-    all_costs = Costs('multiply-adds', float(outside), costs)
+    all_costs = Costs(float(outside), costs)
     chosen = choose_levels(losses, all_costs, budget_of(all_costs, share))
     small = copy.deepcopy(model)
     cut = {name: rank for name, rank in chosen.items() if rank in found[name]}

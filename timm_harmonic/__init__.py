@@ -1,6 +1,6 @@
 """Harmonic networks for timm: importing this package registers the models."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 # `X as X` exports a name, for type checkers too.
 from .common import TimmHarmonicError as TimmHarmonicError
@@ -21,4 +21,4 @@ from .models.harm_resnet import HarmonicResNet as HarmonicResNet
 from .models.harm_vgg import HarmonicVGG as HarmonicVGG
 from .models.harm_wrn import HarmonicWRN as HarmonicWRN
 
-__version__ = version('timm-harmonic')
+__version__ = _version('timm-harmonic')

@@ -220,6 +220,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError('--int8 needs --deploy, and --data, an image folder, for the ranges. Labels are ignored.')
     if args.level is not None and args.data is not None and not (args.refit or args.int8):
         raise InputError('--data is for --refit, --int8, --energy and --ratio: with --level nothing is chosen.')
+    if (args.cost != 'parameters' or args.per == 'mixture') and args.ratio is None:
+        raise InputError('--cost and --per mixture need --ratio, the share of the cost to keep.')
     if args.per != 'layer' and (args.level is not None or not args.refit):
         raise InputError(f'--per {args.per} needs --ratio or --energy, and --data with --refit: else it loses much.')
     if (args.model_kwargs or {}).get('features_only'):

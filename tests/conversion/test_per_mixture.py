@@ -89,6 +89,7 @@ def test_mixtures_are_principal_components():
         moments = moments_of(layer, x)
         mixtures, back = mixtures_of(moments, layer, True)
         torch.testing.assert_close(mixtures @ back.t(), torch.eye(8, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+        assert float(mixtures.norm(dim=1).mean()) == pytest.approx(1)  # whatever the number of images
 
         def lost(these, moments=moments):
             mixed = moments.mixed(these)

@@ -100,7 +100,9 @@ def mixtures_of(moments: Moments, layer: HarmonicLayer, intercept: bool) -> tupl
     weight = roots[:, None] * (axes.t() @ weight.flatten(1))
     vectors = torch.linalg.eigh(weight @ weight.t()).eigenvectors.flip(1).t()
     inverse = torch.where(roots > 0, roots, torch.inf).reciprocal()
-    return vectors * inverse @ axes.t(), vectors * roots @ axes.t()
+    mixtures = vectors * inverse @ axes.t()
+    scale = mixtures.norm(dim=1).mean()  # as weights that train well have; all mixtures have one variance, for 8 bits
+    return mixtures / scale, vectors * roots @ axes.t() * scale
 
 
 def eliminate(moments: Moments, sizes: Sequence[int], intercept: bool = True) -> dict[int, Tensor]:

@@ -43,7 +43,6 @@ class Cost(NamedTuple):
 class Costs:
     """Costs of a network's harmonic layers, by name and level, and of everything else in it."""
 
-    unit: str
     rest: float
     of: dict[str, dict[Any, Cost]]
 
@@ -60,9 +59,6 @@ class Costs:
     def least(self) -> float:
         """Cost with every layer at its cheapest level."""
         return self.rest + sum(min(of.cost for of in by_level.values()) for by_level in self.of.values())
-
-    def text(self, cost: float) -> str:
-        return f'{cost:.3g} ms' if self.unit == 'ms' else f'{round(cost):,} {self.unit}'
 
 
 def costs_of(
@@ -88,7 +84,7 @@ def costs_of(
                 of: Cost(width * number + mixtures * layer.in_channels) for of, (number, mixtures) in each.items()
             }
         present = sum(p.numel() for p in model.parameters())
-        return Costs('parameters', present - sum(costs[max(costs)].cost for costs in of.values()), of)
+        return Costs(present - sum(costs[max(costs)].cost for costs in of.values()), of)
     assert images is not None
     uses, within = uses_of(model, images), in_fusing_blocks(model)
     of = {name: {chosen: Cost(0.0) for chosen in of_layer} for name, of_layer in choices.items()}
@@ -101,10 +97,10 @@ def costs_of(
             for chosen in choices[name]:
                 form = 'separable' if _saves(layer, chosen) else 'dense'
                 of[name][chosen] = Cost(multiply_adds(layer, chosen, form, uses[name]) / len(images), form)
-        return Costs('multiply-adds', rest, of)
+        return Costs(rest, of)
     of |= _time_choices({name: (layer, choices[name]) for name, layer in used.items()}, uses, runtime)
     inside = sum((costs[max(costs)].milliseconds or {})['dense'] for name, costs in of.items() if name in used)
-    return Costs('ms', max(0.0, time_of(plain, images, runtime) - inside), of)
+    return Costs(max(0.0, time_of(plain, images, runtime) - inside), of)
 
 
 def count_macs(model: nn.Module, images: Tensor) -> int:
@@ -121,7 +117,7 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2 // len(images)
 
 
-def multiply_adds(layer: HarmonicLayer, choice: Any, form: str, uses: Sequence[Use] = ()) -> int:
+def multiply_adds(layer: HarmonicLayer, choice: Any, form: str, uses: Sequence[Use] | None = None) -> int:
     """Counts a layer's multiply-adds in these uses, or else behind the mixtures at one position."""
     area, width, (number, mixtures) = (
         layer.kernel_size[0] ** 2,
@@ -129,7 +125,9 @@ def multiply_adds(layer: HarmonicLayer, choice: Any, form: str, uses: Sequence[U
         sizes(layer, choice),
     )
     each = area * (mixtures or layer.in_channels) * width if form == 'dense' else number * (area + width)
-    return each * (sum(use.positions for use in uses) or 1) + mixtures * sum(use.shape.numel() for use in uses)
+    if uses is None:
+        return each
+    return each * sum(use.positions for use in uses) + mixtures * sum(use.shape.numel() for use in uses)
 
 
 def sizes(layer: HarmonicLayer, choice: Any) -> tuple[int, int]:
@@ -156,7 +154,7 @@ def forms_by_rule(model: nn.Module, runtime: str = 'torch') -> dict[str, str]:
     found = {}
     for name, layer in harmonic_layers(model).items():
         separable, dense = (multiply_adds(layer, layer.level, form) for form in ('separable', 'dense'))
-        wide = min(layer.in_channels, layer.out_channels) // layer.groups >= _CHANNELS[runtime]
+        wide = min(layer.channels, layer.out_channels) // layer.groups >= _CHANNELS[runtime]
         fast = separable <= _SHARE * dense and (len(layer.basis) == 1 or wide)
         found[name] = 'separable' if fast else 'dense'
     return {**found, **dict.fromkeys(in_fusing_blocks(model), 'dense')}
@@ -186,7 +184,7 @@ def _time_choices(
         use, number = uses[name][0], len(uses[name])
         key = (type(layer), layer.extra_repr(), tuple(choices), use, number)
         if key not in done:
-            # Anys differ in their dense form by their mixtures alone.
+            # Choices differ in their dense form by their mixtures alone.
             dense = {of: f'dense {of.mixtures}' if isinstance(of, Pairs) else 'dense' for of in choices}
             modules = {form: _fused(layer, choice, 'dense') for choice, form in dense.items()}
             modules |= {f'separable {of}': _fused(layer, of, 'separable') for of in choices if _saves(layer, of)}

@@ -86,16 +86,18 @@ def harmonize(
     if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):
         raise TypeError(f'form must be one of {FORMS}, or map patterns of names to them, got {form!r}.')
     forms = _by_name('form', given, lambda value, what: check_form(value), wanted, {})
-    for name in pairs or {}:
+    sizes = {name: of if isinstance(of, (list, tuple)) else [of] for name, of in (pairs or {}).items()}
+    for name, of in sizes.items():
         if name not in wanted or isinstance(layers.get(name), HarmonicBlock2d):
             raise InputError(f'pairs: {name!r} is not a convolution of the network that is harmonic or becomes so.')
+        if len(of) not in (1, 2) or not all(isinstance(number, int) and number > 0 for number in of):
+            raise InputError(f'pairs: {name!r} needs how many pairs, or this and how many mixtures, got {of!r}.')
     if not inplace:
         model = copy.deepcopy(model)
     make_harmonic(model, wanted, basis=basis, keep_filters=True)
     replace_layers(model, {name: layer.at_level(wanted[name]) for name, layer in layers.items() if name in wanted})
-    for name, number in (pairs or {}).items():
-        choice = Pairs(number) if isinstance(number, int) else Pairs(*number)
-        replace_layers(model, {name: reduced(model.get_submodule(name), choice)})
+    for name, of in sizes.items():
+        replace_layers(model, {name: reduced(model.get_submodule(name), Pairs(*map(int, of)))})
     set_forms(model, forms)
     return record_options(model)
 

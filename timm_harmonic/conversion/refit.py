@@ -243,8 +243,7 @@ def refitted(model: nn.Module, small: nn.Module, parts: Sequence[Tensor]) -> nn.
                 if solved := solve_layer(layers[name], samples, name in norms):
                     for network, solution in zip((fitted, final), solved, strict=True):
                         _set_weights(network, name, norms.get(name), *solution)
-        # One image has no statistics.
-        fit = [part[~mask] for part, mask in _with_held_out(parts) if (~mask).sum() > 1]
+        fit = [part[~mask] for part, mask in _with_held_out(parts) if (~mask).sum() > 1]  # one has no statistics
         errors: dict[tuple[nn.Module, bool], float] = {}
         for judged, result in ((small, unfitted), (fitted, final)):
             errors[result, False] = output_error(model, judged, parts)

@@ -24,8 +24,7 @@ _COSTS, _PER = ('parameters', 'macs', 'time'), ('layer', 'channel', 'mixture')
 _LEAST = 1e-12  # share of energy: keeping nothing is worse than anything else, but not infinitely bad
 _STEPS = 2**16  # of cost, into which `choose_levels` divides what the budget leaves above the least
 
-# By layer and level, from the present level downwards: the share of the layer's energy that the level loses.
-Losses = dict[str, dict[Any, float]]
+Losses = dict[str, dict[Any, float]]  # by layer and choice, from the present one downwards: the share that is lost
 
 
 @trainable
@@ -167,7 +166,7 @@ def _nearest(model: nn.Module, rivals: Sequence[nn.Module], parts: Sequence[Tens
     errors = [math.sqrt(output_error(model, network, parts)) for network in rivals]
     if errors[0] <= errors[1]:
         return rivals[0]
-    text = 'levels come nearer to the complete network on held-out images than functions of each channel'
+    text = 'levels come nearer to the complete network on held-out images than functions of each channel or mixture'
     warnings.warn(f'{text}: errors of {errors[1]:.3g} and {errors[0]:.3g}. The result has levels.', stacklevel=4)
     return rivals[1]
 
@@ -198,9 +197,9 @@ def _check_amounts(amounts: dict[str, Any], cost: str, images: Tensor | None, ru
 def budget_of(costs: Costs, ratio: float) -> float:
     """Returns the cost that a ratio allows. Raises InputError if no choice of levels is that cheap."""
     if ratio * costs.present < costs.least:
+        least = math.ceil(1e3 * costs.least / costs.present) / 1e3
         raise InputError(
-            f'ratio={ratio:g} is too small: {math.ceil(1e3 * costs.least / costs.present) / 1e3:g} is the least, '
-            f'{costs.text(costs.least)} of {costs.text(costs.present)} with every layer at its cheapest level.'
+            f'ratio={ratio:g} is too small: {least:g} is the least, with every layer at its cheapest level.'
         )
     return ratio * costs.present
 
@@ -218,8 +217,7 @@ def losses_by_filters(model: nn.Module, choices: Choices | None = None) -> Losse
         of = layer.levels() if choices is None else choices.of[name]
         for choice in of:
             dropped = sorted_energies[choice.number :] if isinstance(choice, Pairs) else energies[:, sums >= choice]
-            if isinstance(choice, Pairs) and choice.mixtures:
-                dropped = energies  # filters alone do not tell
+            dropped = energies if getattr(choice, 'mixtures', 0) else dropped  # filters alone do not tell
             lost[choice] = float(dropped.sum()) / total if total else float(choice < max(of))
         if not torch.tensor(list(lost.values())).isfinite().all():
             raise InputError(f'{name} has weights or outputs that are not finite: its frequencies cannot be weighed.')

@@ -113,8 +113,9 @@ class HarmonicConv2d(HarmonicLayer):
         """
         if self.groups > 1 or self.kept is not None or self.mixtures is not None or not owns_weight(self):
             raise InputError(f'cannot mix channels for {self}: it has groups, pairs, mixtures, or a computed weight.')
-        if mixtures.ndim != 2 or mixtures.shape[1] != self.in_channels:
-            raise InputError(f'mixtures must be weights (M, {self.in_channels}), got {tuple(mixtures.shape)}.')
+        shapes = {tuple(x.shape) for x in (mixtures, back) if x is not None}
+        if len(shapes) > 1 or mixtures.shape[1:] != (self.in_channels,) or not mixtures.numel():
+            raise InputError(f'mixtures and back must be weights (M, {self.in_channels}), got {sorted(shapes)}.')
         new, device = copy.deepcopy(self), float64_device(self.weight.device)
         mixtures = mixtures.detach().to(device, torch.float64)
         back = torch.linalg.pinv(mixtures).t() if back is None else back.to(mixtures)
@@ -140,10 +141,7 @@ class HarmonicConv2d(HarmonicLayer):
         return self._respond(self._padded(x), self.basis)
 
     def fuse(self, whole: bool = False) -> nn.Conv2d | nn.Sequential:
-        """Returns new plain modules that compute the same: an nn.Conv2d or, separable or mixed, an nn.Sequential.
-
-        In dense form, `whole` makes one nn.Conv2d of mixtures, too.
-        """
+        """Returns plain modules that compute the same: an nn.Conv2d or, separable or not `whole`, an nn.Sequential."""
         refresh(self)
         if self.form == 'separable':
             return self._to_sequential(self.weight, self.bias)

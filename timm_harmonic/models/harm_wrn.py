@@ -84,14 +84,11 @@ class HarmonicWRN(ResNetV2):
         stem['reduction'] = stem_stride
         for info in groups:
             info['reduction'] = info['reduction'] * stem_stride // _TIMM_STRIDE
-        for block in self._blocks() if conv_drop_rate else ():
+        for block in [block for group in self.stages for block in group.blocks] if conv_drop_rate else ():
             block.norm2.drop = nn.Dropout(conv_drop_rate)  # before its activation, which keeps zeros
         basis = dict(normalization=normalization, smoothness=smoothness)
         make_network_harmonic(self, 'stem.conv', self._level_of, harmonic_stem, harmonic_blocks, basis)
         self.init_weights(zero_init_last)
-
-    def _blocks(self) -> list[Any]:
-        return [block for group in self.stages for block in group.blocks]
 
     def _level_of(self, name: str) -> int | None:
         group = re.match(r'stages\.(\d)', name)
@@ -110,7 +107,7 @@ class HarmonicWRN(ResNetV2):
             elif isinstance(module, nn.BatchNorm2d) and module.affine:
                 nn.init.uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for block in self._blocks() if zero_init_last else ():
+        for block in [block for group in self.stages for block in group.blocks] if zero_init_last else ():
             block.zero_init_last()
 
     def forward_intermediates(
