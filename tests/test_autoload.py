@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from reference import DATA, RESNET, small
 
+import timm_harmonic_autoload
 from timm_harmonic.export.folder import convert
 
 # How many processes import with eight threads at once; many more by hand.
@@ -289,3 +292,29 @@ def test_script_with_the_models(tmp_path):
     env = dict(os.environ, TIMM_HARMONIC_AUTOLOAD='0')
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.stdout == "__main__ True ['--model', 'harm_resnet50']\n", done.stderr
+
+
+def test_loaders_stay_as_they_were(monkeypatch):
+    """Also those whose exec_module is an attribute of the object, as import hooks make them."""
+    plugged = []
+    monkeypatch.setattr(timm_harmonic_autoload, '_import_plugin', lambda: plugged.append(True))
+
+    class Loader:
+        def exec_module(self, module):
+            module.done = True
+
+    own = Loader()
+    own.exec_module = partial(Loader.exec_module, own)
+    for loader in (Loader(), own):
+        before, module = dict(vars(loader)), ModuleType('timm.models')
+        monkeypatch.setattr(
+            sys, 'meta_path', [SimpleNamespace(find_spec=lambda *_, of=loader: SimpleNamespace(loader=of))]
+        )
+        spec = timm_harmonic_autoload._HostFinder().find_spec('timm.models')
+        spec.loader.exec_module(module)
+        assert module.done
+        assert vars(loader) == before
+    assert len(plugged) == 2
+    fixed = SimpleNamespace(loader=None)
+    monkeypatch.setattr(sys, 'meta_path', [SimpleNamespace(find_spec=lambda *_: fixed)])
+    assert timm_harmonic_autoload._HostFinder().find_spec('timm.models') is fixed

@@ -242,6 +242,10 @@ def test_unusual_layers(images):
     assert small.dead.weight.requires_grad
     assert small.stem.kept is small.grouped.kept is None
     assert small.unused.kept is not None
+    unused = next(
+        conv for conv in harmonic_report(small, images[:1, :, :16, :16]).convolutions if conv.name == 'unused'
+    )
+    assert (unused.macs_before, unused.macs) == (0, 0)
     assert output_error(model, small, [images[..., :16, :16]]) < 0.5
     for form in ('dense', 'separable'):
         torch.testing.assert_close(deploy(small, form=form)(images), small(images), rtol=1e-4, atol=1e-4)
@@ -293,3 +297,6 @@ def test_bad_options_change_nothing(network, options, words):
     for name in ('conv2', 'fc'):
         with pytest.raises(InputError, match=f"pairs: '{name}'"):
             harmonize(network, pairs={name: 16})
+    for wrong in (16.0, '16', [16, 0], [16, 16, 3], []):
+        with pytest.raises(InputError, match='needs how many pairs, or this and how many mixtures'):
+            harmonize(network, pairs={'layer1.0.conv2': wrong})

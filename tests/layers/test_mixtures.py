@@ -197,8 +197,9 @@ def test_frozen_layers_and_half_precision():
 @pytest.mark.parametrize(
     ('layer', 'shape', 'words'),
     [
-        (HarmonicConv2d(6, 8, 3), (4, 5), r'weights \(M, 6\), got \(4, 5\)'),
-        (HarmonicConv2d(6, 8, 3), (6,), r'got \(6,\)'),
+        (HarmonicConv2d(6, 8, 3), (4, 5), r'weights \(M, 6\), got \[\(4, 5\)\]'),
+        (HarmonicConv2d(6, 8, 3), (6,), r'got \[\(6,\)\]'),
+        (HarmonicConv2d(6, 8, 3), (0, 6), r'got \[\(0, 6\)\]'),
         (HarmonicConv2d(6, 8, 3, groups=2), (2, 6), 'it has groups'),
         (HarmonicConv2d(6, 8, 3).at_pairs(9), (2, 6), 'it has groups, pairs'),
         (HarmonicConv2d(6, 8, 3).at_mixtures(torch.ones(3, 6)), (2, 6), 'pairs, mixtures'),
@@ -207,3 +208,8 @@ def test_frozen_layers_and_half_precision():
 def test_wrong_mixtures(layer, shape, words):
     with pytest.raises(InputError, match=words):
         layer.at_mixtures(torch.ones(shape))
+
+
+def test_both_ways_must_fit():
+    with pytest.raises(InputError, match=r'got \[\(3, 6\), \(4, 6\)\]'):
+        HarmonicConv2d(6, 8, 3).at_mixtures(torch.ones(4, 6), torch.ones(3, 6))
