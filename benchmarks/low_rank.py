@@ -134,16 +134,17 @@ def low_rank(
     The ranks of all layers are chosen together, as `truncate` chooses levels.
     """
     convs: dict[str, Any] = {name: model.get_submodule(name) for name in found}
-    positions = _positions(model, convs, images)
+    sides = _sides(model, convs, images)
     costs: dict[str, dict[int, Cost]] = {}
     losses: dict[str, dict[int, float]] = {}
     for name, of in found.items():
         conv, complete = convs[name], convs[name].weight[0].numel()  # more than any rank
-        each = positions[name] * conv.kernel_size[0] * (conv.in_channels + conv.out_channels)
-        costs[name] = {
-            complete: Cost(positions[name] * conv.weight.numel()),
-            **{rank: Cost(rank * each) for rank in of},
-        }
+        (in_height, in_width), (height, width) = sides[name]
+        costs[name] = {complete: Cost(height * width * conv.weight.numel())}
+        for rank, found_at in of.items():
+            between = height * in_width if found_at.first.shape[2] > 1 else in_height * width  # positions
+            each = between * conv.in_channels + height * width * conv.out_channels
+            costs[name][rank] = Cost(rank * conv.kernel_size[0] * each)
         losses[name] = {complete: 0.0, **{rank: min(1.0, of[rank].rest) for rank in of}}
     outside = count_macs(model, images) - sum(max(of.values()).cost for of in costs.values())
     all_costs = Costs(float(outside), costs)
@@ -155,7 +156,7 @@ def low_rank(
     return small, wanted
 
 
-def _positions(model: nn.Module, convs: Mapping[str, nn.Module], images: Tensor) -> dict[str, int]:
-    """Positions of the outputs of convolutions for one image."""
+def _sides(model: nn.Module, convs: Mapping[str, nn.Module], images: Tensor) -> dict[str, tuple[Any, Any]]:
+    """Heights and widths of the inputs and of the outputs of convolutions for one image."""
     with torch.no_grad(), evaluating(model), suspended(model, [images[:1]], [dict.fromkeys(convs, 1)]) as (visits,):
-        return {name: convs[name](visit[0])[0, 0].numel() for name, visit in zip(convs, visits, strict=True)}
+        return {n: (visit[0].shape[2:], convs[n](visit[0]).shape[2:]) for n, visit in zip(convs, visits, strict=True)}

@@ -200,4 +200,5 @@ class HarmonicConv2dSame(HarmonicConv2d):
     dynamic_padding = True
 
     def _padded(self, x: Tensor) -> Tensor:
-        return pad_same(super()._padded(x), self.kernel_size, self.stride, self.dilation)
+        x = x if self.mixtures is None else F.conv2d(x, self.mixtures)  # TorchScript has no super()
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)

@@ -27,14 +27,13 @@ class HarmonicResNet(ResNet):
     the stem has stride 4 and does not count as a feature: features have the reductions 4, 8, 16, 32.
 
     Args:
-        block, layers, num_classes, in_chans, zero_init_last: As in timm's ResNet.
         levels: The paper's lambda for the four stages: None (all frequencies), an integer for all, or four entries.
         stem_pool: None for a stem of stride 4 without pooling, 'avg' or 'max' for stride 2 and a 3 x 3 pool.
         harmonic_stem: Whether the stem is harmonic.
         harmonic_blocks: Whether the other convolutions are.
         normalization: Of the DCT functions, 'l1' (the authors') or 'ortho'.
         smoothness: How much training favours smooth filters, see `HarmonicConv2d`; None for the authors' network.
-        **kwargs: Other options of timm's ResNet.
+        **kwargs: Options of timm's ResNet, as are block, layers, num_classes, in_chans and zero_init_last.
 
     Raises:
         InputError: If an option is out of range, naming it.
