@@ -10,7 +10,6 @@ import importlib
 import os
 import sys
 import warnings
-from functools import partial
 from typing import Any
 
 _HOST = 'timm.models'
@@ -58,15 +57,21 @@ class _HostFinder:
         others = [finder for finder in tuple(sys.meta_path) if not isinstance(finder, _HostFinder)]
         specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, 'find_spec'))
         spec: Any = next(filter(None, specs), None)
-        if spec is not None and hasattr(spec.loader, '__dict__'):
-            own = {key: value for key, value in vars(spec.loader).items() if key == 'exec_module'}
-            spec.loader.exec_module = partial(_execute, spec.loader, own)  # of this one object, until it is called
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenPlugin(spec.loader)
         return spec
 
 
-def _execute(loader: Any, own: dict[str, Any], module: Any) -> None:
-    """Executes timm.models by its loader, which is as it was then, and imports the plugin."""
-    del loader.exec_module
-    vars(loader).update(own)
-    loader.exec_module(module)
-    _import_plugin()
+class _ThenPlugin:
+    """A loader that executes a module by its own loader, gives that back its place, and imports the plugin."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _import_plugin()

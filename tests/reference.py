@@ -1,5 +1,6 @@
 """Slow and obvious definitions for the tests to compare with, the rule behind the golden data, small networks."""
 
+import copy
 import json
 import math
 import zlib
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import timm_harmonic  # noqa: F401  registers the models
+from timm_harmonic.common.onnx import onnx_session, write_onnx
 
 DATA = Path(__file__).parent / 'data'
 RESNET = dict(layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), num_classes=5)
@@ -147,3 +149,31 @@ def randomize_batch_norm(model, seed=0):
                     with torch.no_grad():
                         tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
     return model
+
+
+def check_every_way(layer, x, path):
+    """A layer scripted, traced, exported and compiled without a break has its outputs, and compiled its gradients."""
+    torch.compiler.reset()  # all layers share a limit of variants
+    write_onnx(layer, x, path)
+    ways = [
+        torch.jit.script(layer),
+        torch.jit.trace(layer, x),
+        torch.fx.symbolic_trace(layer),
+        torch.fx.symbolic_trace(layer.fuse()),
+        torch.jit.script(layer.fuse()),
+        torch.export.export(layer, (x,)).module(),
+        compiled := torch.compile(copy.deepcopy(layer).train(), fullgraph=True, backend='aot_eager'),
+    ]
+    with onnx_session(path) as in_onnx:
+        for way in (*ways, in_onnx):
+            torch.testing.assert_close(way(x), layer(x), rtol=1e-4, atol=1e-5)
+    for module in (layer, compiled):
+        module(x).square().sum().backward()
+    for ours, theirs in zip(compiled.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def smooth_images(count, size):
+    """Random images as smooth as photographs are: many functions matter little in them."""
+    small = torch.randn(count, 3, size // 4, size // 4, generator=torch.Generator().manual_seed(0))
+    return F.interpolate(small, size=(size, size), mode='bicubic', align_corners=False)

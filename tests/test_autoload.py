@@ -307,6 +307,7 @@ def test_loaders_stay_as_they_were(monkeypatch):
     own.exec_module = partial(Loader.exec_module, own)
     for loader in (Loader(), own):
         before, module = dict(vars(loader)), ModuleType('timm.models')
+        module.__spec__ = SimpleNamespace(loader=loader)
         monkeypatch.setattr(
             sys, 'meta_path', [SimpleNamespace(find_spec=lambda *_, of=loader: SimpleNamespace(loader=of))]
         )
@@ -314,6 +315,7 @@ def test_loaders_stay_as_they_were(monkeypatch):
         spec.loader.exec_module(module)
         assert module.done
         assert vars(loader) == before
+        assert module.__loader__ is module.__spec__.loader is loader
     assert len(plugged) == 2
     fixed = SimpleNamespace(loader=None)
     monkeypatch.setattr(sys, 'meta_path', [SimpleNamespace(find_spec=lambda *_: fixed)])

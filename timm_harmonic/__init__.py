@@ -2,7 +2,6 @@
 
 from importlib.metadata import version as _version
 
-# `X as X` exports a name, for type checkers too.
 from .common import TimmHarmonicError as TimmHarmonicError
 from .conversion.deploy import deploy as deploy
 from .conversion.harmonize import harmonize as harmonize

@@ -5,6 +5,7 @@ It stands beside the package, and no module here imports it (or torch) at the to
 
 import argparse
 import codecs
+import errno
 import io
 import os
 import re
@@ -20,6 +21,8 @@ from typing import Any, TextIO
 
 # By name, as a module called `list` must not become a global of this one.
 COMMANDS = ('quickstart', 'compare', 'predict', 'compress', 'convert', 'list')
+# Errors of the disk, the names and the rights, not of this program.
+_OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENAMETOOLONG, errno.EROFS}
 
 
 def positive(text: str) -> int:
@@ -182,9 +185,9 @@ def _run(argv: Sequence[str] | None) -> int:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         return 1
-    except OSError as error:
-        return _fail(f'cannot read or write: {error}')
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OUTSIDE:
+            return _fail(f'cannot read or write: {error}')
         from timm_harmonic.common import TimmHarmonicError  # imports torch, so only now
 
         if not isinstance(error, TimmHarmonicError):

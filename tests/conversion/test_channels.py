@@ -34,9 +34,7 @@ SMALL = dict(num_classes=10, layers=(1, 1, 1, 1), channels=(16, 32, 32, 48))
 
 @pytest.fixture(scope='module')
 def images():
-    """Smooth ones, as photographs are: many functions matter little."""
-    small = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    return nn.functional.interpolate(small, size=(48, 48), mode='bicubic', align_corners=False)
+    return reference.smooth_images(64, 48)
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,6 @@ from torch import nn
 
 from timm_harmonic import HarmonicConv2d
 from timm_harmonic.common import InputError
-from timm_harmonic.common.onnx import onnx_session, write_onnx
 from timm_harmonic.layers import HarmonicConv2dSame
 from timm_harmonic.layers.dct import NORMALIZATIONS
 
@@ -115,26 +114,9 @@ def test_as_many_mixtures_as_channels_lose_nothing():
 @pytest.mark.filterwarnings('ignore:.torch.jit:DeprecationWarning')
 @pytest.mark.parametrize('pairs', [0, 11])
 def test_script_trace_compile_export(form, memory_format, pairs, tmp_path):
-    torch.compiler.reset()
     layer = made(pairs=pairs, padding=1).to(memory_format=memory_format).eval()
     layer.form, x = form, torch.randn(2, 6, 9, 9).to(memory_format=memory_format)
-    path = tmp_path / 'layer.onnx'
-    write_onnx(layer, x, path)
-    ways = [
-        torch.jit.script(layer),
-        torch.jit.trace(layer, x),
-        torch.fx.symbolic_trace(layer),
-        torch.fx.symbolic_trace(layer.fuse()),
-        torch.jit.script(layer.fuse()),
-        torch.export.export(layer, (x,)).module(),
-        compiled := torch.compile(copy.deepcopy(layer).train(), fullgraph=True, backend='aot_eager'),
-    ]
-    with onnx_session(path) as in_onnx:
-        for way in (*ways, in_onnx):
-            torch.testing.assert_close(way(x), layer(x), rtol=1e-4, atol=1e-5)
-    for module in (layer, compiled):
-        module(x).square().sum().backward()
-    torch.testing.assert_close(compiled.mixtures.grad, layer.mixtures.grad, rtol=1e-4, atol=1e-4)
+    reference.check_every_way(layer, x, tmp_path / 'layer.onnx')
 
 
 def by_meta(layer):

@@ -13,7 +13,6 @@ from torch import nn
 
 from timm_harmonic import HarmonicConv2d, dct_basis
 from timm_harmonic.common import InputError
-from timm_harmonic.common.onnx import onnx_session, write_onnx
 from timm_harmonic.layers import HarmonicConv2dSame, dct_frequencies
 from timm_harmonic.layers.dct import NORMALIZATIONS
 
@@ -109,26 +108,9 @@ def test_equals_a_convolution_without_the_other_coefficients(kind, last, example
 @pytest.mark.filterwarnings('ignore:.torch.jit:FutureWarning')
 @pytest.mark.filterwarnings('ignore:.torch.jit:DeprecationWarning')
 def test_script_trace_compile_export(form, memory_format, tmp_path):
-    torch.compiler.reset()
     layer = made(width=8, memory_format=memory_format, padding=1).eval()
     layer.form, x = form, torch.randn(2, 8, 9, 9).to(memory_format=memory_format)
-    path = tmp_path / 'layer.onnx'
-    write_onnx(layer, x, path)
-    ways = [
-        torch.jit.script(layer),
-        torch.jit.trace(layer, x),
-        torch.fx.symbolic_trace(layer),
-        torch.fx.symbolic_trace(layer.fuse()),
-        torch.jit.script(layer.fuse()),
-        torch.export.export(layer, (x,)).module(),
-        compiled := torch.compile(copy.deepcopy(layer).train(), fullgraph=True, backend='aot_eager'),
-    ]
-    with onnx_session(path) as in_onnx:
-        for way in (*ways, in_onnx):
-            torch.testing.assert_close(way(x), layer(x), rtol=1e-4, atol=1e-5)
-    for module in (layer, compiled):
-        module(x).square().sum().backward()
-    torch.testing.assert_close(compiled.weight.grad, layer.weight.grad, rtol=1e-4, atol=1e-4)
+    reference.check_every_way(layer, x, tmp_path / 'layer.onnx')
 
 
 def by_meta(layer):

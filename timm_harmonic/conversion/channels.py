@@ -33,14 +33,14 @@ class Choices:
         # By layer and choice: the arguments of `at_mixtures`, if there are mixtures, and of `at_pairs`.
         self._kept: dict[str, dict[Any, Any]] = {}
 
-    def weighed(self, name: str, whole: Moments, intercept: bool) -> Iterator[tuple[Any, dict[Any, Tensor]]]:
-        """Yields mixtures of a layer's channels, at first none, and the places of the features kept with each choice.
+    def weighed(self, name: str, whole: Moments, intercept: bool) -> Iterator[tuple[Any, Moments, dict[Any, Tensor]]]:
+        """Yields mixtures of a layer's channels, at first none, their moments, and the places of the features kept.
 
-        It notes both for `lowered`. `whole` are the moments of the complete layer.
+        It notes mixtures and places, by choice, for `lowered`. `whole` are the moments of the complete layer.
         """
         layer, choices = self.layers[name], self.of[name]
         if not isinstance(choices[0], Pairs):
-            yield None, {level: layer.columns_at(level) for level in choices}
+            yield None, whole, {level: layer.columns_at(level) for level in choices}
             return
         kept = self._kept[name] = {}
         numbers = sorted({choice.mixtures for choice in choices})
@@ -48,8 +48,9 @@ class Choices:
         for number in numbers:
             of = {choice.number: choice for choice in choices if choice.mixtures == number}
             mixed = tuple(x[:number] for x in every) if number else None
-            found = eliminate(whole.mixed(mixed[0]) if mixed else whole, sorted(of, reverse=True), intercept)
-            yield mixed, {choice: found[size] for size, choice in of.items()}
+            moments = whole.mixed(mixed[0]) if mixed else whole
+            found = eliminate(moments, sorted(of, reverse=True), intercept)
+            yield mixed, moments, {choice: found[size] for size, choice in of.items()}
             none = torch.zeros(number or layer.channels, len(layer.basis)).bool()
             pairs = (~none).nonzero().t() if layer.kept is None else layer.pairs.cpu()
             for size, choice in of.items():

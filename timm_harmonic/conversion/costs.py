@@ -77,12 +77,12 @@ def costs_of(
     layers = harmonic_layers(model)
     choices = {name: layer.levels() for name, layer in layers.items()} if choices is None else choices
     if cost == 'parameters':
-        of = {}
+        of: dict[str, dict[Any, Cost]] = {}
         for name, layer in layers.items():
-            width, each = layer.out_channels // layer.groups, {of: sizes(layer, of) for of in choices[name]}
-            of[name] = {
-                of: Cost(width * number + mixtures * layer.in_channels) for of, (number, mixtures) in each.items()
-            }
+            width, of[name] = layer.out_channels // layer.groups, {}
+            for choice in choices[name]:
+                number, mixtures = sizes(layer, choice)
+                of[name][choice] = Cost(width * number + mixtures * layer.in_channels)
         present = sum(p.numel() for p in model.parameters())
         return Costs(present - sum(costs[max(costs)].cost for costs in of.values()), of)
     assert images is not None
@@ -119,11 +119,8 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
 
 def multiply_adds(layer: HarmonicLayer, choice: Any, form: str, uses: Sequence[Use] | None = None) -> int:
     """Counts a layer's multiply-adds in these uses, or else behind the mixtures at one position."""
-    area, width, (number, mixtures) = (
-        layer.kernel_size[0] ** 2,
-        layer.out_channels // layer.groups,
-        sizes(layer, choice),
-    )
+    area, width = layer.kernel_size[0] ** 2, layer.out_channels // layer.groups
+    number, mixtures = sizes(layer, choice)
     each = area * (mixtures or layer.in_channels) * width if form == 'dense' else number * (area + width)
     if uses is None:
         return each

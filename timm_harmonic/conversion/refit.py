@@ -285,10 +285,10 @@ def losses_by_images(
                     continue
                 for losses, weighed in zip(found, choosers, strict=True):
                     losses[name] = {}
-                    for mixed, choices in weighed(name, samples.fit, intercept):
-                        fit, test, weight = samples.fit, samples.test, present
+                    for mixed, fit, choices in weighed(name, samples.fit, intercept):
+                        test, weight = samples.test, present
                         if mixed is not None:
-                            fit, test = fit.mixed(mixed[0]), test.mixed(mixed[0])
+                            test = test.mixed(mixed[0])
                             weight = (mixed[1] @ weight.reshape(layer.channels, -1)).view(1, fit.features, -1)
                         for choice, places in choices.items():
                             kept = weight[:, places.to(weight.device)]

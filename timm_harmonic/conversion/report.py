@@ -18,7 +18,7 @@ from .swap import harmonic_layers, reasons_to_skip
 
 _CAPTION = (
     'One map for each layer: row i and column j stand for the DCT function with i sign changes down and j across, the\n'
-    'colour says how many input channels keep it. Below the name: functions that a channel keeps, on average.'
+    'colour how many channels keep it, or mixtures in their place. Below the name: functions of a channel, on average.'
 )
 _FONTS: Any = {'font.size': 9, 'axes.titlesize': 9, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 7}
 
@@ -42,9 +42,7 @@ class Convolution:
     form: str | None = None  # 'dense' or 'separable'
     macs_before: int | None = None  # multiply-adds of the plain convolution for one image; None without images
     macs: int | None = None  # multiply-adds in its form
-    ms_before: float | None = (
-        None  # milliseconds of the plain convolution, for the batch it was timed on; None if not timed
-    )
+    ms_before: float | None = None  # milliseconds of the plain convolution, for its batch; None if it was not timed
     ms: float | None = None  # milliseconds in its form; None if it was not timed
     reason: str  # why it has to stay plain; empty if it is or could be harmonic
 

@@ -183,8 +183,7 @@ class _FuseHarmonicFirst:
         layers = harmonic_layers(self.block)
         for layer in layers.values():
             layer.form = 'dense'  # the block adds up filters
-        of = {n: layer.fuse() if layer.mixtures is None else layer.fuse(whole=True) for n, layer in layers.items()}
-        replace_layers(self.block, of)
+        replace_layers(self.block, {name: layer.fuse(whole=True) for name, layer in layers.items()})
         del self.block.__dict__[self.method]
         return getattr(self.block, self.method)(*args, **kwargs)
 

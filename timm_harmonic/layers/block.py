@@ -148,7 +148,7 @@ class HarmonicBlock2d(HarmonicLayer):
         with outside_autocast(self.weight.device.type):
             return self._fused()[0]
 
-    def fuse(self) -> nn.Conv2d | nn.Sequential:
+    def fuse(self, whole: bool = False) -> nn.Conv2d | nn.Sequential:
         """Returns new plain modules that compute the same in evaluation, with a bias; see `HarmonicConv2d.fuse`.
 
         Raises InputError if a module without running statistics has replaced `bn`.
